@@ -1,0 +1,83 @@
+"""The result of allocation: how every target will be stored, and what that is predicted to cost."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+__all__ = ["Plan", "PlanEntry", "Storage", "Weights"]
+
+Storage = Literal["dense", "factored", "packed"]
+Weights = Literal["native", "int8", "int4"]
+
+
+@dataclass(frozen=True)
+class PlanEntry:
+    """One target of a plan.
+
+    Attributes:
+        name: the target's module path.
+        rank: number of components kept, None where the original weight stays dense.
+        storage: how the kept matrix is stored.
+        weights: number format of the stored matrix; `native` is the model's dtype.
+        bytes: stored bytes of the layer, bias included.
+        dense_bytes: bytes of the original layer, bias included.
+        loss: predicted increase of the rule's objective, None where the rule predicts nothing.
+    """
+
+    name: str
+    rank: int | None
+    storage: Storage
+    bytes: int
+    dense_bytes: int
+    weights: Weights = "native"
+    loss: float | None = None
+
+    @property
+    def kept(self) -> float:
+        """Stored bytes of this target over its dense bytes."""
+        return self.bytes / self.dense_bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Ranks and storage for every target, in execution order.
+
+    Attributes:
+        entries: one per target.
+        keep: the fraction of target bytes that was asked for.
+        rule: name of the allocation rule.
+        notes: what a reader of the report should know (floors that bound, reverted targets).
+    """
+
+    entries: tuple[PlanEntry, ...]
+    keep: float
+    rule: str
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def achieved_keep(self) -> float:
+        """Stored over dense bytes of all targets."""
+        return sum(e.bytes for e in self.entries) / sum(e.dense_bytes for e in self.entries)
+
+    @property
+    def predicted_loss(self) -> float | None:
+        """Sum of the entries' predicted losses, None where the rule predicts nothing."""
+        losses = [e.loss for e in self.entries]
+        return None if any(v is None for v in losses) else sum(v for v in losses if v is not None)
+
+    def __getitem__(self, name: str) -> PlanEntry:
+        for entry in self.entries:
+            if entry.name == name:
+                return entry
+        raise KeyError(name)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Plan:
+        """The inverse of `to_json`."""
+        entries = tuple(PlanEntry(**e) for e in data["entries"])
+        return cls(entries, data["keep"], data["rule"], tuple(data["notes"]))

@@ -1,0 +1,81 @@
+"""The second moments that calibration leaves behind, as plain records that add up exactly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+__all__ = ["Moments", "OutputMoments"]
+
+
+def _add(left, right):
+    if (left is None) != (right is None):
+        raise ValueError("only moments that hold the same statistics can be merged")
+    return None if left is None else left + right
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over the calibration tokens of one group; `x` is its input, `x'` the shifted input.
+
+    All matrices are sums, not means, so that batches, processes and machines add up.
+
+    Attributes:
+        tokens: number of tokens that were summed.
+        C: `Σ x xᵀ`, shape (in, in), fp64.
+        shifted: `Σ x' x'ᵀ`, shape (in, in), or None when no shifted stream was run.
+        cross: `D = Σ x x'ᵀ`, shape (in, in), rows original, columns shifted.
+        absolute: `Σ |x|`, shape (in,).
+    """
+
+    tokens: int
+    C: Tensor
+    shifted: Tensor | None = None
+    cross: Tensor | None = None
+    absolute: Tensor | None = None
+
+    @property
+    def in_features(self) -> int:
+        """Width of the group's input."""
+        return self.C.shape[0]
+
+    def merge(self, other: Moments) -> Moments:
+        """Exact addition of two sets of moments of the same group."""
+        return Moments(*(_add(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class OutputMoments:
+    """Sums over calibration of the loss gradients of one target.
+
+    The loss is the summed (not mean) next-token cross-entropy in nats, so that the matrices are
+    sums over tokens and windows of per-token and per-window quantities.
+
+    Attributes:
+        tokens: number of tokens that were summed into `G`.
+        windows: number of windows that were summed into the Fisher weights and the gradient.
+        G: `Σ g gᵀ`, shape (out, out), `g` the gradient with respect to one token's output.
+        fisher_in: `Σ_windows Σ_out (∂L/∂W)²`, shape (in,).
+        fisher_out: `Σ_windows Σ_in (∂L/∂W)²`, shape (out,).
+        gradient: `Σ_windows ∂L/∂W`, shape (out, in).
+    """
+
+    tokens: int
+    windows: int
+    G: Tensor | None = None
+    fisher_in: Tensor | None = None
+    fisher_out: Tensor | None = None
+    gradient: Tensor | None = None
+
+    def merge(self, other: OutputMoments) -> OutputMoments:
+        """Exact addition of two sets of gradient moments of the same target."""
+        return OutputMoments(
+            *(_add(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        )
+
+
+def as_sum(x: Tensor) -> Tensor:
+    """`Σ x xᵀ` over the rows of `x` (tokens, width), accumulated in the precision of `x`, fp64 out."""
+    return (x.mT @ x).to(torch.float64)

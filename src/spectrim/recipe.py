@@ -1,0 +1,257 @@
+"""Recipes: the complete, frozen, serialisable description of a run.
+
+A recipe is data. It names one choice for every stage of the flow
+`calibrate -> decompose -> allocate -> store -> refine`; defaults live here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from spectrim.errors import RecipeError
+
+__all__ = [
+    "AcipLearning",
+    "Allocation",
+    "BlockRefinement",
+    "Calibration",
+    "ClosedFormRefinement",
+    "Decompose",
+    "DistillRefinement",
+    "LoraRefinement",
+    "ProjectedGradientRefinement",
+    "Recipe",
+    "Refinement",
+    "SocoLearning",
+    "StorageChoice",
+]
+
+
+class Section(BaseModel):
+    """Base of all parts of a recipe: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Calibration(Section):
+    """Which text the statistics come from.
+
+    `text` is a source name (`wikitext2`, `c4`, `ptb`, `self`), a file, or several of them, which
+    then share the windows equally.
+    """
+
+    text: str | tuple[str, ...] = "self"
+    windows: int = Field(256, ge=1)
+    window_length: int = Field(2048, ge=2)
+    bos: Literal["none", "each", "half"] = Field(
+        "none", description="BOS at the start of no window, of each, or of every second one"
+    )
+    batch: int = Field(8, ge=1, description="windows per forward pass")
+
+
+Objective = Literal[
+    "plain", "fisher", "activation", "whitened", "shifted", "anchored", "kfac"
+]
+
+
+class Decompose(Section):
+    """The objective whose best rank-k answer the components are ordered for."""
+
+    objective: Objective = "whitened"
+    alpha: float = Field(0.5, ge=0, le=2, description="activation: exponent of mean |x|")
+    blend: float = Field(
+        1.0, ge=0, le=1, description="anchored: 1 is anchored (AA-SVD), 0 is shift-aware"
+    )
+    shrink_in: float = Field(0.0, ge=0, lt=1, description="share of the identity in C")
+    shrink_out: float = Field(0.3, ge=0, lt=1, description="kfac: share of the identity in G")
+    clip: float | None = Field(
+        10.0, gt=0, description="kfac: token gradients are clipped to this multiple of the mean norm"
+    )
+
+
+class Allocation(Section):
+    """How the budget is shared among the targets."""
+
+    rule: Literal["uniform", "loss_ratio", "sensitivity", "zero_sum", "knapsack"] = "uniform"
+    score: Literal["energy", "first_order", "second_order", "measured", "kfac"] = "energy"
+    floor: float = Field(0.0, ge=0, lt=1, description="least rank as a share of break-even")
+    multiple: int = Field(1, ge=1, description="ranks are multiples of this")
+    fill: bool = Field(
+        True, description="spend what rounding leaves over; False gives the papers' floor ranks"
+    )
+    faithful: bool = Field(
+        False, description="zero_sum: as published, reverted targets keep their sum"
+    )
+    gradient_windows: int = Field(32, ge=1, description="windows behind gradient scores")
+
+
+class StorageChoice(Section):
+    """How a rank-k matrix is kept on disk and in memory."""
+
+    kind: Literal["factored", "packed", "auto"] = "factored"
+    weights: Literal["native", "int8", "int4"] = "native"
+
+
+class ClosedFormRefinement(Section):
+    """SVD-LLM's layer-wise update of the up factor on shifted inputs."""
+
+    step: Literal["closed_form"] = "closed_form"
+    ridge: float = Field(1e-6, gt=0, description="relative to the mean diagonal")
+
+
+class ProjectedGradientRefinement(Section):
+    """ZS-SVD's truncate-correct-retruncate; one stage is a plain one-shot truncation."""
+
+    step: Literal["projected_gradient"] = "projected_gradient"
+    stages: int = Field(6, ge=1)
+    windows: int = Field(1, ge=1, description="windows behind each correction gradient")
+
+
+class BlockRefinement(Section):
+    """AA-SVD stage 2: train the factors of one block against the original block's output."""
+
+    step: Literal["block"] = "block"
+    epochs: int = Field(25, ge=1)
+    batch: int = Field(32, ge=1)
+    learning_rate: float = Field(1e-4, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    warmup: float = Field(0.1, ge=0, lt=1)
+    final_learning_rate: float = Field(0.1, ge=0, le=1, description="share of the peak")
+    clip: float = Field(1.0, gt=0)
+    held_out: float = Field(0.125, ge=0, lt=1, description="share of windows that choose the epoch")
+    look_ahead: int = Field(0, ge=0, description="further original blocks the error is seen through")
+
+
+class DistillRefinement(Section):
+    """End-to-end distillation: KL to the original model's logits, factors and norms trained."""
+
+    step: Literal["distill"] = "distill"
+    steps: int = Field(400, ge=1)
+    batch: int = Field(8, ge=1)
+    learning_rate: float = Field(1e-4, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup: float = Field(0.1, ge=0, lt=1)
+    clip: float = Field(1.0, gt=0)
+    held_out: float = Field(0.125, ge=0, lt=1)
+    evaluate_every: int = Field(25, ge=1)
+    windows: int | None = Field(
+        None, ge=1, description="windows to train on, None for the calibration windows"
+    )
+
+
+class LoraRefinement(Section):
+    """SVD-LLM's sequential recovery: LoRA on one factor, merged, then on the other."""
+
+    step: Literal["lora"] = "lora"
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16, gt=0)
+    dropout: float = Field(0.05, ge=0, lt=1)
+    learning_rate: float = Field(1e-4, gt=0)
+    epochs: int = Field(2, ge=1)
+    batch: int = Field(64, ge=1)
+    warmup_steps: int = Field(100, ge=0)
+    order: tuple[Literal["down", "up"], ...] = ("down", "up")
+
+
+Refinement = Annotated[
+    ClosedFormRefinement
+    | ProjectedGradientRefinement
+    | BlockRefinement
+    | DistillRefinement
+    | LoraRefinement,
+    Field(discriminator="step"),
+]
+
+
+class AcipLearning(Section):
+    """ACIP: gates with an exponentially growing pressure; the order of deaths is the product."""
+
+    method: Literal["acip"] = "acip"
+
+
+class SocoLearning(Section):
+    """SoCo: importance scores on the spectrum, three phases, survivors rescaled."""
+
+    method: Literal["soco"] = "soco"
+
+
+Learning = Annotated[AcipLearning | SocoLearning, Field(discriminator="method")]
+
+
+class Recipe(Section):
+    """The complete description of a run.
+
+    `flow` says how the model is walked: `one-shot` decides everything from the original model;
+    `sequential` goes block by block with an original and a shifted stream; `learned` trains
+    scores on the components.
+    """
+
+    name: str
+    title: str = ""
+    paper: str = ""
+    equation: str = ""
+    differences: str = Field("", description="where we differ from the authors' code, and why")
+    flow: Literal["one-shot", "sequential", "learned"] = "one-shot"
+    keep: float = Field(0.6, gt=0, le=1)
+    seed: int = 0
+    calibration: Calibration = Calibration()
+    decompose: Decompose = Decompose()
+    allocate: Allocation = Allocation()
+    storage: StorageChoice = StorageChoice()
+    refine: tuple[Refinement, ...] = ()
+    learn: Learning | None = None
+
+    def hash(self) -> str:
+        """SHA-256 of everything that influences the result; prose and order of keys do not."""
+        content = self.model_dump(
+            mode="json", exclude={"title", "paper", "equation", "differences"}
+        )
+        canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """YAML that `Recipe.from_yaml` reads back to an equal recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def from_yaml(cls, text: str, *, source: str = "recipe") -> Recipe:
+        """Parse and validate; raises `RecipeError` naming the field and what it allows."""
+        try:
+            data = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{source} is not valid YAML: {error}") from error
+        if not isinstance(data, dict):
+            raise RecipeError(f"{source} must be a mapping of recipe fields, found {type(data)}")
+        return validated(cls, data, source=source)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Recipe:
+        """Read a recipe file."""
+        return cls.from_yaml(Path(path).read_text(encoding="utf-8"), source=str(path))
+
+    def with_changes(self, **changes: Any) -> Recipe:
+        """A validated copy; nested sections are given as mappings of the fields to change."""
+        data = self.model_dump(mode="json")
+        for key, value in changes.items():
+            if isinstance(value, dict) and isinstance(data.get(key), dict):
+                data[key] = {**data[key], **value}
+            else:
+                data[key] = value
+        return validated(type(self), data, source=f"recipe {self.name!r}")
+
+
+def validated(cls: type[Recipe], data: dict[str, Any], *, source: str) -> Recipe:
+    """Build a recipe, turning pydantic's errors into one `RecipeError` that names each field."""
+    try:
+        return cls.model_validate(data)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in error.errors()
+        )
+        raise RecipeError(f"{source} is not a valid recipe: {problems}") from error

@@ -1,0 +1,45 @@
+"""Every numerical tolerance of the package, by name. All are relative.
+
+A tolerance multiplies a scale taken from the data (the largest eigenvalue, the mean diagonal,
+the norm of a vector). Nothing in spectrim compares with an absolute epsilon.
+"""
+
+__all__ = [
+    "DAMPING_FACTOR",
+    "DAMPING_LIMIT",
+    "DAMPING_START",
+    "LEAST_SQUARES_RIDGE",
+    "PACKED_ERROR_SHARE",
+    "PIVOT_GROWTH_LIMIT",
+    "RANK_CUTOFF_FP32",
+    "RANK_CUTOFF_FP64",
+    "SYMMETRY",
+]
+
+RANK_CUTOFF_FP64 = 1e-12
+"""Eigenvalues of a moment matrix below this share of the largest one count as zero (fp64)."""
+
+RANK_CUTOFF_FP32 = 1e-6
+"""The same for matrices that were accumulated or decomposed in fp32."""
+
+DAMPING_START = 1e-10
+"""First damping of a failed Cholesky factorisation, as a share of the mean diagonal."""
+
+DAMPING_FACTOR = 10.0
+"""Each further attempt damps this many times more."""
+
+DAMPING_LIMIT = 1e-2
+"""Damping above this share of the mean diagonal would change the objective: a typed error."""
+
+LEAST_SQUARES_RIDGE = 1e-6
+"""Ridge of least-squares maps against shifted inputs, as a share of the mean diagonal."""
+
+SYMMETRY = 1e-8
+"""Largest relative asymmetry that a moment matrix may show before it is refused."""
+
+PIVOT_GROWTH_LIMIT = 1.05
+"""Max-volume swaps stop once no coefficient of a packed layer exceeds this."""
+
+PACKED_ERROR_SHARE = 0.25
+"""A packed target falls back to factored storage if rounding costs more than this share of
+its truncation error."""
