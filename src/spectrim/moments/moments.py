@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-import torch
 from torch import Tensor
 
 __all__ = ["Moments", "OutputMoments"]
@@ -24,14 +23,14 @@ class Moments:
 
     Attributes:
         tokens: number of tokens that were summed.
-        C: `Σ x xᵀ`, shape (in, in), fp64.
+        C: `Σ x xᵀ`, shape (in, in), fp64, or None when only shifted inputs were seen.
         shifted: `Σ x' x'ᵀ`, shape (in, in), or None when no shifted stream was run.
         cross: `D = Σ x x'ᵀ`, shape (in, in), rows original, columns shifted.
         absolute: `Σ |x|`, shape (in,).
     """
 
     tokens: int
-    C: Tensor
+    C: Tensor | None
     shifted: Tensor | None = None
     cross: Tensor | None = None
     absolute: Tensor | None = None
@@ -39,7 +38,10 @@ class Moments:
     @property
     def in_features(self) -> int:
         """Width of the group's input."""
-        return self.C.shape[0]
+        known = self.C if self.C is not None else self.shifted
+        if known is None:
+            raise ValueError("these moments hold no second moment")
+        return known.shape[0]
 
     def merge(self, other: Moments) -> Moments:
         """Exact addition of two sets of moments of the same group."""
@@ -75,7 +77,3 @@ class OutputMoments:
             *(_add(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
         )
 
-
-def as_sum(x: Tensor) -> Tensor:
-    """`Σ x xᵀ` over the rows of `x` (tokens, width), accumulated in the precision of `x`, fp64 out."""
-    return (x.mT @ x).to(torch.float64)

@@ -1,0 +1,292 @@
+"""Loss gradients of every target from one backward pass per batch, reduced on the spot.
+
+For a target `y = W x` the per-token output gradient is `g = ∂L/∂y` and `∂L/∂W = Σ_t g xᵀ`. Nothing
+of the size of the model is kept unless the whole gradient is asked for: output moments are
+(out, out), Fisher weights are vectors, component scores are vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.errors import NonFiniteError
+from spectrim.model.anatomy import Anatomy, Target
+from spectrim.moments.accumulate import MomentAccumulator, reduction_dtype
+from spectrim.moments.moments import Moments, OutputMoments
+
+__all__ = ["ComponentScores", "GradientPass", "gradient_pass"]
+
+
+@dataclass
+class ComponentScores:
+    """First-order loss change per component of one target, in nats of the mean loss per token.
+
+    Attributes:
+        first: `ΔL_i = -⟨∂L/∂W, B_i A_i⟩` over all windows, shape (r,).
+        halves: the same over the even and the odd windows, shape (2, r): sign stability.
+        squares: mean over windows of the squared per-window change, shape (r,): Fisher weight.
+    """
+
+    first: Tensor
+    halves: Tensor
+    squares: Tensor
+
+    @property
+    def sign_stability(self) -> float:
+        """Share of components whose sign agrees between the halves."""
+        return float((self.halves[0].sign() == self.halves[1].sign()).double().mean())
+
+
+@dataclass
+class GradientPass:
+    """What one gradient pass leaves behind."""
+
+    outputs: dict[str, OutputMoments]
+    inputs: dict[str, Moments] = field(default_factory=dict)
+    scores: dict[str, ComponentScores] = field(default_factory=dict)
+    loss: float = 0.0
+    tokens: int = 0
+
+
+class _TargetSums:
+    """Running sums of one target over windows."""
+
+    def __init__(
+        self, target: Target, needs: Collection[str], clip: float | None, factors, device
+    ):
+        self.target, self.needs, self.clip = target, frozenset(needs), clip
+        m, n = target.out_features, target.in_features
+        dtype = torch.float64
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device)
+
+        self.G = zeros(m, m) if "G" in needs else None
+        self.fisher_in = zeros(n) if "fisher" in needs else None
+        self.fisher_out = zeros(m) if "fisher" in needs else None
+        self.gradient = zeros(m, n) if "gradient" in needs else None
+        self.factors = None
+        if factors is not None:
+            work = reduction_dtype(torch.device(device))
+            self.factors = tuple(f.to(device, work) for f in factors)
+            r = self.factors[0].shape[1]
+            self.halves, self.squares = zeros(2, r), zeros(r)
+        self.tokens = self.windows = 0
+
+    def add(self, x: Tensor, g: Tensor) -> None:
+        """Add one batch: inputs x (B, T, in) and gradients g (B, T, out) of the summed loss."""
+        if not bool(torch.isfinite(g).all()):
+            raise NonFiniteError(
+                f"non-finite gradient at {self.target.name}: lower the window length or use "
+                "--dtype float32"
+            )
+        for b in range(x.shape[0]):
+            self._add_window(x[b], g[b])
+
+    def _add_window(self, x: Tensor, g: Tensor) -> None:
+        work = reduction_dtype(x.device)
+        x, g = x.to(work), g.to(work)
+        if self.G is not None:
+            clipped = _clip_tokens(g, self.clip)
+            self.G += (clipped.mT @ clipped).double()
+            self.tokens += g.shape[0]
+        if self.fisher_in is not None or self.gradient is not None:
+            whole = g.mT @ x
+            if self.fisher_in is not None and self.fisher_out is not None:
+                squares = whole.double().square()
+                self.fisher_in += squares.sum(0)
+                self.fisher_out += squares.sum(1)
+            if self.gradient is not None:
+                self.gradient += whole.double()
+        if self.factors is not None:
+            up, down = self.factors
+            change = -((g @ up) * (x @ down.mT)).sum(0).double()
+            self.halves[self.windows % 2] += change
+            self.squares += change.square()
+        self.windows += 1
+
+    def outputs(self) -> OutputMoments:
+        return OutputMoments(
+            self.tokens, self.windows, self.G, self.fisher_in, self.fisher_out, self.gradient
+        )
+
+    def scores(self, tokens: int) -> ComponentScores:
+        """In nats of the mean loss per token: sums over `tokens`, squares per window."""
+        per_window = tokens / self.windows
+        return ComponentScores(
+            first=self.halves.sum(0) / tokens,
+            halves=self.halves / tokens * 2,
+            squares=self.squares / self.windows / per_window**2,
+        )
+
+
+def _clip_tokens(g: Tensor, clip: float | None) -> Tensor:
+    """Clip each token's gradient norm to `clip` times the window's mean norm."""
+    if clip is None:
+        return g
+    norms = g.norm(dim=1, keepdim=True)
+    limit = clip * norms.mean()
+    return torch.where(norms > limit, g * (limit / norms.clamp_min(limit)), g)
+
+
+@contextmanager
+def _gradient_hooks(
+    model: nn.Module, sums: Mapping[str, _TargetSums], group_inputs: Mapping[str, Callable]
+) -> Iterator[None]:
+    """Feed every target's (input, output gradient) to its sums; removed on exit.
+
+    Under checkpointing a block runs twice per batch; the recomputation's outputs need no hook
+    (the graph belongs to the first run) and its inputs must not be counted again, which `fed`
+    prevents: a target that was fed is fed again only after its gradient has arrived.
+    """
+    handles = []
+    fed: set[str] = set()
+
+    def attach(name: str) -> None:
+        def forward(module, args, output):
+            if name in fed:
+                return
+            fed.add(name)
+            x = args[0].detach()
+            if name in group_inputs:
+                group_inputs[name](x)
+
+            def backward(g: Tensor) -> None:
+                sums[name].add(x, g)
+                fed.discard(name)
+
+            output.register_hook(backward)
+
+        handles.append(model.get_submodule(name).register_forward_hook(forward))
+
+    for name in sums:
+        attach(name)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _only_activations_need_gradients(model: nn.Module) -> Iterator[None]:
+    """Freeze all parameters and start the graph at the embeddings."""
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    was_training = model.training
+    model.requires_grad_(False)
+    model.eval()
+    handle = model.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: output.requires_grad_(True)
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+        model.train(was_training)
+        for name, p in model.named_parameters():
+            p.requires_grad_(flags[name])
+
+
+def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Summed next-token cross-entropy in nats, fp32: position t predicts token t + 1, once."""
+    flat = logits[:, :-1].float().reshape(-1, logits.shape[-1])
+    return nn.functional.cross_entropy(flat, labels[:, 1:].reshape(-1), reduction="sum")
+
+
+def sampled_labels(logits: Tensor, ids: Tensor, generator: torch.Generator) -> Tensor:
+    """Labels drawn from the model itself, which make `G` the true Fisher instead of the empirical."""
+    probabilities = logits[:, :-1].detach().float().softmax(-1).reshape(-1, logits.shape[-1])
+    drawn = torch.multinomial(probabilities.cpu(), 1, generator=generator).to(ids.device)
+    return torch.cat([ids[:, :1], drawn.reshape(ids.shape[0], -1)], dim=1)
+
+
+def gradient_pass(
+    model: nn.Module,
+    anatomy: Anatomy,
+    ids: Tensor,
+    *,
+    needs: Collection[str],
+    input_needs: Collection[str] = (),
+    factors: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    labels: str = "data",
+    clip: float | None = None,
+    batch: int = 4,
+    seed: int = 0,
+    checkpointing: bool = False,
+    on_batch: Callable[[int], None] = lambda done: None,
+) -> GradientPass:
+    """One forward and one backward over the windows; all targets at once.
+
+    Args:
+        model: the decoder, on its device.
+        anatomy: its targets.
+        ids: windows, (N, T) int64.
+        needs: any of `G`, `fisher`, `gradient`: which output statistics to accumulate.
+        input_needs: statistics of the group inputs to accumulate in the same pass.
+        factors: target name -> (up (out, r), down (r, in)); gives component scores.
+        labels: `data` for the next tokens of the text, `model` for tokens drawn from the model.
+        clip: token gradients in `G` are clipped to this multiple of the window's mean norm.
+        batch: windows per pass.
+        seed: of the label draws.
+        checkpointing: recompute block activations in the backward pass, for large models.
+        on_batch: called with the number of windows done.
+
+    Raises:
+        NonFiniteError: a gradient or the loss is not finite; names the target.
+    """
+    device = model.get_input_embeddings().weight.device
+    sums = {
+        t.name: _TargetSums(t, needs, clip, (factors or {}).get(t.name), device)
+        for t in anatomy.targets
+    }
+    accumulators = {
+        g.targets[0].name: MomentAccumulator(g.targets[0].name, input_needs)
+        for g in (anatomy.groups() if input_needs else ())
+    }
+    feeds = {name: a.add for name, a in accumulators.items()}
+    generator = torch.Generator().manual_seed(seed)
+    result = GradientPass({})
+    with (
+        _only_activations_need_gradients(model),
+        _checkpointed(model, checkpointing),
+        _gradient_hooks(model, sums, feeds),
+        torch.enable_grad(),
+    ):
+        for i in range(0, ids.shape[0], batch):
+            chunk = ids[i : i + batch].to(device)
+            logits = model(input_ids=chunk, use_cache=False).logits
+            target = sampled_labels(logits, chunk, generator) if labels == "model" else chunk
+            loss = summed_loss(logits, target)
+            if not bool(torch.isfinite(loss)):
+                raise NonFiniteError(f"the loss of windows {i}..{i + len(chunk) - 1} is not finite")
+            loss.backward()
+            result.loss += float(loss.detach())
+            result.tokens += chunk.shape[0] * (chunk.shape[1] - 1)
+            on_batch(chunk.shape[0])
+    result.outputs = {name: s.outputs() for name, s in sums.items()}
+    result.inputs = {name: a.moments() for name, a in accumulators.items()}
+    if factors:
+        result.scores = {n: s.scores(result.tokens) for n, s in sums.items() if s.factors}
+    return result
+
+
+@contextmanager
+def _checkpointed(model: nn.Module, on: bool) -> Iterator[None]:
+    """Gradient checkpointing for the duration; transformers applies it in train mode only."""
+    if not on:
+        yield
+        return
+    if any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
+        raise NonFiniteError("gradient checkpointing would switch dropout on; set dropout to 0")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    try:
+        yield
+    finally:
+        model.gradient_checkpointing_disable()
+        model.eval()

@@ -1,0 +1,139 @@
+"""The recipes by name: every published method as a few lines over the same parts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from spectrim.errors import RecipeError
+from spectrim.recipe import (
+    Allocation,
+    BlockRefinement,
+    Calibration,
+    ClosedFormRefinement,
+    Decompose,
+    ProjectedGradientRefinement,
+    Recipe,
+)
+
+__all__ = ["PRESETS", "get_recipe"]
+
+_PUBLISHED = Allocation(rule="uniform")
+
+PRESETS: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(
+            name="svd",
+            title="Plain truncated SVD",
+            paper="Eckart and Young, 1936",
+            equation="min ‖W − W'‖_F  subject to rank W' ≤ k",
+            decompose=Decompose(objective="plain"),
+            allocate=_PUBLISHED,
+        ),
+        Recipe(
+            name="fwsvd",
+            title="Fisher-weighted SVD",
+            paper="Hsu et al., ICLR 2022, arXiv 2207.00112",
+            equation="min Σ_ij F_j (W − W')²_ij,  F_j = Σ_i E[(∂L/∂W_ij)²]",
+            differences=(
+                "Gradients of the unshifted next-token loss accumulated in fp32 or better; the "
+                "widely used code shifts the labels twice and lets fp16 gradients underflow."
+            ),
+            decompose=Decompose(objective="fisher"),
+            allocate=_PUBLISHED,
+        ),
+        Recipe(
+            name="asvd",
+            title="Activation-aware SVD with truncation-rank search",
+            paper="Yuan et al., 2023, arXiv 2312.05821",
+            equation="min ‖(W − W') S‖_F,  S = diag(mean |x|)^α, α = 0.5",
+            differences=(
+                "Exact SVD instead of randomised SVD without oversampling; a numerical failure is "
+                "an error, never a random layer; the search's last step is applied as found."
+            ),
+            decompose=Decompose(objective="activation", alpha=0.5),
+            allocate=Allocation(rule="sensitivity", score="measured"),
+            calibration=Calibration(windows=32),
+        ),
+        Recipe(
+            name="svd-llm",
+            title="Truncation-aware data whitening",
+            paper="Wang et al., ICLR 2025, arXiv 2403.07378",
+            equation="min ‖(W − W') X‖_F;  B = U_k, A = U_kᵀ W, U_k = eigvec(W C Wᵀ)",
+            differences=(
+                "Inverse-free form of the same optimum, fp64 moments, relative instead of absolute "
+                "jitter, grouped-query models, ordinary Hugging Face folders."
+            ),
+            decompose=Decompose(objective="whitened"),
+            allocate=_PUBLISHED,
+        ),
+        Recipe(
+            name="svd-llm-update",
+            title="SVD-LLM with the layer-wise closed-form update",
+            paper="Wang et al., arXiv 2403.07378 v1-v4",
+            equation="B = W C' Aᵀ (A C' Aᵀ)⁻¹ on the inputs of the compressed network",
+            differences="Ridge relative to the mean diagonal; all windows instead of sixteen.",
+            flow="sequential",
+            decompose=Decompose(objective="whitened"),
+            allocate=_PUBLISHED,
+            refine=(ClosedFormRefinement(),),
+        ),
+        Recipe(
+            name="svd-llm-v2",
+            title="SVD-LLM V2: heterogeneous ranks from truncation losses",
+            paper="Wang et al., NAACL 2025, arXiv 2503.12340",
+            equation="removed share of a target ∝ 1 / log(truncation loss), per projection type",
+            differences=(
+                "No code was published. The logarithm is guarded, shares are clipped, and a target "
+                "above break-even stays dense."
+            ),
+            decompose=Decompose(objective="whitened"),
+            allocate=Allocation(rule="loss_ratio"),
+        ),
+        Recipe(
+            name="aa-svd",
+            title="AA-SVD: anchored adaptive objective and block refinement",
+            paper="Sinha and Fleuret, 2026, arXiv 2604.02119",
+            equation="min ‖W X − W' X'‖_F;  then min_θ ‖block(X) − block'(X'; θ)‖²",
+            differences=(
+                "Inverse-free factors, fp32 master weights, balanced factors before training, the "
+                "epoch is chosen on held-out windows; the authors train bf16 weights in place."
+            ),
+            flow="sequential",
+            decompose=Decompose(objective="anchored"),
+            allocate=_PUBLISHED,
+            refine=(BlockRefinement(),),
+        ),
+        Recipe(
+            name="zs-svd",
+            title="ZS-SVD: zero-sum component selection with corrections",
+            paper="Abbasi et al., ICML 2026, arXiv 2602.02848",
+            equation="ΔL_i = −σ_i u_iᵀ (∂L/∂W) S⁻ᵀ v_i, dropped so that Σ ΔL stays near zero",
+            differences=(
+                "Scores from 32 windows instead of one, one shared backward per stage, fp32 "
+                "merges, relative ridge; targets that would revert to dense hand their share back."
+            ),
+            decompose=Decompose(objective="whitened"),
+            allocate=Allocation(rule="zero_sum", score="first_order"),
+            refine=(ProjectedGradientRefinement(),),
+        ),
+    )
+}
+
+
+def get_recipe(recipe: str | Path | Recipe) -> Recipe:
+    """A recipe by preset name, from a YAML file, or as given.
+
+    Raises:
+        RecipeError: neither a preset nor an existing file; the message lists the presets.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if str(recipe) in PRESETS:
+        return PRESETS[str(recipe)]
+    path = Path(recipe)
+    if path.is_file():
+        return Recipe.from_file(path)
+    raise RecipeError(
+        f"unknown recipe {str(recipe)!r}: neither a file nor one of {', '.join(PRESETS)}"
+    )
