@@ -1,0 +1,119 @@
+"""Put a compressed layer in the place of a dense one, and the dense one back.
+
+Dense layers are `nn.Linear`, which stores (out, in), and transformers' `Conv1D`, which stores
+(in, out). A compressed layer remembers which of the two it replaced, so that the dense layer that
+comes back saves under the shape that plain transformers expects.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from spectrim.errors import ModelError
+
+__all__ = [
+    "compressed_layers",
+    "dense_shape",
+    "is_compressed",
+    "is_dense_linear",
+    "restore_dense",
+    "swap_in",
+]
+
+
+def is_compressed(module: nn.Module) -> bool:
+    """Whether the module is one of spectrim's layers."""
+    return bool(getattr(module, "is_compressed_layer", False))
+
+
+def is_dense_linear(module: nn.Module) -> bool:
+    """Whether the module is a dense linear layer that spectrim can replace."""
+    return type(module) is nn.Linear or isinstance(module, Conv1D)
+
+
+def dense_shape(module: nn.Module, name: str) -> tuple[int, int]:
+    """(out_features, in_features) of a dense linear layer, whichever way round it stores them."""
+    if not is_dense_linear(module):
+        raise ModelError(
+            f"{name} is a {type(module).__name__}; only nn.Linear and Conv1D can be compressed"
+        )
+    rows, columns = module.weight.shape
+    return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+
+
+def compressed_layers(model: nn.Module) -> dict[str, Any]:
+    """Module path -> compressed layer, in the order of `named_modules`."""
+    return {name: module for name, module in model.named_modules() if is_compressed(module)}
+
+
+def swap_in(model: nn.Module, name: str, layer: nn.Module) -> nn.Module:
+    """Replace the layer called `name` by the compressed `layer` and return what was there.
+
+    The replaced module may be dense or already compressed (a refit of the same target). The new
+    layer takes over its training mode.
+
+    Raises:
+        ModelError: the name does not exist, is not a linear layer, or has another shape.
+    """
+    old = _module(model, name)
+    if is_compressed(old):
+        expected = (old.out_features, old.in_features)
+        layer.transposed = old.transposed
+    else:
+        expected = dense_shape(old, name)
+        layer.transposed = isinstance(old, Conv1D)
+    found = (layer.out_features, layer.in_features)
+    if found != expected:
+        raise ModelError(
+            f"{name} maps {expected[1]} features to {expected[0]}, the layer meant for it maps "
+            f"{found[1]} to {found[0]}"
+        )
+    _place(model, name, layer.train(old.training))
+    return old
+
+
+def restore_dense(model: nn.Module, name: str, *, dtype: torch.dtype | None = None) -> nn.Module:
+    """Multiply the compressed layer called `name` out and put the dense layer back.
+
+    Args:
+        model: holds the layer.
+        name: module path of a compressed layer.
+        dtype: of the dense weight; None keeps the dtype of the stored factors.
+
+    Returns:
+        The dense layer: `Conv1D` where one was replaced, `nn.Linear` otherwise.
+    """
+    layer: Any = _module(model, name)
+    dtype = dtype or layer.weight.dtype
+    W = layer.dense_weight().to(dtype)
+    bias = layer.bias
+    if layer.transposed:
+        dense: nn.Module = Conv1D(layer.out_features, layer.in_features).to("meta")
+        dense.weight = nn.Parameter(W.T.contiguous())
+    else:
+        dense = nn.Linear(
+            layer.in_features, layer.out_features, bias=bias is not None, device="meta"
+        )
+        dense.weight = nn.Parameter(W)
+    if bias is not None:
+        dense.bias = nn.Parameter(bias.detach().to(dtype, copy=True))
+    elif layer.transposed:
+        dense.bias = nn.Parameter(torch.zeros(layer.out_features, dtype=dtype, device=W.device))
+    _place(model, name, dense.train(layer.training))
+    return dense
+
+
+def _module(model: nn.Module, name: str) -> Any:
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise ModelError(f"the model has no module called {name!r}") from error
+
+
+def _place(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
