@@ -72,7 +72,7 @@ class LowRankLinear(nn.Module):
         """
         if up.ndim != 2 or down.ndim != 2 or up.shape[1] != down.shape[0]:
             raise ValueError(
-                f"factors of {tuple(up.shape)} and {tuple(down.shape)} do not chain as (out, k) (k, in)"
+                f"up {tuple(up.shape)} and down {tuple(down.shape)} are not (out, k) and (k, in)"
             )
         layer = cls.empty(down.shape[1], up.shape[0], up.shape[1], bias is not None, dtype=dtype)
         layer.up.weight = _parameter(up, dtype, device)

@@ -30,12 +30,12 @@ def is_compressed(module: nn.Module) -> bool:
     return bool(getattr(module, "is_compressed_layer", False))
 
 
-def is_dense_linear(module: nn.Module) -> bool:
+def is_dense_linear(module: Any) -> bool:
     """Whether the module is a dense linear layer that spectrim can replace."""
     return type(module) is nn.Linear or isinstance(module, Conv1D)
 
 
-def dense_shape(module: nn.Module, name: str) -> tuple[int, int]:
+def dense_shape(module: Any, name: str) -> tuple[int, int]:
     """(out_features, in_features) of a dense linear layer, whichever way round it stores them."""
     if not is_dense_linear(module):
         raise ModelError(
@@ -50,7 +50,7 @@ def compressed_layers(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if is_compressed(module)}
 
 
-def swap_in(model: nn.Module, name: str, layer: nn.Module) -> nn.Module:
+def swap_in(model: nn.Module, name: str, layer: Any) -> nn.Module:
     """Replace the layer called `name` by the compressed `layer` and return what was there.
 
     The replaced module may be dense or already compressed (a refit of the same target). The new

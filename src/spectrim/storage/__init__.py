@@ -1,1 +1,1 @@
-
+"""Results on disk: the Hugging Face round trip, folders, cards, and reading headers."""
