@@ -1,0 +1,116 @@
+"""Tiny random models of every supported architecture, built from config, offline and seeded.
+
+Sizes are no multiples of one another, so that a swapped axis cannot go unnoticed.
+"""
+
+import importlib
+
+import torch
+
+VOCAB = 67
+POSITIONS = 40
+
+_GQA = {
+    "vocab_size": VOCAB,
+    "hidden_size": 40,
+    "intermediate_size": 54,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": POSITIONS,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_HEAD = {"head_dim": 10}
+_SLIDING = {
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "sliding_window": 6,
+}
+
+# name -> (config class, model class, settings)
+_RECIPES = {
+    "llama": ("LlamaConfig", "LlamaForCausalLM", _GQA),
+    "mistral": ("MistralConfig", "MistralForCausalLM", _GQA | _HEAD | {"sliding_window": 6}),
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", _GQA),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", _GQA | _HEAD | {"tie_word_embeddings": True}),
+    "gemma2": (
+        "Gemma2Config",
+        "Gemma2ForCausalLM",
+        _GQA | _HEAD | {"query_pre_attn_scalar": 10, "sliding_window": 6},
+    ),
+    "gemma3": (
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        _GQA | _HEAD | _SLIDING | {"query_pre_attn_scalar": 10},
+    ),
+    "phi3": ("Phi3Config", "Phi3ForCausalLM", _GQA),
+    "gpt2": (
+        "GPT2Config",
+        "GPT2LMHeadModel",
+        {
+            "vocab_size": VOCAB,
+            "n_embd": 40,
+            "n_layer": 3,
+            "n_head": 4,
+            "n_positions": POSITIONS,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
+    "gpt_neox": (
+        "GPTNeoXConfig",
+        "GPTNeoXForCausalLM",
+        {k: v for k, v in _GQA.items() if k != "num_key_value_heads"}
+        | {"use_parallel_residual": True},
+    ),
+    "opt": (
+        "OPTConfig",
+        "OPTForCausalLM",
+        {
+            "vocab_size": VOCAB,
+            "hidden_size": 40,
+            "ffn_dim": 54,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "max_position_embeddings": POSITIONS,
+            "word_embed_proj_dim": 40,
+            "pad_token_id": None,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
+    "mixtral": (
+        "MixtralConfig",
+        "MixtralForCausalLM",
+        _GQA | {"num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 28},
+    ),
+}
+
+ARCHITECTURES = tuple(_RECIPES)
+
+
+def tiny(name):
+    """Return `(model, vocab_size)`: fp32, evaluation mode, the same weights at every call."""
+    config_class, model_class, settings = _RECIPES[name]
+    transformers = importlib.import_module("transformers")
+    config = getattr(transformers, config_class)(**settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(sum(map(ord, name)))
+        model = getattr(transformers, model_class)(config).to(torch.float32).eval()
+        # The stock initialisation (0.02, zero biases, unit norms) hides mistakes in tiny models.
+        with torch.no_grad():
+            for parameter_name, parameter in model.named_parameters():
+                if parameter.ndim >= 2:
+                    parameter.normal_(0.0, 1.2 * parameter.shape[-1] ** -0.5)
+                elif parameter_name.endswith("bias"):
+                    parameter.normal_(0.0, 0.1)
+                else:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model, VOCAB
+
+
+def windows(n, length=12, *, seed=0, vocab_size=VOCAB):
+    """Random token ids of shape (n, length), int64."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, vocab_size, (n, length), generator=generator)
