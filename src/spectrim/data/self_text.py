@@ -1,0 +1,154 @@
+"""Calibration without data: windows sampled from the model itself.
+
+A language model's own samples are the text it was fitted to, as far as it learned it; they need no
+data set and match the model's tokenizer and domain by construction. Sampled windows are windows
+like any others: recorded, seeded, and made again from the same seed and model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spectrim.data.sampling import sampled_tokens, uniforms
+from spectrim.data.text import DOCUMENT_SEPARATOR, SELF
+from spectrim.data.tokens import tokenizer_hash
+from spectrim.data.windows import Windows, longest_window
+from spectrim.errors import TextError
+
+__all__ = ["sample_windows", "write_self_text"]
+
+
+def sample_windows(
+    model: Any,
+    *,
+    windows: int,
+    window_length: int,
+    seed: int = 0,
+    batch: int = 64,
+    temperature: float = 1.0,
+    tokenizer: Any = None,
+) -> Windows:
+    """Sample windows from a model.
+
+    Each window starts with BOS, or with a token drawn uniformly from the vocabulary where the
+    model has no BOS. Same model, seed and sizes give the same ids; `batch` changes the rounding of
+    the logits only.
+
+    Args:
+        model: a Hugging Face causal language model, on any device.
+        windows: how many, N.
+        window_length: tokens per window, T, the first one included.
+        seed: of the generator behind every draw.
+        batch: windows sampled side by side.
+        temperature: 1 samples the model's own distribution.
+        tokenizer: only hashed into the record; may be None.
+
+    Raises:
+        TextError: sizes or a temperature that cannot be, or windows longer than the model's.
+        NonFiniteError: the model's logits are not finite.
+    """
+    _check_sizes(model, windows, window_length, batch)
+    generator = torch.Generator().manual_seed(seed)
+    bos = _bos_of(model)
+    if bos is None:
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        first = torch.randint(0, vocabulary, (windows, 1), generator=generator)
+    else:
+        first = torch.full((windows, 1), bos)
+    chances = uniforms(windows, window_length - 1, generator=generator)
+    rows = []
+    with _evaluation_mode(model):
+        for start in range(0, windows, batch):
+            part = slice(start, start + batch)
+            drawn = sampled_tokens(
+                model,
+                first[part],
+                steps=window_length - 1,
+                chances=chances[part],
+                temperature=temperature,
+            )
+            rows.append(torch.cat([first[part], torch.stack(list(drawn), dim=1)], dim=1))
+    ids = torch.cat(rows)  # (N, T)
+    return Windows(
+        ids=ids,
+        starts=torch.full((windows,), -1),
+        source_index=torch.zeros(windows, dtype=torch.int64),
+        sources=(SELF,),
+        text_sha256=(hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest(),),
+        text_tokens=(ids.numel(),),
+        tokenizer_sha256="" if tokenizer is None else tokenizer_hash(tokenizer),
+        seed=seed,
+        bos="none" if bos is None else "each",
+    )
+
+
+def write_self_text(
+    model: Any,
+    tokenizer: Any,
+    path: str | Path,
+    *,
+    windows: int,
+    window_length: int,
+    seed: int = 0,
+    batch: int = 64,
+    temperature: float = 1.0,
+) -> str:
+    """Sample windows and write them to a text file, one paragraph per window.
+
+    Special tokens are left out and white space at the ends of a window is trimmed.
+
+    Returns:
+        The text that was written, UTF-8 in the file.
+    """
+    sampled = sample_windows(
+        model,
+        windows=windows,
+        window_length=window_length,
+        seed=seed,
+        batch=batch,
+        temperature=temperature,
+    )
+    decoded = tokenizer.batch_decode(sampled.ids.tolist(), skip_special_tokens=True)
+    content = DOCUMENT_SEPARATOR.join(d.strip() for d in decoded) + "\n"
+    # A window may end inside a multi-byte character, which decodes to the replacement character.
+    content = content.replace("\ufffd", "")
+    Path(path).write_bytes(content.encode())
+    return content
+
+
+def _check_sizes(model: Any, windows: int, window_length: int, batch: int) -> None:
+    if windows < 1 or batch < 1 or window_length < 2:
+        raise TextError(
+            f"cannot sample {windows} windows of {window_length} tokens, {batch} at a time; "
+            "give at least 1 window, 2 tokens, 1 at a time"
+        )
+    longest = longest_window(model.config)
+    if longest is not None and window_length > longest:
+        raise TextError(
+            f"a window of {window_length} tokens is longer than the model's {longest} positions; "
+            f"ask for at most {longest}"
+        )
+
+
+def _bos_of(model: Any) -> int | None:
+    """BOS from the generation settings, else from the configuration."""
+    for settings in (getattr(model, "generation_config", None), model.config.get_text_config()):
+        bos = getattr(settings, "bos_token_id", None)
+        if isinstance(bos, int):
+            return bos
+    return None
+
+
+@contextmanager
+def _evaluation_mode(model: Any):
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
