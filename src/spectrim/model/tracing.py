@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from spectrim.errors import ModelError
 from spectrim.model.anatomy import Anatomy, Block, Group, Target
 from spectrim.model.forward import evaluating, run_window
-from spectrim.model.weights import get_module, is_linear, is_transposed
+from spectrim.model.weights import get_module, is_linear, is_transposed, read_weight
 
 __all__ = ["trace"]
 
@@ -141,8 +141,8 @@ def _expert_counts(block: nn.Module) -> set[int]:
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:
-    rows, columns = module.weight.shape  # type: ignore[union-attr]
-    return (columns, rows) if is_transposed(module) else (rows, columns)
+    out_features, in_features = read_weight(module).shape
+    return out_features, in_features
 
 
 def _why_not(module: nn.Module, calls: list[_Call], tied: list[str], experts: set[int]) -> str:

@@ -1,0 +1,257 @@
+"""Run a decoder block by block with the arguments that a real forward pass gave its blocks.
+
+One window goes through the whole model and leaves, for every block, all arguments besides the
+hidden states: masks, rotary embeddings, whatever the architecture passes, different from layer to
+layer where the model says so. Recorded at batch size 1, they broadcast over any batch. For all
+windows only the embedding runs, up to the door of block 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.errors import ModelError, NonFiniteError
+from spectrim.model.anatomy import Anatomy
+from spectrim.model.blockcall import BlockCall, arguments_differ, move_arguments, split_hidden
+from spectrim.model.capture import capture_inputs
+from spectrim.model.forward import (
+    evaluating,
+    forwards_replaced,
+    hidden_of,
+    home_device,
+    run_window,
+)
+from spectrim.model.stream import Stream
+from spectrim.model.tracing import trace
+from spectrim.model.weights import get_module
+
+__all__ = ["BlockCall", "Replay", "Stream", "capture_inputs", "record"]
+
+
+def _check_finite(hidden: Tensor, where: str) -> None:
+    finite = torch.isfinite(hidden)
+    if not finite.all():
+        rows = (~finite).flatten(1).any(1).nonzero().flatten().tolist()
+        raise NonFiniteError(
+            f"{where} gives NaN or infinite hidden states, in window(s) {rows[:8]} of the batch of "
+            f"{hidden.shape[0]}; try --dtype float32, or look for broken weights in this block"
+        )
+
+
+class _EnteredFirstBlock(Exception):
+    """Ends a forward pass at the door of block 0."""
+
+    def __init__(self, hidden: Tensor):
+        super().__init__()
+        self.hidden = hidden
+
+
+@dataclass
+class Replay:
+    """A recorded model: the states that enter block 0, and how to run every block and the rest.
+
+    Attributes:
+        model: the model itself, used again by `finish`.
+        names: module paths of the blocks.
+        calls: how each block is called; tensors are on the device given to `record`.
+        stream: hidden states of all windows entering block 0.
+    """
+
+    model: nn.Module
+    names: tuple[str, ...]
+    calls: tuple[BlockCall, ...]
+    stream: Stream
+
+    def block(self, index: int) -> nn.Module:
+        """The module that stands in the model as block `index` now."""
+        return get_module(self.model, self.names[index])
+
+    def run(self, block_index: int, module: nn.Module, hidden: Tensor) -> Tensor:
+        """Hidden states after a block.
+
+        Args:
+            block_index: whose recorded arguments to use.
+            module: the original block or a changed copy, on the device of `hidden`.
+            hidden: states entering the block, (B, T, d), T as recorded.
+
+        Raises:
+            NonFiniteError: if the result holds NaN or infinity; names the block.
+            ValueError: if T is not the recorded window length.
+        """
+        if hidden.shape[1] != self.stream.shape[1]:
+            raise ValueError(
+                f"windows have {hidden.shape[1]} tokens, recorded with {self.stream.shape[1]}"
+            )
+        output = hidden_of(self.calls[block_index].call(module, hidden))
+        _check_finite(output, f"block {self.names[block_index]!r}")
+        return output
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """Logits (B, T, vocabulary) from the states after the last block.
+
+        The model itself runs with its blocks bypassed, so that final norm, output projection,
+        soft-capping and scaling are whatever the architecture does. Gradients flow if enabled.
+        """
+        home = hidden.to(home_device(self.model))
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.int64)
+        blocks = [self.block(i) for i in range(len(self.names))]
+        with forwards_replaced(blocks, lambda i: lambda *_, **__: self.calls[i].dress(home)):
+            return run_window(self.model, ids).logits
+
+
+@dataclass
+class _Visit:
+    """What one block got and gave during the recorded pass."""
+
+    hidden: Tensor
+    args: tuple
+    kwargs: dict
+    keyword: str | None
+    output: Any = None
+
+
+def _observe(model: nn.Module, names: Sequence[str], window: Tensor) -> list[_Visit]:
+    """A real forward pass of one window (1, T) that notes every block's arguments and output."""
+    visits: list[_Visit] = []
+    handles = []
+
+    def enter(index: int, args: tuple, kwargs: dict) -> None:
+        visits.append(_Visit(*split_hidden(args, kwargs, names[index])))
+
+    def leave(index: int, output: Any) -> None:
+        visit, name = visits[index], names[index]
+        result = hidden_of(output)
+        if not isinstance(result, Tensor) or result.shape != visit.hidden.shape:
+            raise ModelError(f"block {name!r} does not return hidden states of the shape it got")
+        _check_finite(result, f"block {name!r}")
+        visit.output = output
+
+    try:
+        for i, name in enumerate(names):
+            block = get_module(model, name)
+            handles.append(
+                block.register_forward_pre_hook(
+                    lambda _m, a, k, i=i: enter(i, a, k), with_kwargs=True
+                )
+            )
+            handles.append(block.register_forward_hook(lambda _m, _a, o, i=i: leave(i, o)))
+        run_window(model, window)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for i in range(1, len(visits)):
+        if not torch.equal(hidden_of(visits[i - 1].output), visits[i].hidden):
+            raise ModelError(
+                f"the model changes the hidden states between {names[i - 1]!r} and {names[i]!r}; "
+                "spectrim can only follow models whose blocks are chained directly"
+            )
+    return visits
+
+
+def _check_token_independent(
+    model: nn.Module, names: Sequence[str], visits: list[_Visit], window: Tensor
+) -> None:
+    """Refuse models whose block arguments depend on the tokens: replaying them would be wrong."""
+    again: list[_Visit] = []
+
+    def bypass(index: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            again.append(_Visit(*split_hidden(args, kwargs, names[index])))
+            return visits[index].output
+
+        return forward
+
+    with forwards_replaced([get_module(model, name) for name in names], bypass):
+        run_window(model, window.flip(1))
+    for name, one, other in zip(names, visits, again, strict=True):
+        if arguments_differ((one.args, one.kwargs), (other.args, other.kwargs)):
+            raise ModelError(
+                f"block {name!r} gets arguments that depend on the tokens besides its hidden "
+                "states; spectrim cannot replay this architecture"
+            )
+
+
+def _embed(model: nn.Module, first: nn.Module, name: str, ids: Tensor) -> Tensor:
+    """Hidden states entering block 0, without running any block."""
+
+    def stop(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+        raise _EnteredFirstBlock(split_hidden(args, kwargs, name)[0])
+
+    handle = first.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        run_window(model, ids)
+    except _EnteredFirstBlock as signal:
+        return signal.hidden
+    finally:
+        handle.remove()
+    raise ModelError(f"block {name!r} was not reached by a forward pass")
+
+
+def _fill_stream(
+    model: nn.Module, name: str, windows: Tensor, batch: int, folder: Path | str | None
+) -> Stream:
+    """Hidden states of all windows at the door of block 0."""
+    first = get_module(model, name)
+    stream: Stream | None = None
+    for start in range(0, len(windows), batch):
+        hidden = _embed(model, first, name, windows[start : start + batch])
+        _check_finite(hidden, "the embedding")
+        if stream is None:
+            n, t = windows.shape
+            stream = Stream.empty(n, t, hidden.shape[2], hidden.dtype, folder)
+        stream.write(slice(start, start + len(hidden)), hidden)
+    assert stream is not None  # record() has refused an empty set of windows
+    return stream
+
+
+def record(
+    model: nn.Module,
+    windows: Tensor,
+    *,
+    batch: int,
+    device: torch.device | str = "cpu",
+    anatomy: Anatomy | None = None,
+    folder: Path | str | None = None,
+) -> Replay:
+    """Record how the model calls its blocks, and what enters block 0 for all windows.
+
+    Args:
+        model: the untouched model, on whatever device; it is left as it was.
+        windows: token ids (N, T), int64, without padding.
+        batch: windows per pass through the embedding.
+        device: where the blocks will run; recorded masks and rotary embeddings are moved there.
+        anatomy: the blocks; traced on the first window if not given.
+        folder: where to memory-map the stream; in memory if not given.
+
+    Raises:
+        ModelError: the blocks are not chained directly, or need more than recorded arguments.
+        NonFiniteError: the recorded window or an embedding is not finite; names the block.
+        ValueError: no windows, or not of shape (N, T).
+    """
+    if windows.ndim != 2 or windows.shape[0] == 0 or windows.dtype != torch.int64:
+        raise ValueError(
+            f"windows are {tuple(windows.shape)} {windows.dtype}, expected (N, T) int64 with N > 0"
+        )
+    anatomy = anatomy or trace(model, windows[:1])
+    names = tuple(block.name for block in anatomy.blocks)
+    with evaluating(model):
+        visits = _observe(model, names, windows[:1])
+        _check_token_independent(model, names, visits, windows[:1])
+        stream = _fill_stream(model, names[0], windows, batch, folder)
+    memo: dict[int, Tensor] = {}
+    calls = tuple(
+        BlockCall(
+            args=move_arguments(v.args, device, memo),
+            kwargs=move_arguments(v.kwargs, device, memo),
+            keyword=v.keyword,
+            extras=len(v.output) - 1 if isinstance(v.output, tuple) else None,
+        )
+        for v in visits
+    )
+    return Replay(model, names, calls, stream)
