@@ -90,17 +90,22 @@ def _factored_sides(shapes: Mapping[str, Shape]) -> tuple[int, int, int]:
 
 
 def _packed_shapes(out_features: int, in_features: int, rank: int) -> dict[str, Shape]:
-    return {
-        "basis": (rank, in_features),
-        "coefficients": (out_features - rank, rank),
-        "order": (out_features,),
-    }
+    # The pivots lie on the smaller side (`linalg.pivot.packed_side`), so the shapes tell the side.
+    m, n, k = out_features, in_features, rank
+    if m <= n:
+        return {"basis.weight": (k, n), "coefficients.weight": (m - k, k), "order": (m,)}
+    return {"basis.weight": (m, k), "coefficients.weight": (k, n - k), "order": (n,)}
 
 
 def _packed_sides(shapes: Mapping[str, Shape]) -> tuple[int, int, int]:
-    rank, in_features = shapes["basis"]
-    (out_features,) = shapes["order"]
-    return out_features, in_features, rank
+    first, second = shapes["basis.weight"]
+    rows, columns = shapes["coefficients.weight"]
+    (pivoted,) = shapes["order"]
+    if columns == first and pivoted <= second:
+        return pivoted, second, first
+    if rows == second:
+        return first, pivoted, second
+    raise ValueError(f"packed tensors of shapes {dict(shapes)} do not fit together")
 
 
 LAYERS: Mapping[str, Layout] = MappingProxyType(
@@ -116,7 +121,7 @@ LAYERS: Mapping[str, Layout] = MappingProxyType(
         "packed": Layout(
             "packed",
             "spectrim.layers.packed:PackedLinear",
-            weight_key="basis",
+            weight_key="basis.weight",
             bias_key="bias",
             shapes=_packed_shapes,
             sides=_packed_sides,

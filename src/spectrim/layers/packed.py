@@ -1,0 +1,258 @@
+"""A linear layer of rank k that stores `k(m+n-k)` numbers: factored storage without its gauge.
+
+    side out (m <= n):  y = P [y_p; y_n],  y_p = basis x,  y_n = coefficients y_p
+    side in  (m > n):   y = basis (x_p + coefficients x_n),  [x_p; x_n] = P x
+
+`P` is a permutation, stored as the int32 index of one gather. The pivots always lie on the smaller
+side, so the gather is as short as it can be and the shapes tell the side. `basis` and
+`coefficients` are plain `nn.Linear` modules for the same reasons as the factors of
+`LowRankLinear`. How the pivots are chosen is in `linalg/pivot.py` (arXiv 2501.19090).
+
+Packing is exact in exact arithmetic, but it rounds 3 to 4 times as much as plain factors do,
+because the coefficients pass on the noise of the basis. `choose_storage` refuses it where that
+noise would matter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.linalg.pivot import Packed, Side, pack, packed_side
+from spectrim.tolerances import PACKED_ERROR_SHARE
+
+__all__ = ["PackedLinear", "StorageChoice", "choose_storage", "packed_error"]
+
+
+class PackedLinear(nn.Module):
+    """The packed storage of a rank-k matrix.
+
+    Attributes:
+        basis: (k, in) on side `out`, (out, k) on side `in`; without bias.
+        coefficients: (out-k, k) on side `out`, (k, in-k) on side `in`; without bias.
+        order: int32 gather index. Side `out`: for every output its place in `[y_p; y_n]`, length
+            out. Side `in`: the inputs of `[x_p; x_n]` in turn, length in.
+        bias: (out,) or None.
+        transposed: True where it replaced a module that stores (in, out), transformers' `Conv1D`.
+    """
+
+    is_compressed_layer = True
+    storage = "packed"
+    order: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.rank = rank
+        self.side: Side = packed_side(out_features, in_features)
+        self.transposed = False
+        m, n = out_features, in_features
+        outside = self.side == "out"
+        basis = (n, rank) if outside else (rank, m)
+        coefficients = (rank, m - rank) if outside else (n - rank, rank)
+        self.basis = nn.Linear(*basis, bias=False, device=device, dtype=dtype)
+        self.coefficients = nn.Linear(*coefficients, bias=False, device=device, dtype=dtype)
+        self.register_buffer("order", torch.arange(min(m, n), dtype=torch.int32, device=device))
+        self.bias = nn.Parameter(torch.zeros(m, device=device, dtype=dtype)) if bias else None
+
+    @classmethod
+    def empty(
+        cls,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> PackedLinear:
+        """A layer on the meta device: shapes without memory, ready to be loaded into."""
+        return cls(in_features, out_features, rank, bias, device="meta", dtype=dtype)
+
+    @classmethod
+    def from_factors(
+        cls,
+        up: Tensor,
+        down: Tensor,
+        bias: Tensor | None,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> PackedLinear:
+        """Pack `up` (out, k) and `down` (k, in) in fp64 and round the parts to `dtype`, once."""
+        packed = pack(up, down)
+        return cls.from_packed(packed, bias, dtype=dtype, device=device)
+
+    @classmethod
+    def from_packed(
+        cls,
+        packed: Packed,
+        bias: Tensor | None,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> PackedLinear:
+        """Build from parts that were packed before, on the side that the layer uses.
+
+        Raises:
+            ValueError: the parts were pivoted on the larger side.
+        """
+        m, n = packed.shape
+        if packed.side != packed_side(m, n):
+            raise ValueError(
+                f"a {m} x {n} layer is pivoted on side {packed_side(m, n)!r}, "
+                f"these parts on side {packed.side!r}"
+            )
+        layer = cls.empty(n, m, packed.rank, bias is not None, dtype=dtype)
+        layer.basis.weight = _parameter(packed.basis, dtype, device)
+        layer.coefficients.weight = _parameter(packed.coefficients, dtype, device)
+        # Outputs are gathered from their packed places, inputs into them: inverse orders.
+        order = packed.order.argsort() if packed.side == "out" else packed.order
+        layer.order = order.to(device=device, dtype=torch.int32, copy=True)
+        if bias is not None:
+            layer.bias = _parameter(bias, dtype, device)
+        return layer
+
+    @property
+    def weight(self) -> Tensor:
+        """The basis: a device and dtype probe for code that asks a linear layer for them."""
+        return self.basis.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        # The gathers work on (tokens, features): the same gather along the last of three axes
+        # takes several times longer on a CPU.
+        if self.side == "out":
+            pivots = self.basis(x)
+            y = torch.cat([pivots, self.coefficients(pivots)], dim=-1)
+            y = y.view(-1, self.out_features).index_select(1, self.order)
+        else:
+            flat = x.reshape(-1, self.in_features)
+            pivots = flat.index_select(1, self.order[: self.rank])
+            rest = flat.index_select(1, self.order[self.rank :])
+            y = self.basis(pivots + self.coefficients(rest))
+        if self.bias is not None:
+            y = y + self.bias
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def packed(self) -> Packed:
+        """The stored parts as a record, in the stored dtype."""
+        order = self.order.argsort() if self.side == "out" else self.order
+        return Packed(
+            self.basis.weight.detach(),
+            self.coefficients.weight.detach(),
+            order.to(torch.int32),
+            self.side,
+        )
+
+    def dense_weight(self) -> Tensor:
+        """The (out, in) matrix that the layer stands for, multiplied in fp32 or better."""
+        return self.packed().to(torch.promote_types(self.weight.dtype, torch.float32)).product()
+
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"rank={self.rank}, side={self.side}"
+        )
+
+
+@dataclass(frozen=True)
+class StorageChoice:
+    """How one target will be stored, and why.
+
+    Attributes:
+        storage: `packed`, or `factored` where packing would round too much.
+        packed_error: relative error of the packed parts rounded to the storage dtype.
+        truncation_error: relative error of the cut, the scale that `packed_error` is held against.
+        growth: largest coefficient of the packed form.
+        packed: the fp64 parts, None where they are not used.
+    """
+
+    storage: Literal["factored", "packed"]
+    packed_error: float
+    truncation_error: float
+    growth: float
+    packed: Packed | None
+
+    @property
+    def note(self) -> str | None:
+        """A line for the report where packing was refused."""
+        if self.storage == "packed":
+            return None
+        return (
+            f"stored factored: packing would add {self.packed_error:.1e}, more than "
+            f"{PACKED_ERROR_SHARE:g} of the truncation error {self.truncation_error:.1e}"
+        )
+
+
+def packed_error(
+    packed: Packed, up: Tensor, down: Tensor, dtype: torch.dtype, *, C: Tensor | None = None
+) -> float:
+    """Relative error of the packed parts rounded to `dtype`, against the exact product.
+
+    Args:
+        packed: the parts in fp64.
+        up: `B`, shape (m, k).
+        down: `A`, shape (k, n).
+        dtype: the storage dtype.
+        C: second moment of the inputs, (n, n), any scale; the error is then that of the outputs,
+            `‖E X‖ / ‖B A X‖`, otherwise that of the weight, in Frobenius norms.
+    """
+    exact = up.double() @ down.double()
+    error = packed.to(dtype).to(torch.float64).product() - exact
+    scale = _norm(exact, C)
+    return float(_norm(error, C) / scale) if scale > 0 else 0.0
+
+
+def choose_storage(
+    up: Tensor,
+    down: Tensor,
+    truncation_error: float,
+    dtype: torch.dtype,
+    C: Tensor | None = None,
+) -> StorageChoice:
+    """Packed storage, unless its rounding is a noticeable share of what the cut cost.
+
+    Args:
+        up: `B`, shape (m, k).
+        down: `A`, shape (k, n).
+        truncation_error: relative error of the cut as a ratio of norms (not squared),
+            `‖(W - B A) X‖ / ‖W X‖`; the weight's own where `C` is None.
+        dtype: the storage dtype.
+        C: second moment of the inputs (n, n), any scale.
+
+    Returns:
+        The choice with both errors; a refusal carries a note for the report.
+    """
+    packed = pack(up, down)
+    error = packed_error(packed, up, down, dtype, C=C)
+    fits = error <= PACKED_ERROR_SHARE * truncation_error
+    return StorageChoice(
+        "packed" if fits else "factored",
+        error,
+        truncation_error,
+        packed.growth,
+        packed if fits else None,
+    )
+
+
+def _norm(E: Tensor, C: Tensor | None) -> Tensor:
+    """Frobenius norm of `E`, or of `E X` with `C = Σ x xᵀ`."""
+    return E.norm() if C is None else ((E @ C.to(E)) * E).sum().clamp_min(0.0).sqrt()
+
+
+def _parameter(tensor: Tensor, dtype: torch.dtype, device: torch.device | str) -> nn.Parameter:
+    copied = tensor.detach().to(device=device, dtype=dtype, copy=True)
+    return nn.Parameter(copied.contiguous())

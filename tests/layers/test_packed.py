@@ -1,0 +1,154 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from spectrim.layers.layout import layout_of
+from spectrim.layers.lowrank import LowRankLinear
+from spectrim.layers.packed import PackedLinear, choose_storage, packed_error
+from spectrim.layers.swap import restore_dense, swap_in
+from spectrim.linalg.pivot import pack
+from spectrim.tolerances import PACKED_ERROR_SHARE
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def factors(m, n, k):
+    return draw(m, k, seed=1), draw(k, n, seed=2)
+
+
+def built(m, n, k, *, bias=True, dtype=torch.float64, kind=PackedLinear):
+    b = draw(m, seed=3) if bias else None
+    return kind.from_factors(*factors(m, n, k), b, dtype=dtype, device="cpu")
+
+
+@given(m=st.integers(1, 20), n=st.integers(1, 20), bias=st.booleans(), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_packed_equals_factored(m, n, bias, data):
+    k = data.draw(st.integers(1, min(m, n)))
+    shape = data.draw(st.sampled_from([(n,), (3, n), (2, 4, n), (0, n)]))
+    x = draw(*shape, seed=4)
+    expected = built(m, n, k, bias=bias, kind=LowRankLinear)(x)
+    found = built(m, n, k, bias=bias)(x)
+    assert found.shape == expected.shape
+    assert (found - expected).norm() <= 1e-10 * max(expected.norm(), 1e-30)
+
+
+@pytest.mark.parametrize(("m", "n"), [(12, 30), (30, 12), (20, 20)])
+@pytest.mark.parametrize("k", [1, 5, 11])
+def test_stored_numbers(m, n, k):
+    layer = built(m, n, k, bias=False)
+    assert sum(p.numel() for p in layer.parameters()) == k * (m + n - k)
+    assert layer.order.numel() == min(m, n)
+    assert layer.order.dtype == torch.int32
+    assert [name for name, _ in layer.named_buffers()] == ["order"]
+
+
+@pytest.mark.parametrize(("m", "n"), [(12, 30), (30, 12), (20, 20)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_tensors_are_those_of_the_layout(m, n, bias):
+    layout = layout_of("packed")
+    assert layout.layer_class() is PackedLinear
+    for k in (1, 7, 12):
+        layer = built(m, n, k, bias=bias)
+        shapes = {key: tuple(t.shape) for key, t in layer.state_dict().items()}
+        assert shapes == layout.tensors(m, n, k, bias)
+        assert layout.sides(shapes) == (m, n, k)
+        assert shapes[layout.weight_key] != (m, n) or k == min(m, n)
+
+
+@given(m=st.integers(1, 12), n=st.integers(1, 12), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_shapes_tell_side_and_rank(m, n, data):
+    k = data.draw(st.integers(1, min(m, n)))
+    layout = layout_of("packed")
+    assert layout.sides(layout.tensors(m, n, k, False)) == (m, n, k)
+
+
+@pytest.mark.parametrize(("m", "n"), [(96, 160), (160, 96)])
+def test_fp32_reload_equals_the_factored_model(m, n):
+    layer = built(m, n, 40, dtype=torch.float32)
+    fresh = PackedLinear.empty(n, m, 40, True, dtype=torch.float32)
+    assert {p.device.type for p in fresh.state_dict().values()} == {"meta"}
+    fresh.load_state_dict(layer.state_dict(), assign=True)
+    x = draw(9, n, seed=5)
+    expected = built(m, n, 40, kind=LowRankLinear)(x)
+    assert (fresh(x.float()).double() - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize(("m", "n"), [(12, 30), (30, 12)])
+def test_gradients_match_the_dense_layer(m, n):
+    layer = built(m, n, 5)
+    x = draw(4, n, seed=5).requires_grad_()
+    weights = draw(4, m, seed=6)
+    (layer(x) * weights).sum().backward()
+    assert torch.allclose(x.grad, weights @ layer.dense_weight(), atol=1e-11)
+    assert torch.allclose(layer.bias.grad, weights.sum(0))
+    assert layer.basis.weight.grad.abs().sum() > 0
+    assert layer.coefficients.weight.grad.abs().sum() > 0
+
+
+def test_dtype_changes_leave_the_order_alone():
+    layer = built(12, 30, 5)
+    x = draw(4, 30, seed=5)
+    expected = layer(x)
+    layer.to(torch.bfloat16)
+    assert layer.order.dtype == torch.int32
+    assert torch.allclose(layer(x.bfloat16()).double(), expected, rtol=0.1, atol=0.3)
+
+
+@pytest.mark.parametrize(("m", "n"), [(12, 30), (30, 12)])
+def test_swapped_in_and_restored(m, n):
+    model = nn.Sequential(nn.Linear(n, m).double())
+    layer = built(m, n, 5)
+    swap_in(model, "0", layer)
+    x = draw(4, n, seed=5)
+    expected = model(x)
+    restore_dense(model, "0")
+    assert type(model[0]) is nn.Linear
+    assert torch.allclose(model(x), expected, atol=1e-11)
+
+
+@pytest.mark.parametrize(("m", "n"), [(12, 30), (30, 12)])
+def test_compiles_without_graph_breaks(m, n):
+    layer = built(m, n, 5)
+    x = draw(2, 4, n, seed=5)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    assert torch.allclose(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("C", [None, "anisotropic"])
+def test_packed_error_is_the_measured_rounding(C):
+    m, n, k = 64, 48, 20
+    up, down = factors(m, n, k)
+    X = draw(n, 400, seed=7) * torch.logspace(0, -2, n, dtype=torch.float64)[:, None]
+    X = X if C else torch.eye(n, dtype=torch.float64)
+    stored = built(m, n, k, bias=False, dtype=torch.bfloat16).dense_weight().double()
+    exact = up @ down
+    expected = ((stored - exact) @ X).norm() / (exact @ X).norm()
+    found = packed_error(pack(up, down), up, down, torch.bfloat16, C=X @ X.T if C else None)
+    assert found == pytest.approx(float(expected), rel=1e-3)
+    assert 1e-3 < found < 3e-2
+
+
+def test_gate_packs_where_the_cut_dominates_and_falls_back_where_rounding_does():
+    up, down = factors(60, 80, 25)
+    good = choose_storage(up, down, 0.1, torch.bfloat16)
+    assert (good.storage, good.note) == ("packed", None)
+    layer = PackedLinear.from_packed(good.packed, None, dtype=torch.float64, device="cpu")
+    assert torch.allclose(layer.dense_weight(), up @ down, atol=1e-11)
+    tight = good.packed_error / PACKED_ERROR_SHARE
+    assert choose_storage(up, down, tight * 1.001, torch.bfloat16).storage == "packed"
+    bad = choose_storage(up, down, tight * 0.999, torch.bfloat16)
+    assert (bad.storage, bad.packed) == ("factored", None)
+    assert "factored" in bad.note
+    assert choose_storage(up, down, tight * 0.999, torch.float32).storage == "packed"
+
+
+def test_parts_of_the_larger_side_are_refused():
+    parts = pack(*factors(12, 30, 5), side="in")
+    with pytest.raises(ValueError, match="'out'"):
+        PackedLinear.from_packed(parts, None, dtype=torch.float32, device="cpu")
