@@ -50,7 +50,7 @@ def counted(shape, rank, storage, weights, dtype_bytes):
         matrices = [(m, rank), (rank, n)]
     else:
         matrices = [(rank, n), (m - rank, rank)]
-    total = 4 * m if storage == "packed" else 0
+    total = 4 * min(m, n) if storage == "packed" else 0
     total += m * dtype_bytes if shape.bias else 0
     for rows, columns in matrices:
         for _ in range(rows):

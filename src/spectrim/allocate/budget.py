@@ -4,8 +4,9 @@ For a target `W (m, n)` cut to rank k the stored numbers are
 
     dense     m n
     factored  k (m + n)           up (m, k) and down (k, n)
-    packed    k (m + n - k)       basis (k, n) and coefficients (m - k, k), plus an int32 order
-                                  of length m that undoes the pivoting (4 m bytes)
+    packed    k (m + n - k)       basis (k, n) and coefficients (m - k, k), or for m > n
+                                  (m, k) and (k, n - k), plus an int32 order of the pivoted
+                                  side (4 min(m, n) bytes)
 
 and a number costs `dtype_bytes` (native), 1 byte plus an fp32 scale per row of its matrix (int8),
 or half a byte plus a bf16 scale and a bf16 zero point per group of 32 along the row, the row
@@ -262,7 +263,8 @@ def _stored_bytes(
     first = _matrix_bytes(rank, n, weights, dtype_bytes)
     if storage == "factored":
         return first + _matrix_bytes(m, rank, weights, dtype_bytes) + bias
-    return first + _matrix_bytes(m - rank, rank, weights, dtype_bytes) + ORDER_BYTES * m + bias
+    order = ORDER_BYTES * components(shape)
+    return first + _matrix_bytes(m - rank, rank, weights, dtype_bytes) + order + bias
 
 
 def _matrix_bytes(rows, columns, weights: Weights, dtype_bytes: int):
