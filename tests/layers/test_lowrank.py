@@ -123,7 +123,7 @@ def test_a_refit_replaces_a_compressed_layer():
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("a.9", "no module called"), ("a.1", "LayerNorm"), ("nothing.here", "no module called")],
+    [("a.9", "has no module"), ("a.1", "LayerNorm"), ("nothing.here", "has no module")],
 )
 def test_names_that_are_no_linear_layers_are_refused(name, message):
     with pytest.raises(ModelError, match=message):

@@ -14,6 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from spectrim.errors import ModelError
+from spectrim.model.weights import get_module, replace_module
 
 __all__ = [
     "compressed_layers",
@@ -59,7 +60,7 @@ def swap_in(model: nn.Module, name: str, layer: Any) -> nn.Module:
     Raises:
         ModelError: the name does not exist, is not a linear layer, or has another shape.
     """
-    old = _module(model, name)
+    old: Any = get_module(model, name)
     if is_compressed(old):
         expected = (old.out_features, old.in_features)
         layer.transposed = old.transposed
@@ -72,7 +73,7 @@ def swap_in(model: nn.Module, name: str, layer: Any) -> nn.Module:
             f"{name} maps {expected[1]} features to {expected[0]}, the layer meant for it maps "
             f"{found[1]} to {found[0]}"
         )
-    _place(model, name, layer.train(old.training))
+    replace_module(model, name, layer.train(old.training))
     return old
 
 
@@ -87,7 +88,7 @@ def restore_dense(model: nn.Module, name: str, *, dtype: torch.dtype | None = No
     Returns:
         The dense layer: `Conv1D` where one was replaced, `nn.Linear` otherwise.
     """
-    layer: Any = _module(model, name)
+    layer: Any = get_module(model, name)
     dtype = dtype or layer.weight.dtype
     W = layer.dense_weight().to(dtype)
     bias = layer.bias
@@ -103,17 +104,5 @@ def restore_dense(model: nn.Module, name: str, *, dtype: torch.dtype | None = No
         dense.bias = nn.Parameter(bias.detach().to(dtype, copy=True))
     elif layer.transposed:
         dense.bias = nn.Parameter(torch.zeros(layer.out_features, dtype=dtype, device=W.device))
-    _place(model, name, dense.train(layer.training))
+    replace_module(model, name, dense.train(layer.training))
     return dense
-
-
-def _module(model: nn.Module, name: str) -> Any:
-    try:
-        return model.get_submodule(name)
-    except AttributeError as error:
-        raise ModelError(f"the model has no module called {name!r}") from error
-
-
-def _place(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)

@@ -1,0 +1,156 @@
+"""Load and save compressed models through transformers, without remote code.
+
+transformers lets a quantizer change the skeleton of a model before the weights arrive and rename
+keys on the way in; on the way out it applies the same renamings backwards. We put compressed
+layers into the skeleton and map `<linear>.weight` and `<linear>.bias` of the file to the tensors
+below the compressed layer.
+
+Importing this module registers both classes; `spectrim.registration` says when that happens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+
+from spectrim.errors import ArtifactError, ModelError
+from spectrim.layers.layout import layout_of
+from spectrim.layers.swap import compressed_layers, dense_shape, restore_dense, swap_in
+from spectrim.model.weights import get_module
+from spectrim.storage.attach import check_storable, resolve_name, table_of
+from spectrim.storage.config import SpectrimConfig
+from spectrim.storage.table import FORMAT_VERSION, QUANT_METHOD, LayerEntry
+
+__all__ = ["SpectrimQuantizer"]
+
+register_quantization_config(QUANT_METHOD)(SpectrimConfig)
+
+
+@register_quantizer(QUANT_METHOD)
+class SpectrimQuantizer(HfQuantizer):
+    """The hooks that `from_pretrained`, `save_pretrained` and `dequantize` call."""
+
+    requires_calibration = True
+
+    def __init__(self, quantization_config: Any, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        self._storages: dict[str, str] = {}
+        self._prefix = ""
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> Any:
+        from spectrim.storage.verify import check_files
+
+        for relative, entry in self.quantization_config.table.layers.items():
+            name = resolve_name(model, relative)
+            if name is None:
+                _refuse_unless_head(model, relative)
+            else:
+                _swap_skeleton(model, name, entry)
+        self._observe(model)
+        if checkpoint_files:
+            check_files(model, self, checkpoint_files)
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self.quantization_config.dequantize:
+            self._dequantize(model)
+        return model
+
+    def _observe(self, model: Any) -> None:
+        layers = compressed_layers(model)
+        self._storages = {name: layer.storage for name, layer in layers.items()}
+        self._prefix = model.base_model_prefix
+
+    def get_weight_conversions(self) -> list[Any]:
+        """Names on disk -> names in memory; transformers reverses them to save."""
+        from spectrim.storage.renaming import renamings
+
+        return renamings(self._storages, self._prefix)
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+        """Called first by `save_pretrained`: bring table and renamings in line with the model."""
+        self._observe(model)
+        for name, layer in compressed_layers(model).items():
+            check_storable(layer, name)
+        config = self.quantization_config
+        config.table = table_of(model, previous=config.table)
+        # The architecture's renamings stay in front: transformers applies ours last when
+        # loading, so they see names in memory, and first when saving.
+        model._weight_conversions = _architecture_conversions(model) + self.get_weight_conversions()
+        return None, {"spectrim_format": str(FORMAT_VERSION)}
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        for name in compressed_layers(model):
+            restore_dense(model, name, dtype=dtype)
+        return model
+
+    def is_serializable(self) -> bool:
+        """Compressed models save like any other."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """The factors are ordinary parameters."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Lets transformers' `Trainer` train all parameters."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Nothing in a compressed layer breaks a graph."""
+        return True
+
+
+def _swap_skeleton(model: Any, name: str, entry: LayerEntry) -> None:
+    """Put an empty compressed layer where the configuration wants one."""
+    old: Any = get_module(model, name)
+    try:
+        out_features, in_features = dense_shape(old, name)
+        if entry.rank > min(out_features, in_features):
+            raise ModelError(
+                f"{name} has rank {entry.rank}, more than its ({out_features}, {in_features})"
+            )
+        bias = old.bias is not None
+        layer = (
+            layout_of(entry.storage)
+            .layer_class()
+            .empty(in_features, out_features, entry.rank, bias, dtype=old.weight.dtype)
+        )
+        check_storable(layer, name)
+    except ModelError as error:
+        raise ArtifactError(f"quantization_config in config.json: {error}") from error
+    swap_in(model, name, layer)
+
+
+def _refuse_unless_head(model: Any, relative: str) -> None:
+    """A bare base model lacks what lies beside the base model, such as a compressed head."""
+    bare = model.base_model is model
+    if not bare or hasattr(model, relative.split(".")[0]):
+        raise ArtifactError(
+            f"quantization_config in config.json names the layer {relative!r}, "
+            f"{type(model).__name__} has no such module"
+        )
+
+
+def _architecture_conversions(model: Any) -> list[Any]:
+    """The conversions that transformers would apply to this model if it were dense."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange
+
+    from spectrim.storage.renaming import SpectrimRenaming
+
+    known = getattr(model, "_weight_conversions", None)
+    if known is None:
+        # As transformers does for a model that was never loaded: no legacy names, and no change
+        # of a prefix that nothing is known about.
+        mapping = get_model_conversion_mapping(model, add_legacy=False)
+        known = [c for c in mapping if not isinstance(c, PrefixChange)]
+    return [c for c in known if not isinstance(c, SpectrimRenaming)]

@@ -1,0 +1,54 @@
+"""Names on disk against names in memory, in the form transformers applies in both directions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from transformers.core_model_loading import WeightRenaming
+
+from spectrim.layers.layout import layout_of
+
+__all__ = ["SpectrimRenaming", "renamings"]
+
+END = r"(?![\w.])"
+"""Nothing of the key may follow. A lookahead, since transformers drops it when it reverses a
+pattern, where it would carry a `$` over into the name."""
+
+
+class SpectrimRenaming(WeightRenaming):
+    """A renaming of ours, told apart from those of the architecture."""
+
+    __slots__ = ()
+
+
+def renamings(storages: Mapping[str, str], prefix: str) -> list[Any]:
+    """The renamings for compressed layers.
+
+    One renaming per storage kind and renamed tensor, whatever the number of layers: its pattern
+    lists full names and is anchored at both ends, so that `layers.1` cannot match inside
+    `layers.11`, nor a layer inside a longer path. A checkpoint saved with a head may be loaded
+    into the bare base model and the other way round; transformers adjusts the prefix only after
+    renaming, so every name is listed with and without it.
+
+    Args:
+        storages: module path in the model at hand -> storage kind.
+        prefix: the model's `base_model_prefix`.
+    """
+    found = []
+    for kind in sorted(set(storages.values())):
+        names = {name for name, storage in storages.items() if storage == kind}
+        if prefix:
+            bare = {name.removeprefix(f"{prefix}.") for name in names}
+            names = bare | {f"{prefix}.{name}" for name in bare}
+        pattern = "|".join(name.replace(".", r"\.") for name in sorted(names))
+        for memory, disk in layout_of(kind).renames().items():
+            target = memory.replace(".", r"\.")
+            found.append(
+                SpectrimRenaming(
+                    source_patterns=rf"^({pattern})\.{disk}{END}",
+                    target_patterns=rf"\1\.{target}{END}",
+                )
+            )
+    return found

@@ -1,0 +1,130 @@
+"""What `config.json` says about a compressed model, validated and bounded before anything uses it.
+
+The `quantization_config` of a result names every compressed layer, relative to the base model, with
+its rank and storage, the targets that stayed dense, and where the result comes from. Files come
+from strangers: names, numbers and sizes are checked here, and nothing in the file becomes a path
+or code. Unknown keys are kept, so that a file survives a round trip through an older spectrim of
+the same format version. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from spectrim.errors import ArtifactError
+from spectrim.layers.layout import layout_of
+
+__all__ = [
+    "FORMAT_VERSION",
+    "KNOWN_WEIGHTS",
+    "QUANT_METHOD",
+    "LayerEntry",
+    "Provenance",
+    "Table",
+    "parse_table",
+]
+
+QUANT_METHOD = "spectrim"
+FORMAT_VERSION = 1
+KNOWN_WEIGHTS = ("native",)
+"""Number formats of stored factors that this version reads."""
+
+MAX_LAYERS = 200_000
+MAX_SIDE = 2**24
+
+Name = Annotated[
+    str, StringConstraints(pattern=r"^[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*$", max_length=400)
+]
+Text = Annotated[str, StringConstraints(max_length=1000)]
+
+
+class LayerEntry(BaseModel):
+    """How one compressed layer is stored."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    rank: int = Field(ge=1, le=MAX_SIDE)
+    storage: Annotated[str, StringConstraints(max_length=40)]
+    weights: Annotated[str, StringConstraints(max_length=40)] = "native"
+
+
+class Provenance(BaseModel):
+    """Where a result comes from; every field may be unknown.
+
+    Attributes:
+        recipe: name of the recipe.
+        recipe_hash: `Recipe.hash()`.
+        keep: the fraction of target bytes that was asked for.
+        base_model: name or folder of the model that was compressed.
+        spectrim_version: the version that wrote the result.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    recipe: Text | None = None
+    recipe_hash: Text | None = None
+    keep: float | None = Field(None, gt=0, le=1)
+    base_model: Text | None = None
+    spectrim_version: Text | None = None
+
+
+class Table(BaseModel):
+    """The whole `quantization_config` of a result.
+
+    Attributes:
+        quant_method: always `spectrim`.
+        format_version: version of the on-disk format.
+        layers: compressed layer, named relative to the base model -> how it is stored.
+        left_dense: targets that kept their original weight; they count towards `keep`.
+        provenance: where the result comes from.
+        dequantize: multiply the factors out right after loading.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    quant_method: Literal["spectrim"] = QUANT_METHOD
+    format_version: int = Field(FORMAT_VERSION, ge=1)
+    layers: dict[Name, LayerEntry] = Field(default_factory=dict, max_length=MAX_LAYERS)
+    left_dense: tuple[Name, ...] = Field((), max_length=MAX_LAYERS)
+    provenance: Provenance = Provenance()
+    dequantize: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for `config.json`, unknown keys included."""
+        return self.model_dump(mode="json")
+
+
+def parse_table(data: Mapping[str, Any], *, source: str) -> Table:
+    """Validate a `quantization_config`.
+
+    Raises:
+        ArtifactError: a newer format version, an unknown storage or number format, or a field
+            that is missing, of the wrong type or out of bounds.
+    """
+    version = data.get("format_version", FORMAT_VERSION)
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise ArtifactError(
+            f"{source} has format_version {version}, this spectrim reads up to {FORMAT_VERSION}; "
+            f"install a spectrim that reads format_version {version} "
+            "(pip install --upgrade spectrim)"
+        )
+    try:
+        table = Table.model_validate(dict(data))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part)[:80] for part in first["loc"]) or "top level"
+        raise ArtifactError(
+            f"{source} is not a valid spectrim configuration: {where}: {first['msg']} "
+            f"({error.error_count()} problem(s))"
+        ) from error
+    for name, entry in table.layers.items():
+        layout_of(entry.storage)
+        if entry.weights not in KNOWN_WEIGHTS:
+            raise ArtifactError(
+                f"{source}: {name} has weights {entry.weights!r}; this version of spectrim reads "
+                f"{', '.join(KNOWN_WEIGHTS)}"
+            )
+    return table
