@@ -34,8 +34,9 @@ DAMPING_LIMIT = 1e-2
 LEAST_SQUARES_RIDGE = 1e-6
 """Ridge of least-squares maps against shifted inputs, as a share of the mean diagonal."""
 
-SYMMETRY = 1e-8
-"""Largest relative asymmetry that a moment matrix may show before it is refused."""
+SYMMETRY = 1e-4
+"""Largest asymmetry, relative to the Frobenius norm, that a moment matrix may show before it is
+refused. Sums accumulated in fp32 are asymmetric by their rounding, a wrong matrix by far more."""
 
 PIVOT_GROWTH_LIMIT = 1.05
 """Max-volume swaps stop once no coefficient of a packed layer exceeds this."""

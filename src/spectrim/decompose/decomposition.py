@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 __all__ = ["Decomposition"]
@@ -11,7 +12,10 @@ __all__ = ["Decomposition"]
 
 @dataclass(frozen=True)
 class Decomposition:
-    """Ordered factors of one target: cutting after the first k is the objective's best rank-k answer.
+    """Ordered factors of one target: the first k are the objective's best rank-k answer.
+
+    Errors are sums of the components that are left out, never differences of large numbers, so
+    that they stay exact where almost nothing is lost.
 
     Attributes:
         up: `B`, shape (out, r).
@@ -21,6 +25,8 @@ class Decomposition:
         total: the objective's value for the zero matrix (rank 0).
         irreducible: the value that remains at full rank; zero except for anchored objectives.
         damping: relative damping that the decomposition needed, 0.0 if none.
+        tail: summed energy of the components that are not held; None lets it follow from the
+            other numbers (0 where all components are held).
     """
 
     up: Tensor
@@ -29,6 +35,13 @@ class Decomposition:
     total: float
     irreducible: float = 0.0
     damping: float = 0.0
+    tail: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.tail is None:
+            complete = self.rank >= min(self.up.shape[0], self.down.shape[1])
+            left = self.total - self.irreducible - float(self.energy.sum())
+            object.__setattr__(self, "tail", 0.0 if complete else max(left, 0.0))
 
     @property
     def rank(self) -> int:
@@ -41,9 +54,24 @@ class Decomposition:
             raise ValueError(f"rank {k} is outside 1..{self.rank}")
         return self.up[:, :k], self.down[:k]
 
+    def truncated(self, k: int) -> Decomposition:
+        """The same decomposition holding only its first k components, in memory of its own."""
+        up, down = self.cut(k)
+        tail = float(self.energy[k:].sum()) + (self.tail or 0.0)
+        return replace(
+            self, up=up.clone(), down=down.clone(), energy=self.energy[:k].clone(), tail=tail
+        )
+
+    def errors(self) -> Tensor:
+        """The objective's exact value at every rank: shape (r + 1,), entry k is rank k."""
+        remaining = torch.cat([self.energy, self.energy.new_tensor([self.tail or 0.0])])
+        return remaining.flip(0).cumsum(0).flip(0) + self.irreducible
+
     def error(self, k: int) -> float:
         """The objective's exact value at rank k, in the units of `energy`."""
-        return max(self.total - float(self.energy[:k].sum()), self.irreducible, 0.0)
+        if not 0 <= k <= self.rank:
+            raise ValueError(f"rank {k} is outside 0..{self.rank}")
+        return self.irreducible + (self.tail or 0.0) + float(self.energy[k:].sum())
 
     def relative_error(self, k: int) -> float:
         """`error(k) / total`, 0 for a zero matrix."""

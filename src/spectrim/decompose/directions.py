@@ -1,0 +1,126 @@
+"""Ordered output directions: the one construction behind every objective.
+
+For `min_{rank W' ≤ k} tr((W − W') C (W − W')ᵀ)` the answer is `W' = U_k U_kᵀ W` with `U_k` the
+leading eigenvectors of `W C Wᵀ`: no root of `C`, no inverse, and one eigenproblem serves every
+rank (AA-SVD, arXiv 2604.02119; Swift-SVD, arXiv 2604.01609). Three refinements are ours:
+
+- a tall `W` is first reduced to its column space, so that the eigenproblem has the smaller side;
+- energies are Rayleigh quotients of the computed factors, `e_i = a_i C a_iᵀ` with `a_i = u_iᵀ W`.
+  For orthonormal `U` the error at rank k is exactly the sum of the energies left out, also where
+  the eigenvalues themselves have drowned in rounding;
+- directions without energy (fewer calibration tokens than channels, dead channels) are ordered by
+  plain `‖a_i‖`. Of all optimal answers `U_k U_kᵀ W` is the nearest to `W`, so what calibration
+  never saw is kept as far as the rank allows, and full rank returns `W` itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from spectrim.decompose.decomposition import Decomposition
+from spectrim.linalg.psd import symmetric_eigh
+from spectrim.linalg.truncated import column_space
+from spectrim.tolerances import RANK_CUTOFF_FP64
+
+__all__ = ["checked_rank", "ordered_directions", "projected", "weighed"]
+
+
+def weighed(rows: Tensor, C: Tensor | None) -> Tensor:
+    """`rows · C` where `C` is a matrix, a diagonal given as a vector, or None for the identity."""
+    if C is None:
+        return rows
+    return rows * C if C.ndim == 1 else rows @ C
+
+
+def checked_rank(W: Tensor, rank: int | None, *, name: str) -> int:
+    """How many components to hold: all by default.
+
+    Raises:
+        ValueError: outside 1..min(out, in).
+    """
+    full = min(W.shape)
+    if rank is not None and not 1 <= rank <= full:
+        raise ValueError(f"{name}: rank {rank} is outside 1..{full}")
+    return full if rank is None else rank
+
+
+def ordered_directions(
+    S: Tensor, core: Tensor, gain: Callable[[Tensor, Tensor], Tensor], *, name: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Orthonormal directions in which `core` is cut, with what each removes from the objective.
+
+    Args:
+        S: symmetric (p, p); its leading eigenvectors are the directions.
+        core: the answer at full rank, (p, in).
+        gain: from directions (p, p) and `directionsᵀ core` (p, in) to the exact decrease of the
+            objective per direction, (p,).
+        name: the target, for messages.
+
+    Returns:
+        Directions `U` (p, p), `A = Uᵀ core` (p, in) and energies (p,), descending.
+    """
+    values, U = symmetric_eigh((S + S.mT) / 2, name=name)
+    seen = int((values > RANK_CUTOFF_FP64 * values[0].clamp(min=0)).sum())
+    A = U.mT @ core
+    if seen < U.shape[1]:
+        # Any basis of the unseen directions is optimal; the one by plain norm cuts `core` best.
+        _, turn = symmetric_eigh(A[seen:] @ A[seen:].mT, name=name)
+        U = torch.cat([U[:, :seen], U[:, seen:] @ turn], 1)
+        A = torch.cat([A[:seen], turn.mT @ A[seen:]])
+    energy = gain(U, A)
+    head, order = energy[:seen].sort(descending=True, stable=True)
+    U = torch.cat([U[:, order], U[:, seen:]], 1)
+    A = torch.cat([A[order], A[seen:]])
+    return U, A, torch.cat([head, _level(energy[seen:], head)]).clamp(min=0)
+
+
+def _level(unseen: Tensor, head: Tensor) -> Tensor:
+    """Rounding noise spread evenly, so that energies descend and still sum to what is left."""
+    if not unseen.numel():
+        return unseen
+    share = unseen.mean()
+    return (share if not head.numel() else torch.minimum(share, head[-1])).expand_as(unseen)
+
+
+def projected(
+    W: Tensor,
+    C: Tensor | None,
+    *,
+    name: str,
+    rank: int | None = None,
+    scale: float = 1.0,
+    damping: float = 0.0,
+) -> Decomposition:
+    """Ordered components of `min scale · tr((W − W') C (W − W')ᵀ)`: `B = U`, `A = Uᵀ W`.
+
+    Args:
+        W: weight in fp64, (out, in).
+        C: second moment (in, in), its diagonal (in,), or None for the identity.
+        name: the target, for messages.
+        rank: components to hold, min(out, in) by default; the numbers cover all of them.
+        scale: factor that turns the trace into the objective's units.
+        damping: recorded in the result.
+
+    Raises:
+        ValueError: `rank` is outside 1..min(out, in).
+        NumericalError: the eigenproblem did not converge.
+    """
+    held = checked_rank(W, rank, name=name)
+    space = column_space(W)
+
+    def gain(_U: Tensor, A: Tensor) -> Tensor:
+        return scale * (weighed(A, C) * A).sum(1)
+
+    S = weighed(space.core, C) @ space.core.mT
+    U, A, energy = ordered_directions(S, space.core, gain, name=name)
+    return Decomposition(
+        up=space.lift(U[:, :held]),
+        down=A[:held].clone(),
+        energy=energy[:held].clone(),
+        total=float(energy.sum()),
+        damping=damping,
+        tail=float(energy[held:].sum()),
+    )

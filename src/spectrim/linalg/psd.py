@@ -1,0 +1,195 @@
+"""Positive semi-definite moment matrices: eigenvalues, roots and damped Cholesky factors, in fp64.
+
+Calibration leaves matrices `C = Σ x xᵀ` that are symmetric only up to rounding and singular
+whenever there are fewer tokens than channels, dead channels or duplicate channels. Everything
+here is relative to the matrix's own scale, so that sums and means are treated alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spectrim.errors import NonFiniteError, NotPositiveDefiniteError, NumericalError
+from spectrim.tolerances import (
+    DAMPING_FACTOR,
+    DAMPING_LIMIT,
+    DAMPING_START,
+    RANK_CUTOFF_FP32,
+    RANK_CUTOFF_FP64,
+    SYMMETRY,
+)
+
+__all__ = [
+    "PsdRoot",
+    "cholesky_damped",
+    "finite",
+    "psd_eigh",
+    "psd_root",
+    "shrunk",
+    "symmetric_eigh",
+    "symmetrized",
+]
+
+
+@dataclass(frozen=True)
+class PsdRoot:
+    """A root of `C` on its numerical range, of dimension r.
+
+    Attributes:
+        root: `R` with `R Rᵀ = C`, shape (n, r).
+        whitener: `R⁺` with `R⁺ R = I`, shape (r, n); zero on directions that `C` never saw, so
+            that whatever is built from it has minimum norm.
+    """
+
+    root: Tensor
+    whitener: Tensor
+
+
+def finite(matrix: Tensor, *, name: str, what: str) -> Tensor:
+    """The matrix in fp64.
+
+    Raises:
+        NonFiniteError: an entry is NaN or infinite.
+    """
+    bad = int((~torch.isfinite(matrix)).sum())
+    if bad:
+        raise NonFiniteError(
+            f"{name}: {what} of shape {tuple(matrix.shape)} holds {bad} non-finite values; "
+            "expected finite numbers. Check the checkpoint and the dtype the statistics were run in."
+        )
+    return matrix.to(torch.float64)
+
+
+def symmetrized(C: Tensor, *, name: str, what: str = "the moment matrix") -> Tensor:
+    """`(C + Cᵀ) / 2` in fp64, after checking that `C` is finite and meant to be symmetric.
+
+    Raises:
+        ValueError: `C` is not square.
+        NonFiniteError: an entry is NaN or infinite.
+        NumericalError: the asymmetry is larger than rounding explains.
+    """
+    if C.ndim != 2 or C.shape[0] != C.shape[1]:
+        raise ValueError(f"{name}: {what} has shape {tuple(C.shape)}, expected a square matrix")
+    C = finite(C, name=name, what=what)
+    asymmetry = float(torch.linalg.norm(C - C.mT))
+    if asymmetry > SYMMETRY * float(torch.linalg.norm(C)):
+        raise NumericalError(
+            f"{name}: {what} differs from its transpose by {asymmetry:.3g}, expected at most "
+            f"{SYMMETRY:g} of its norm. It is not a sum of outer products; collect it again."
+        )
+    return (C + C.mT) / 2
+
+
+def symmetric_eigh(C: Tensor, *, name: str) -> tuple[Tensor, Tensor]:
+    """All eigenvalues, descending, and eigenvectors with a fixed sign, of a symmetric fp64 matrix.
+
+    The entry of largest magnitude of each eigenvector is positive, so that equal input gives
+    equal factors on every backend.
+
+    Raises:
+        NumericalError: the eigenvalue solver did not converge.
+    """
+    try:
+        values, vectors = torch.linalg.eigh(C)
+    except torch.linalg.LinAlgError as error:
+        raise NumericalError(
+            f"{name}: the eigenvalues of a {C.shape[0]} x {C.shape[0]} matrix did not converge "
+            f"({error}). Check its statistics for extreme values."
+        ) from error
+    values, vectors = values.flip(0), vectors.flip(1)
+    if vectors.numel():
+        peaks = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+        vectors = vectors * torch.where(peaks < 0, -1.0, 1.0).to(vectors)
+    return values, vectors
+
+
+def psd_eigh(C: Tensor, *, name: str, cutoff: float | None = None) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (r,), descending, and eigenvectors (n, r) of `C` on its numerical range.
+
+    Args:
+        C: symmetric positive semi-definite, (n, n).
+        name: whose matrix this is, for messages.
+        cutoff: eigenvalues up to this share of the largest count as zero; by default the one
+            that fits the dtype of `C`.
+
+    Raises:
+        NonFiniteError, NumericalError: see `symmetrized`.
+    """
+    if cutoff is None:
+        cutoff = RANK_CUTOFF_FP64 if C.dtype == torch.float64 else RANK_CUTOFF_FP32
+    values, vectors = symmetric_eigh(symmetrized(C, name=name), name=name)
+    largest = float(values[0]) if values.numel() else 0.0
+    kept = int((values > cutoff * max(largest, 0.0)).sum()) if largest > 0 else 0
+    return values[:kept], vectors[:, :kept]
+
+
+def psd_root(C: Tensor, *, name: str, cutoff: float | None = None) -> PsdRoot:
+    """Root and whitener of `C` restricted to its numerical range; needs no definiteness."""
+    values, vectors = psd_eigh(C, name=name, cutoff=cutoff)
+    scale = values.sqrt()
+    return PsdRoot(vectors * scale, (vectors / scale).mT)
+
+
+def shrunk(C: Tensor, share: float) -> Tensor:
+    """`(1 - a) C + a · mean(diag C) · I`, shrinkage toward the identity that keeps the trace."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"shrinkage {share} is outside 0..1")
+    if share == 0:
+        return C
+    result = (1 - share) * C
+    result.diagonal().add_(share * C.diagonal().mean())
+    return result
+
+
+def cholesky_damped(C: Tensor, *, name: str, ridge: float = 0.0) -> tuple[Tensor, float]:
+    """Lower Cholesky factor of `C + d · mean(diag C) · I` for the smallest `d` that works.
+
+    A factorisation also counts as failed if a pivot vanishes against its own diagonal entry:
+    such a factor exists by luck of rounding only, and a solve with it returns noise.
+
+    Args:
+        C: symmetric positive semi-definite, (n, n).
+        name: whose matrix this is, for messages.
+        ridge: first `d` to try; damping escalates from there.
+
+    Returns:
+        The factor `L` (n, n) in fp64, and the relative damping `d`.
+
+    Raises:
+        NotPositiveDefiniteError: no damping up to `DAMPING_LIMIT` suffices.
+        NonFiniteError, NumericalError: see `symmetrized`.
+    """
+    C = symmetrized(C, name=name)
+    scale = float(C.diagonal().mean())
+    damping = ridge
+    if scale > 0:
+        for damping in _dampings(ridge):
+            damped = C.clone()
+            damped.diagonal().add_(damping * scale)
+            L, info = torch.linalg.cholesky_ex(damped)
+            if int(info) == 0 and _pivots_hold(L, damped):
+                return L, damping
+    raise NotPositiveDefiniteError(
+        f"{name}: a {C.shape[0]} x {C.shape[0]} moment matrix with mean diagonal {scale:.3g} is "
+        f"not positive definite, even with a damping of {damping:.1g} of it. Use more calibration "
+        "tokens, or check that this layer sees any input."
+    )
+
+
+def _dampings(ridge: float) -> Iterator[float]:
+    yield ridge
+    steps = round(math.log(DAMPING_LIMIT / DAMPING_START, DAMPING_FACTOR))
+    for i in range(steps + 1):
+        damping = DAMPING_START * DAMPING_FACTOR**i
+        if damping > ridge:
+            yield damping
+
+
+def _pivots_hold(L: Tensor, C: Tensor) -> bool:
+    share = L.diagonal().square() / C.diagonal()
+    return bool((share > RANK_CUTOFF_FP64).all())
