@@ -1,0 +1,55 @@
+# Everything from a fresh machine with Python >= 3.10 and make:
+#   make demo    compress the bundled model and show what it costs
+#   make test    run the whole test suite
+#   make lint    ruff and pyright
+# `make PYTHON=python3.12 test` chooses the interpreter; the environment is made in .venv.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+# A version manager may put a python3.11 on the path that does not run, hence the try.
+PYTHON ?= $(shell for p in python3.11 python3; do $$p -c 'import venv' 2>/dev/null && { echo $$p; break; }; done)
+VENV := .venv
+BIN := $(VENV)/bin
+# Written last: an interrupted or outdated installation has no fresh stamp and is repeated.
+STAMP := $(VENV)/.installed
+TORCH := $(shell grep '^torch==' constraints.txt)
+TESTS ?= tests
+PYTEST_ARGS ?=
+
+.PHONY: help demo test lint format clean
+
+help:
+	@sed -n 's/^#  *\(make [a-z]* .*\)/\1/p' Makefile
+
+demo: $(STAMP)
+	$(BIN)/spectrim demo --output demo-output --overwrite
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# torch goes first and alone, at its tested version: left to the resolver, a newer release with
+# several gigabytes of CUDA libraries may be chosen.
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: no python3 with the venv module found; set PYTHON" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "error: $(PYTHON) is older than Python 3.10; set PYTHON" >&2; exit 2; }
+	@echo "setting up $(VENV); the first time takes a few minutes"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt "$(TORCH)"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,plot,text,lora]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) demo-output .pytest_cache .ruff_cache .hypothesis

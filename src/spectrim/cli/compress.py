@@ -1,0 +1,88 @@
+"""`spectrim compress`: make a model smaller and save it as a Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spectrim.cli import options
+
+__all__ = ["compress"]
+
+
+def compress(
+    model: options.Model,
+    output: options.Output,
+    keep: options.Keep = None,
+    size: options.Size = None,
+    recipe: options.RecipeName = None,
+    text: options.Text = None,
+    windows: options.Windows = None,
+    window_length: options.WindowLength = None,
+    seed: options.Seed = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option("--plan", metavar="FILE", help="Ranks from `spectrim plan -o FILE`."),
+    ] = None,
+    storage: Annotated[
+        str | None, typer.Option("--storage", help="factored, packed or auto.")
+    ] = None,
+    weights: Annotated[str | None, typer.Option("--weights", help="native, int8 or int4.")] = None,
+    effort: Annotated[
+        str | None, typer.Option("--effort", help="fast, balanced or thorough (recipe spectrim).")
+    ] = None,
+    offload_streams: Annotated[
+        Path | None,
+        typer.Option(
+            "--offload-streams", metavar="DIR", help="Keep the hidden states on disk in DIR."
+        ),
+    ] = None,
+    on_failure: Annotated[
+        str | None,
+        typer.Option("--on-failure", help="error, or keep-unrefined for a block that diverges."),
+    ] = None,
+    overwrite: options.Overwrite = False,
+    trust_remote_code: options.TrustRemoteCode = False,
+    verbose: options.Verbose = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Compress MODEL and save the result to OUT.
+
+    OUT is an ordinary Hugging Face folder with a model card, the complete recipe and a report.
+    """
+    from spectrim.cli.session import session
+
+    with session(verbose=verbose, quiet=quiet, output=output) as progress:
+        from spectrim import api
+
+        result = api.compress(
+            model,
+            output=output,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+            **options.given(
+                keep=keep,
+                size=size,
+                recipe=recipe,
+                text=text,
+                windows=windows,
+                window_length=window_length,
+                seed=seed,
+                device=device,
+                dtype=dtype,
+                plan=plan,
+                storage=storage,
+                weights=weights,
+                effort=effort,
+                offload_streams=offload_streams,
+                on_failure=on_failure,
+            ),
+        )
+    from spectrim.cli.summary import print_plan_summary
+
+    print_plan_summary(result.plan, recipe=result.recipe.name, output=output)

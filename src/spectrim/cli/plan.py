@@ -1,0 +1,78 @@
+"""`spectrim plan`: ranks for any size from a survey, without touching the model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spectrim.cli import options
+from spectrim.errors import OutputError
+
+__all__ = ["plan"]
+
+
+def plan(
+    survey: Annotated[Path, typer.Argument(metavar="SURVEY", help="What `spectrim survey` wrote.")],
+    keep: options.Keep = None,
+    size: options.Size = None,
+    rule: Annotated[
+        str | None,
+        typer.Option("--rule", help="uniform, loss_ratio, zero_sum or knapsack."),
+    ] = None,
+    floor: Annotated[
+        float | None,
+        typer.Option("--floor", help="Least rank as a share of the break-even rank, in [0, 1)."),
+    ] = None,
+    multiple: Annotated[
+        int | None, typer.Option("--multiple", metavar="N", help="Ranks are multiples of N.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="FILE", help="JSON for `compress --plan FILE`."),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace FILE if it exists.")
+    ] = False,
+    as_json: options.AsJson = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Choose ranks for a size from a survey.
+
+    Prints ranks, bytes, predicted loss and a map of what each target keeps.
+    """
+    from spectrim.cli.session import session
+
+    if output is not None and output.exists() and not overwrite:
+        raise OutputError(f"{output} exists; choose another FILE or say --overwrite")
+    with session(verbose=verbose, quiet=as_json, output=output):
+        from spectrim import api
+
+        made = api.plan(
+            survey,
+            **options.given(keep=keep, size=size, rule=rule, floor=floor, multiple=multiple),
+        )
+        if output is not None:
+            write_json(made.to_json(), output)
+    from spectrim.cli.render import print_json
+    from spectrim.cli.summary import print_heat_map, print_plan_summary, print_ranks
+
+    if as_json:
+        print_json(made.to_json())
+        return
+    print_ranks(made)
+    print_heat_map(made)
+    print_plan_summary(made, output=output)
+
+
+def write_json(data: object, path: Path) -> None:
+    """Write the file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OutputError(f"cannot write {path}: {error.strerror}") from error

@@ -1,0 +1,163 @@
+"""Progress of long runs: bars with time left on a terminal, plain lines otherwise.
+
+The library calls whatever it is handed: `start(stage, total)`, `advance(stage, note)`,
+`finish(stage)`. It never knows which of the three kinds below it talks to.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import TaskID
+
+__all__ = ["BarProgress", "LineProgress", "Progress", "SilentProgress", "format_seconds"]
+
+SECONDS_BETWEEN_LINES = 5.0
+WIDTH_FOR_NOTES = 70
+
+
+class Progress(Protocol):
+    """What the library calls. A stage is a short phrase such as `moments`; totals are steps."""
+
+    def start(self, stage: str, total: int) -> None:
+        """A stage of `total` steps begins; starting it again counts from zero."""
+
+    def advance(self, stage: str, note: str = "") -> None:
+        """One step is done; the note says what just happened (a block, a loss)."""
+
+    def finish(self, stage: str) -> None:
+        """The stage is over."""
+
+    def close(self) -> None:
+        """Nothing will follow; called by the command line, also after an error."""
+
+
+@dataclass
+class Stage:
+    """A running stage; times are seconds of a monotonic clock."""
+
+    total: int
+    began: float
+    spoke: float
+    done: int = 0
+
+
+class SilentProgress:
+    """For `--quiet` and for output that a program reads."""
+
+    def start(self, stage: str, total: int) -> None:
+        """Say nothing."""
+
+    def advance(self, stage: str, note: str = "") -> None:
+        """Say nothing."""
+
+    def finish(self, stage: str) -> None:
+        """Say nothing."""
+
+    def close(self) -> None:
+        """Nothing to undo."""
+
+
+class LineProgress:
+    """Plain lines for logs and pipes: one per stage at its end, and one each few seconds."""
+
+    def __init__(
+        self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.stream = stream or sys.stderr
+        self.clock = clock
+        self.stages: dict[str, Stage] = {}
+
+    def start(self, stage: str, total: int) -> None:
+        """Remember when the stage began; a short stage gets only its last line."""
+        now = self.clock()
+        self.stages[stage] = Stage(total, began=now, spoke=now)
+
+    def advance(self, stage: str, note: str = "") -> None:
+        """Count a step; speak if the last line is long enough ago."""
+        state = self.stages[stage]
+        state.done += 1
+        now = self.clock()
+        if now - state.spoke < SECONDS_BETWEEN_LINES:
+            return
+        state.spoke = now
+        elapsed = now - state.began
+        left = elapsed / state.done * max(state.total - state.done, 0)
+        line = f"{stage}: {state.done}/{state.total}, {format_seconds(left)} left"
+        self.write(f"{line}, {note}" if note else line)
+
+    def finish(self, stage: str) -> None:
+        """Say how long the stage took."""
+        state = self.stages.pop(stage)
+        self.write(f"{stage}: done in {format_seconds(self.clock() - state.began)}")
+
+    def close(self) -> None:
+        """Nothing to undo."""
+
+    def write(self, line: str) -> None:
+        """One line, visible at once even through a pipe."""
+        print(line, file=self.stream, flush=True)
+
+
+class BarProgress:
+    """One bar per running stage on a terminal; a finished stage leaves one line above the bars."""
+
+    def __init__(self, console: Console) -> None:
+        from rich import progress as rich_progress
+
+        columns: list[rich_progress.ProgressColumn] = [
+            rich_progress.TextColumn("{task.description}"),
+            rich_progress.BarColumn(bar_width=None),
+            rich_progress.MofNCompleteColumn(),
+            rich_progress.TimeRemainingColumn(compact=True),
+        ]
+        if console.width >= WIDTH_FOR_NOTES:
+            columns.append(rich_progress.TextColumn("{task.fields[note]}", markup=False))
+        self.bars = rich_progress.Progress(*columns, console=console, transient=True, expand=True)
+        self.tasks: dict[str, TaskID] = {}
+        self.began: dict[str, float] = {}
+
+    def start(self, stage: str, total: int) -> None:
+        """Add a bar; the display itself starts with the first one."""
+        self.remove(stage)
+        self.bars.start()
+        self.tasks[stage] = self.bars.add_task(stage, total=total, note="")
+        self.began[stage] = time.monotonic()
+
+    def advance(self, stage: str, note: str = "") -> None:
+        """Move the stage's bar by one step."""
+        self.bars.update(self.tasks[stage], advance=1, note=note)
+
+    def finish(self, stage: str) -> None:
+        """Replace the bar by a line."""
+        elapsed = format_seconds(time.monotonic() - self.began[stage])
+        self.remove(stage)
+        self.bars.console.print(f"{stage}: done in {elapsed}", markup=False, highlight=False)
+
+    def remove(self, stage: str) -> None:
+        """Drop a stage's bar if there is one."""
+        task = self.tasks.pop(stage, None)
+        if task is not None:
+            self.bars.remove_task(task)
+
+    def close(self) -> None:
+        """Give the terminal back."""
+        self.bars.stop()
+
+
+def format_seconds(seconds: float) -> str:
+    """Seconds as people read them: `0.4 s`, `12 s`, `3 min 05 s`, `2 h 07 min`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

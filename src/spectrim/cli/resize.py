@@ -1,0 +1,39 @@
+"""`spectrim resize`: another size from an elastic artifact, in seconds and without data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spectrim.cli import options
+
+__all__ = ["resize"]
+
+
+def resize(
+    artifact: Annotated[
+        Path, typer.Argument(metavar="ELASTIC", help="An elastic artifact, e.g. of recipe acip.")
+    ],
+    output: options.Output,
+    keep: options.Keep = None,
+    size: options.Size = None,
+    overwrite: options.Overwrite = False,
+    verbose: options.Verbose = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Write ELASTIC's model at another size to OUT."""
+    from spectrim.cli.session import session
+
+    with session(verbose=verbose, quiet=quiet, output=output):
+        from spectrim import api
+
+        result = api.resize(
+            artifact,
+            output=output,
+            **options.given(keep=keep, size=size, overwrite=overwrite or None),
+        )
+    from spectrim.cli.summary import print_plan_summary
+
+    print_plan_summary(result.plan, output=output)

@@ -1,0 +1,100 @@
+"""What surrounds every command: log and progress on stderr, and a clean end when interrupted."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from spectrim.cli.progress import BarProgress, LineProgress, Progress, SilentProgress
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["session"]
+
+EXIT_INTERRUPTED = 130
+
+
+@contextmanager
+def session(
+    *, verbose: bool = False, quiet: bool = False, output: Path | None = None
+) -> Iterator[Progress]:
+    """Set up logging, hand out a progress display, and say what an interruption leaves behind.
+
+    Args:
+        verbose: log at debug level.
+        quiet: no progress, only warnings and errors.
+        output: the path the command writes; its folder is compared before and after Ctrl-C.
+
+    Yields:
+        The progress display for the library to call.
+
+    Raises:
+        typer.Exit: with code 130 after a KeyboardInterrupt.
+    """
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False)
+    set_up_logging(console, verbose=verbose, quiet=quiet)
+    silence_foreign_bars(console, quiet=quiet)
+    progress = new_progress(console, quiet=quiet)
+    before = neighbors(output)
+    try:
+        yield progress
+    except KeyboardInterrupt:
+        progress.close()
+        print(f"interrupted: {left_behind(before, neighbors(output))}", file=sys.stderr)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    finally:
+        progress.close()
+
+
+def set_up_logging(console: Console, *, verbose: bool, quiet: bool) -> None:
+    """Send the library's log to the console the progress bars use, so that they do not clash."""
+    from rich.logging import RichHandler
+
+    handler = RichHandler(
+        console=console, show_time=verbose, show_path=False, markup=False, rich_tracebacks=False
+    )
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
+    logging.getLogger("spectrim").setLevel(level)
+
+
+def silence_foreign_bars(console: Console, *, quiet: bool) -> None:
+    """Switch the hub's and transformers' own bars off where nobody would see them move.
+
+    Both read this variable when they are imported, which happens after this call.
+    """
+    if quiet or not console.is_terminal:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def new_progress(console: Console, *, quiet: bool) -> Progress:
+    """Bars on a terminal, lines otherwise, nothing if asked to be quiet."""
+    if quiet:
+        return SilentProgress()
+    return BarProgress(console) if console.is_terminal else LineProgress(sys.stderr)
+
+
+def neighbors(output: Path | None) -> dict[Path, int]:
+    """Everything in the folder that `output` lies in, with modification times."""
+    if output is None or not output.absolute().parent.is_dir():
+        return {}
+    return {path: path.lstat().st_mtime_ns for path in output.absolute().parent.iterdir()}
+
+
+def left_behind(before: dict[Path, int], after: dict[Path, int]) -> str:
+    """What appeared or changed beside the output, in words."""
+    names = sorted(str(path) for path, time in after.items() if before.get(path) != time)
+    if not names:
+        return "nothing was left behind"
+    return f"left behind: {', '.join(names)}"
