@@ -55,9 +55,7 @@ class Calibration(Section):
     batch: int = Field(8, ge=1, description="windows per forward pass")
 
 
-Objective = Literal[
-    "plain", "fisher", "activation", "whitened", "shifted", "anchored", "kfac"
-]
+Objective = Literal["plain", "fisher", "activation", "whitened", "shifted", "anchored", "kfac"]
 
 
 class Decompose(Section):
@@ -71,7 +69,9 @@ class Decompose(Section):
     shrink_in: float = Field(0.0, ge=0, lt=1, description="share of the identity in C")
     shrink_out: float = Field(0.3, ge=0, lt=1, description="kfac: share of the identity in G")
     clip: float | None = Field(
-        10.0, gt=0, description="kfac: token gradients are clipped to this multiple of the mean norm"
+        10.0,
+        gt=0,
+        description="kfac: token gradients are clipped to this multiple of the mean norm",
     )
 
 
@@ -125,7 +125,9 @@ class BlockRefinement(Section):
     final_learning_rate: float = Field(0.1, ge=0, le=1, description="share of the peak")
     clip: float = Field(1.0, gt=0)
     held_out: float = Field(0.125, ge=0, lt=1, description="share of windows that choose the epoch")
-    look_ahead: int = Field(0, ge=0, description="further original blocks the error is seen through")
+    look_ahead: int = Field(
+        0, ge=0, description="further original blocks the error is seen through"
+    )
 
 
 class DistillRefinement(Section):

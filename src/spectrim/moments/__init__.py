@@ -1,1 +1,1 @@
-
+"""Calibration statistics: second moments of inputs and of output gradients."""

@@ -56,9 +56,7 @@ class GradientPass:
 class _TargetSums:
     """Running sums of one target over windows."""
 
-    def __init__(
-        self, target: Target, needs: Collection[str], clip: float | None, factors, device
-    ):
+    def __init__(self, target: Target, needs: Collection[str], clip: float | None, factors, device):
         self.target, self.needs, self.clip = target, frozenset(needs), clip
         m, n = target.out_features, target.in_features
         dtype = torch.float64
@@ -199,7 +197,7 @@ def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def sampled_labels(logits: Tensor, ids: Tensor, generator: torch.Generator) -> Tensor:
-    """Labels drawn from the model itself, which make `G` the true Fisher instead of the empirical."""
+    """Labels drawn from the model itself: they make `G` the true, not the empirical Fisher."""
     probabilities = logits[:, :-1].detach().float().softmax(-1).reshape(-1, logits.shape[-1])
     drawn = torch.multinomial(probabilities.cpu(), 1, generator=generator).to(ids.device)
     return torch.cat([ids[:, :1], drawn.reshape(ids.shape[0], -1)], dim=1)

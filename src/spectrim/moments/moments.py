@@ -76,4 +76,3 @@ class OutputMoments:
         return OutputMoments(
             *(_add(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
         )
-

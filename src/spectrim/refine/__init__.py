@@ -1,1 +1,1 @@
-
+"""What is trained or re-solved after the cut."""

@@ -1,1 +1,1 @@
-
+"""The passes that carry out a recipe."""

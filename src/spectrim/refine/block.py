@@ -1,0 +1,127 @@
+"""Block refinement: train one compressed block to reproduce the original block's output.
+
+`min_θ ‖block(X) − block'(X'; θ)‖²` with the original block on the original stream X as the target
+and the compressed block on the shifted stream X' as the prediction; θ are all factors, norms and
+biases of the block (AA-SVD, arXiv 2604.02119, stage 2). Differences from the authors' code: fp32
+master weights and an fp32 loss, and a held-out part of the windows chooses the epoch, epoch zero
+included, so that refinement never makes a block worse on windows that it was not trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.refine.fitting import FitResult, FitSettings, fit, hold_out, master_weights
+
+__all__ = ["BlockTraining", "HiddenStates", "Run", "refine_block"]
+
+
+class HiddenStates(Protocol):
+    """What refinement needs of a stream: the windows at some indices, on the training device."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(N windows, T tokens, d width)."""
+        ...
+
+    def read(self, rows: Tensor, device: torch.device) -> Tensor:
+        """The windows at `rows`, (len, T, d)."""
+        ...
+
+
+Run = Callable[[Tensor], Tensor]
+"""Hidden states into the block (B, T, d) -> hidden states out of it."""
+
+
+@dataclass(frozen=True)
+class BlockTraining:
+    """Hyper-parameters of one block's training; defaults are the paper's."""
+
+    epochs: int = 25
+    batch: int = 32
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.01
+    warmup: float = 0.1
+    final_learning_rate: float = 0.1
+    clip: float = 1.0
+    held_out: float = 0.125
+    seed: int = 0
+
+    def settings(self, windows: int) -> FitSettings:
+        """For a number of training windows."""
+        per_epoch = -(-windows // self.batch)
+        return FitSettings(
+            steps=self.epochs * per_epoch,
+            judge_every=per_epoch,
+            batch=self.batch,
+            learning_rate=self.learning_rate,
+            final_learning_rate=self.final_learning_rate,
+            weight_decay=self.weight_decay,
+            warmup=self.warmup,
+            clip=self.clip,
+            seed=self.seed,
+        )
+
+
+def refine_block(
+    name: str,
+    module: nn.Module,
+    run: Run,
+    inputs: HiddenStates,
+    targets: HiddenStates,
+    training: BlockTraining,
+    *,
+    device: torch.device,
+    autocast: bool = False,
+    on_judged: Callable[[int, float], None] = lambda step, loss: None,
+) -> FitResult:
+    """Train `module` in place so that `run(inputs)` approaches `targets`; keep the best epoch.
+
+    Args:
+        name: the block's path, for messages.
+        module: the compressed block; every parameter is trained.
+        run: runs it with its recorded arguments (and through further blocks for look-ahead).
+        inputs: shifted stream at the block, (N, T, d).
+        targets: original stream after the block (or after the look-ahead), (N, T, d).
+        training: hyper-parameters.
+        device: where to train.
+        autocast: bf16 products with fp32 master weights, for devices that have them.
+        on_judged: called with (step, held-out loss) after every epoch.
+
+    Returns:
+        Mean squared errors per element, held out, before and after.
+
+    Raises:
+        NonFiniteError: the loss diverged; the block is back in its unrefined state.
+        InputError: too few windows for the held-out share.
+    """
+    windows, tokens, _ = inputs.shape
+    train, held = hold_out(windows, training.held_out)
+
+    def loss_of(rows: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            prediction = run(inputs.read(rows, device).float())
+        return (prediction.float() - targets.read(rows, device).float()).square().mean()
+
+    @torch.no_grad()
+    def judge() -> float:
+        parts = held.split(training.batch)
+        return sum(float(loss_of(rows)) * len(rows) for rows in parts) / len(held)
+
+    parameters = list(module.parameters())
+    with master_weights(parameters):
+        return fit(
+            name,
+            parameters,
+            loss_of,
+            judge if len(held) else None,
+            train,
+            training.settings(len(train)),
+            tokens_per_window=tokens,
+            on_judged=on_judged,
+        )

@@ -1,0 +1,107 @@
+"""What every pass of a run works on, and what it leaves in the log."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from spectrim.data.windows import Windows
+from spectrim.model.anatomy import Anatomy
+from spectrim.recipe import Recipe
+
+__all__ = ["Job", "Progress", "RunLog", "Silent"]
+
+
+class Progress(Protocol):
+    """How the library tells a command line where it is."""
+
+    def start(self, stage: str, total: int) -> None:
+        """A stage of `total` steps begins."""
+
+    def advance(self, stage: str, note: str = "") -> None:
+        """One step of the stage is done."""
+
+    def finish(self, stage: str) -> None:
+        """The stage is over."""
+
+
+class Silent:
+    """Progress that shows nothing."""
+
+    def start(self, stage: str, total: int) -> None:
+        """Show nothing."""
+
+    def advance(self, stage: str, note: str = "") -> None:
+        """Show nothing."""
+
+    def finish(self, stage: str) -> None:
+        """Show nothing."""
+
+
+@dataclass
+class RunLog:
+    """Facts for the report, gathered while the run goes on.
+
+    Attributes:
+        stages: seconds by stage.
+        targets: name -> facts of that target (errors, damping, seconds).
+        blocks: block name -> facts of its refinement.
+        notes: downgrades and other things that a reader must know.
+    """
+
+    stages: dict[str, float] = field(default_factory=dict)
+    targets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    blocks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the seconds of the body to a stage."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stages[stage] = self.stages.get(stage, 0.0) + time.perf_counter() - started
+
+    def target(self, name: str, **facts: Any) -> None:
+        """Add facts of one target."""
+        self.targets.setdefault(name, {}).update(facts)
+
+
+@dataclass
+class Job:
+    """One run: the model being compressed, its calibration windows and its recipe.
+
+    Attributes:
+        model: changed in place.
+        anatomy: its blocks and targets.
+        windows: calibration windows; a data-free recipe still has them for its protocol.
+        recipe: resolved.
+        device: where blocks are worked on.
+        progress: told of every block.
+        log: gathers the report.
+        offload_streams: folder for memory-mapped streams, None for memory.
+        on_failure: `error`, `keep-dense` or `keep-unrefined`.
+    """
+
+    model: nn.Module
+    anatomy: Anatomy
+    windows: Windows
+    recipe: Recipe
+    device: torch.device
+    progress: Progress = field(default_factory=Silent)
+    log: RunLog = field(default_factory=RunLog)
+    offload_streams: Path | None = None
+    on_failure: str = "error"
+
+    @property
+    def batch(self) -> int:
+        """Windows per forward pass."""
+        return self.recipe.calibration.batch

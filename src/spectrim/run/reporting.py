@@ -1,0 +1,101 @@
+"""The report of a run: what was done to every target, what it cost, and under which protocol."""
+
+from __future__ import annotations
+
+import platform
+import resource
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from spectrim import __version__
+from spectrim.allocate.plan import Plan
+from spectrim.data.windows import Windows
+from spectrim.recipe import Recipe
+from spectrim.run.job import RunLog
+
+__all__ = ["build_report", "environment"]
+
+_LIBRARIES = ("torch", "transformers", "safetensors", "pydantic")
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware that a number depends on."""
+    return {
+        "spectrim": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in _LIBRARIES},
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def peak_memory_bytes() -> int:
+    """Peak resident memory of this process in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def build_report(
+    *,
+    model_name: str,
+    recipe: Recipe,
+    plan: Plan,
+    windows: Windows | None,
+    log: RunLog,
+    shapes: dict[str, tuple[int, int]],
+    other_bytes: int,
+    left_alone: dict[str, str],
+) -> dict[str, Any]:
+    """Everything as JSON-ready values.
+
+    Args:
+        model_name: what the user called the model.
+        recipe: resolved.
+        plan: as carried out.
+        windows: calibration windows, None for a data-free recipe.
+        log: of the run.
+        shapes: target -> (out, in).
+        other_bytes: bytes of everything that is not a target, as stored.
+        left_alone: what was not compressed, and why.
+    """
+    dense = sum(e.dense_bytes for e in plan.entries)
+    kept = sum(e.bytes for e in plan.entries)
+    targets = [
+        {
+            "name": e.name,
+            "shape": list(shapes[e.name]),
+            "rank": e.rank,
+            "storage": e.storage,
+            "weights": e.weights,
+            "bytes": e.bytes,
+            "dense_bytes": e.dense_bytes,
+            "kept": e.kept,
+            "predicted_loss": e.loss,
+            **log.targets.get(e.name, {}),
+        }
+        for e in plan.entries
+    ]
+    return {
+        "format_version": 1,
+        "model": model_name,
+        "recipe": {"name": recipe.name, "hash": recipe.hash()},
+        "keep": {
+            "asked": plan.keep,
+            "achieved": plan.achieved_keep,
+            "target_bytes": {"dense": dense, "stored": kept},
+            "model_bytes": {"dense": dense + other_bytes, "stored": kept + other_bytes},
+            "whole_model": (kept + other_bytes) / (dense + other_bytes),
+        },
+        "rule": plan.rule,
+        "predicted_loss": plan.predicted_loss,
+        "targets": targets,
+        "blocks": log.blocks,
+        "left_alone": left_alone,
+        "calibration": windows.record() if windows is not None else None,
+        "seconds": log.stages,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "notes": [*plan.notes, *log.notes],
+        "environment": environment(),
+    }

@@ -1,0 +1,186 @@
+"""Two streams through the network, group by group, block by block.
+
+Compressing one group shifts the inputs of the next, so both forwards of a block pause at every
+group: moments are taken there, the group's targets are replaced in the compressed block, and the
+forwards resume from where they paused. Every block is thus run once per stream, however many
+groups it has. Refinement then trains the compressed block before its output becomes the shifted
+stream of the next one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import TypeVar
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from spectrim.allocate.plan import Plan
+from spectrim.decompose import OBJECTIVES
+from spectrim.layers.lowrank import LowRankLinear
+from spectrim.model.anatomy import Block, Group
+from spectrim.model.replay import Replay, record
+from spectrim.model.staged import Staged
+from spectrim.model.stream import Stream
+from spectrim.model.weights import get_module, read_bias, read_weight, replace_module
+from spectrim.moments.accumulate import MomentAccumulator
+from spectrim.moments.moments import Moments, OutputMoments
+from spectrim.recipe import BlockRefinement, ClosedFormRefinement
+from spectrim.refine.closed_form import update_up
+from spectrim.run.cutting import measured_error, replace_target
+from spectrim.run.job import Job
+from spectrim.run.refining import refine
+
+__all__ = ["cut_sequentially"]
+
+
+Step = TypeVar("Step", bound=BaseModel)
+
+
+def _first(job: Job, kind: type[Step]) -> Step | None:
+    return next((step for step in job.recipe.refine if isinstance(step, kind)), None)
+
+
+class _Pass:
+    """The two streams and what has to be known of them."""
+
+    def __init__(self, job: Job, outputs: Mapping[str, OutputMoments] | None):
+        self.job = job
+        self.outputs = outputs or {}
+        self.block_step: BlockRefinement | None = _first(job, BlockRefinement)
+        self.closed_step: ClosedFormRefinement | None = _first(job, ClosedFormRefinement)
+        needs = set(OBJECTIVES[job.recipe.decompose.objective].needs) & {
+            "C",
+            "shifted",
+            "cross",
+            "absolute",
+        }
+        if "cross" in needs:
+            needs |= {"C", "shifted"}
+        if self.closed_step is not None:
+            needs.add("shifted")
+        self.needs = frozenset(needs)
+        self.replay: Replay = record(
+            job.model,
+            job.windows.ids,
+            batch=job.batch,
+            device=job.device,
+            folder=job.offload_streams,
+        )
+        self.original: Stream = self.replay.stream
+        self.shifted: Stream = self.original.duplicate(job.offload_streams)
+
+    @property
+    def stages_shifted(self) -> bool:
+        """Whether moments need the shifted stream to pause at every group."""
+        return "shifted" in self.needs
+
+    def batches(self) -> list[slice]:
+        """Rows of the streams that go through a block together."""
+        return list(self.original.batches(self.job.batch))
+
+    def forward(self, block: Block, module: nn.Module, stream: Stream, rows: slice) -> Tensor:
+        """The block's output on some windows of a stream."""
+        return self.replay.run(block.index, module, stream.read(rows, self.job.device))
+
+
+def _gather_group(
+    state: _Pass, group: Group, original: Staged, compressed: Staged | None
+) -> Moments:
+    """Advance both streams to the group and sum its moments."""
+    accumulator = MomentAccumulator(group.targets[0].name, state.needs)
+    for rows in state.batches():
+        x = original.advance(rows.start)
+        accumulator.add(x, compressed.advance(rows.start) if compressed is not None else None)
+    return accumulator.moments()
+
+
+def _updated(state: _Pass, target, original: nn.Module, layer: nn.Module, moments: Moments):
+    """The layer with its up factor re-solved on the shifted inputs."""
+    step = state.closed_step
+    if step is None or moments.shifted is None or not isinstance(layer, LowRankLinear):
+        return layer
+    weight = read_weight(original)
+    down = layer.down.weight.detach()
+    up = update_up(weight, down, moments.shifted, name=target.name, ridge=step.ridge)
+    return LowRankLinear.from_factors(
+        up, down, read_bias(original), dtype=weight.dtype, device=weight.device
+    )
+
+
+def _cut_block(state: _Pass, plan: Plan, block: Block) -> tuple[nn.Module, Stream]:
+    """Replace the block's targets in a copy; returns the copy and the original block's outputs."""
+    job = state.job
+    module = get_module(job.model, block.name)
+    compressed = copy.deepcopy(module)
+    outputs = Stream.empty(*state.original.shape, state.original.dtype, job.offload_streams)
+    with ExitStack() as stack:
+        first = stack.enter_context(Staged(module, block.groups))
+        second = stack.enter_context(Staged(compressed, block.groups))
+        for rows in state.batches():
+            first.start(rows.start, partial(state.forward, block, module, state.original, rows))
+            if state.stages_shifted:
+                second.start(
+                    rows.start, partial(state.forward, block, compressed, state.shifted, rows)
+                )
+        for group in block.groups:
+            moments = _gather_group(state, group, first, second if state.stages_shifted else None)
+            for target in group.targets:
+                original = first.module(target)
+                layer, facts = replace_target(
+                    target,
+                    original,
+                    plan[target.name],
+                    job.recipe.decompose,
+                    moments,
+                    state.outputs.get(target.name),
+                    balance=state.block_step is not None,
+                )
+                layer = _updated(state, target, original, layer, moments)
+                facts["measured_error"] = measured_error(
+                    read_weight(original).detach(), layer, moments
+                )
+                second.replace(target, layer)
+                job.log.target(target.name, **facts)
+        for rows in state.batches():
+            outputs.write(rows, first.finish(rows.start))
+            if state.stages_shifted and state.block_step is None:
+                state.shifted.write(rows, second.finish(rows.start))
+    return compressed, outputs
+
+
+@torch.no_grad()
+def cut_sequentially(
+    job: Job, plan: Plan, outputs: Mapping[str, OutputMoments] | None = None
+) -> None:
+    """Compress block by block along the shifted stream, refining each block if asked, in place.
+
+    Args:
+        job: the run; its model is changed.
+        plan: rank per target.
+        outputs: gradient moments for objectives that need them.
+    """
+    stage = "compress"
+    job.progress.start(stage, len(job.anatomy.blocks))
+    with job.log.timed("streams"):
+        state = _Pass(job, outputs)
+    for block in job.anatomy.blocks:
+        with job.log.timed("factorise"):
+            compressed, targets = _cut_block(state, plan, block)
+        note = block.name
+        if state.block_step is not None:
+            with job.log.timed("refine"):
+                note = refine(
+                    job, state.replay, state.block_step, block, compressed, state.shifted, targets
+                )
+        if state.block_step is not None or not state.stages_shifted:
+            for rows in state.batches():
+                state.shifted.write(rows, state.forward(block, compressed, state.shifted, rows))
+        replace_module(job.model, block.name, compressed)
+        state.original = targets
+        job.progress.advance(stage, note)
+    job.progress.finish(stage)
