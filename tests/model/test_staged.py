@@ -3,12 +3,13 @@
 import copy
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, tiny, windows
 from torch import nn
 
+from architectures import ARCHITECTURES, tiny, windows
 from spectrim.errors import ModelError
 from spectrim.model.anatomy import Group
 from spectrim.model.capture import capture_inputs
@@ -40,26 +41,31 @@ def no_grad():
         yield
 
 
+def check_staged_equals_plain(replay, block):
+    module = replay.block(block.index)
+
+    def call(rows):
+        return replay.run(block.index, module, replay.stream.read(rows))
+
+    seen = {}
+    with capture_inputs(module, block.groups, lambda group, x: seen.update({group.index: x})):
+        plain = [call(rows) for rows in KEYS]
+    with Staged(module, block.groups) as staged:
+        for i, rows in enumerate(KEYS):
+            staged.start(i, partial(call, rows))
+        for group in block.groups:
+            inputs = [staged.advance(i) for i in range(len(KEYS))]
+            assert torch.equal(inputs[-1].reshape(-1, group.in_features), seen[group.index])
+        outputs = [staged.finish(i) for i in range(len(KEYS))]
+    for one, other in zip(plain, outputs, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_staged_equals_plain_forward(name):
     replay, anatomy = prepared(name)
     for block in anatomy.blocks:
-        module = replay.block(block.index)
-        seen = {}
-        with capture_inputs(
-            module, block.groups, lambda g, x, seen=seen: seen.update({g.index: x})
-        ):
-            plain = [replay.run(block.index, module, replay.stream.read(k)) for k in KEYS]
-        with Staged(module, block.groups) as staged:
-            for i, k in enumerate(KEYS):
-                staged.start(i, lambda k=k: replay.run(block.index, module, replay.stream.read(k)))
-            for group in block.groups:
-                inputs = [staged.advance(i) for i in range(len(KEYS))]
-                last = inputs[-1].reshape(-1, group.in_features)
-                assert torch.equal(last, seen[group.index])
-            outputs = [staged.finish(i) for i in range(len(KEYS))]
-        for one, other in zip(plain, outputs, strict=True):
-            assert torch.equal(one, other)
+        check_staged_equals_plain(replay, block)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -272,6 +278,6 @@ def test_a_missing_target_changes_nothing():
     before = dict(module.named_modules())
     other = prepared("gpt2")[1].blocks[0].groups[0]
     groups = (anatomy.blocks[0].groups[0], Group(0, 1, 40, other.targets))
-    with pytest.raises(ModelError, match="attn.c_attn"):
+    with pytest.raises(ModelError, match=r"attn\.c_attn"):
         Staged(module, groups).__enter__()
     assert dict(module.named_modules()) == before

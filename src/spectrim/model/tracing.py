@@ -115,7 +115,7 @@ def _choose_list(model: nn.Module, lists: dict[str, nn.ModuleList], log: _Log) -
     if not fitting:
         raise ModelError(
             f"{type(model).__name__} has no nn.ModuleList of blocks with linear layers that are "
-            f"called one after the other (lists with linear layers: {sorted(lists) or 'none'})"
+            f"called one after the other (lists with linear layers: {sorted(lists)})"
         )
     # `max` keeps the first of equals: an outer list wins over one that holds all its linears.
     return max(fitting, key=lambda name: _linear_parameters(lists[name]))
@@ -233,6 +233,11 @@ def trace(model: nn.Module, input_ids: Tensor) -> Anatomy:
             f"input_ids has shape {tuple(input_ids.shape)}, expected one window (1, T)"
         )
     lists = _block_lists(model)
+    if not lists:
+        raise ModelError(
+            f"{type(model).__name__} has no nn.ModuleList of blocks with linear layers "
+            "(nn.Linear or Conv1D); spectrim compresses the linear layers of decoder blocks"
+        )
     members = list(dict.fromkeys(m for blocks in lists.values() for m in blocks))
     log = _Log()
     with (
