@@ -60,7 +60,7 @@ def finite(matrix: Tensor, *, name: str, what: str) -> Tensor:
     if bad:
         raise NonFiniteError(
             f"{name}: {what} of shape {tuple(matrix.shape)} holds {bad} non-finite values; "
-            "expected finite numbers. Check the checkpoint and the dtype the statistics were run in."
+            "expected finite numbers. Check the checkpoint and the dtype used in calibration."
         )
     return matrix.to(torch.float64)
 

@@ -1,0 +1,113 @@
+"""Moment matrices: roots on the numerical range and damping that is recorded."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spectrim.errors import NonFiniteError, NotPositiveDefiniteError, NumericalError
+from spectrim.linalg.psd import cholesky_damped, psd_eigh, psd_root, shrunk, symmetrized
+from spectrim.tolerances import DAMPING_LIMIT, DAMPING_START
+
+
+def gram(width, tokens, seed=0, scale=1.0):
+    g = torch.Generator().manual_seed(seed)
+    x = scale * torch.randn(width, tokens, generator=g, dtype=torch.float64)
+    return x @ x.T
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(1, 9), st.integers(1, 12), st.sampled_from([1e-12, 1.0, 1e12]))
+def test_root_reproduces_the_matrix_on_its_range(width, tokens, scale):
+    C = gram(width, tokens, seed=13 * width + tokens, scale=scale)
+    half = psd_root(C, name="layer")
+    rank = min(width, tokens)
+    assert half.root.shape == (width, rank)
+    assert torch.allclose(half.root @ half.root.T, C, rtol=0, atol=1e-12 * float(C.norm()))
+    assert torch.allclose(
+        half.whitener @ half.root, torch.eye(rank, dtype=C.dtype), rtol=0, atol=1e-6
+    )
+    assert torch.allclose(half.whitener, torch.linalg.pinv(half.root), rtol=1e-4)
+
+
+def test_eigenvalues_descend_and_vectors_have_a_fixed_sign():
+    values, vectors = psd_eigh(gram(6, 20), name="layer")
+    assert (values[:-1] >= values[1:]).all()
+    peaks = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    assert (peaks > 0).all()
+
+
+def test_cutoff_follows_the_precision_of_the_matrix():
+    C = torch.tensor([1.0, 1e-8]).diag()
+    assert psd_eigh(C, name="layer")[0].shape == (1,)
+    assert psd_eigh(C.double(), name="layer")[0].shape == (2,)
+    assert psd_eigh(C.double(), name="layer", cutoff=1e-3)[0].shape == (1,)
+    assert psd_eigh(torch.zeros(3, 3), name="layer")[1].shape == (3, 0)
+
+
+def test_definite_matrices_are_not_damped():
+    C = gram(6, 40, scale=1e-9)
+    L, damping = cholesky_damped(C, name="layer")
+    assert damping == 0
+    assert torch.allclose(L @ L.T, C, rtol=1e-10, atol=0)
+
+
+def test_pivots_are_judged_on_their_own_scale():
+    C = torch.tensor([1.0, 1e-30], dtype=torch.float64).diag()
+    assert cholesky_damped(C, name="layer")[1] == 0
+
+
+@pytest.mark.parametrize("singular", ["few tokens", "dead channel", "duplicate channel"])
+def test_singular_matrices_get_the_least_damping_that_works(singular):
+    C = gram(6, 4 if singular == "few tokens" else 40)
+    if singular == "dead channel":
+        C[2] = C[:, 2] = 0
+    if singular == "duplicate channel":
+        C[2] = C[4]
+        C[:, 2] = C[:, 4]
+    L, damping = cholesky_damped(C, name="layer")
+    assert damping == pytest.approx(DAMPING_START)
+    damped = C + damping * C.diagonal().mean() * torch.eye(6, dtype=C.dtype)
+    assert torch.allclose(L @ L.T, damped, atol=1e-12)
+
+
+def test_ridge_is_where_damping_begins():
+    C = gram(6, 40)
+    assert cholesky_damped(C, name="layer", ridge=1e-6)[1] == 1e-6
+    almost = C - 1.00001 * torch.linalg.eigvalsh(C)[0] * torch.eye(6, dtype=C.dtype)
+    damping = cholesky_damped(almost, name="layer", ridge=1e-9)[1]
+    assert 1e-9 < damping <= DAMPING_LIMIT
+
+
+@pytest.mark.parametrize("C", [-torch.eye(3), torch.zeros(3, 3), torch.tensor([1.0, -0.5]).diag()])
+def test_indefinite_matrices_end_in_an_error_that_names_the_layer(C):
+    with pytest.raises(NotPositiveDefiniteError, match=r"blocks\.7\.down"):
+        cholesky_damped(C, name="blocks.7.down")
+
+
+def test_untrustworthy_matrices_are_refused():
+    with pytest.raises(NonFiniteError, match="layer"):
+        symmetrized(torch.full((2, 2), float("nan")), name="layer")
+    with pytest.raises(NumericalError, match="transpose"):
+        symmetrized(torch.tensor([[1.0, 1.0], [0.0, 1.0]]), name="layer")
+    with pytest.raises(ValueError, match="square"):
+        symmetrized(torch.ones(2, 3), name="layer")
+
+
+def test_single_precision_sums_are_symmetric_enough():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 64, generator=g) * torch.logspace(-3, 3, 64)
+    C = x.T @ x
+    C[3, 5] *= 1 + 1e-6
+    assert torch.equal(symmetrized(C, name="layer"), symmetrized(C, name="layer").T)
+
+
+def test_shrinkage_keeps_the_trace_and_the_input():
+    C = gram(5, 9)
+    before = C.clone()
+    mixed = shrunk(C, 0.3)
+    assert torch.equal(C, before)
+    assert float(mixed.trace()) == pytest.approx(float(C.trace()))
+    assert torch.allclose(shrunk(C, 1.0), C.diagonal().mean() * torch.eye(5, dtype=C.dtype))
+    with pytest.raises(ValueError, match="shrinkage"):
+        shrunk(C, 1.5)
