@@ -83,6 +83,6 @@ def compress(
                 on_failure=on_failure,
             ),
         )
-    from spectrim.cli.summary import print_plan_summary
+    from spectrim.cli.results import print_compression
 
-    print_plan_summary(result.plan, recipe=result.recipe.name, output=output)
+    print_compression(result.report, output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -15,19 +16,21 @@ __all__ = ["inspect"]
 def inspect(
     folder: Annotated[Path, typer.Argument(metavar="OUT", help="A compressed folder.")],
     as_json: options.AsJson = False,
-    verbose: options.Verbose = False,
 ) -> None:
     """Print ranks, shapes and bytes of OUT without loading it."""
-    from spectrim.cli.session import session
-
-    with session(verbose=verbose, quiet=True):
-        from spectrim import api
-
-        found = api.inspect(folder)
     from spectrim.cli.render import print_json
     from spectrim.cli.results import print_inspection
 
+    # Not through `spectrim.api`: that imports torch, and headers are read in a moment without it.
+    from spectrim.storage.inspect import inspect_folder
+
+    found = inspect_folder(folder)
+    record = {
+        "folder": str(folder),
+        **found.summary(),
+        "targets": [{**asdict(target), "kept": target.kept} for target in found.targets],
+    }
     if as_json:
-        print_json(found)
+        print_json(record)
     else:
-        print_inspection(found)
+        print_inspection(record)

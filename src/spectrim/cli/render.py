@@ -22,6 +22,7 @@ __all__ = [
     "print_note",
     "print_table",
     "stdout_console",
+    "storage_words",
 ]
 
 PIPED_WIDTH = 240
@@ -125,9 +126,16 @@ def format_bytes(count: float) -> str:
     value, power = float(count), 0
     while abs(value) >= 1000 and power < len(BYTE_UNITS) - 1:
         value, power = value / 1000, power + 1
-    return f"{value:.0f} B" if power == 0 else f"{value:.3g} {BYTE_UNITS[power]}"
+    # Three digits, without the exponent that %g would choose for 999.9.
+    decimals = 0 if power == 0 or abs(value) >= 100 else 1 if abs(value) >= 10 else 2
+    return f"{value:.{decimals}f} {BYTE_UNITS[power]}"
 
 
 def format_count(count: int) -> str:
     """A whole number with thousands separated: `6,882,560`."""
     return f"{count:,}"
+
+
+def storage_words(storage: str, weights: str) -> str:
+    """`packed`, or `packed int8` where the numbers are not the model's own."""
+    return storage if weights == "native" else f"{storage} {weights}"

@@ -31,7 +31,7 @@ def session(
     Args:
         verbose: log at debug level.
         quiet: no progress, only warnings and errors.
-        output: the path the command writes; its folder is compared before and after Ctrl-C.
+        output: the path the command writes; what lies there is compared after Ctrl-C.
 
     Yields:
         The progress display for the library to call.
@@ -86,14 +86,15 @@ def new_progress(console: Console, *, quiet: bool) -> Progress:
 
 
 def neighbors(output: Path | None) -> dict[Path, int]:
-    """Everything in the folder that `output` lies in, with modification times."""
+    """What lies where `output` goes, partial folders named after it included, with times."""
     if output is None or not output.absolute().parent.is_dir():
         return {}
-    return {path: path.lstat().st_mtime_ns for path in output.absolute().parent.iterdir()}
+    siblings = output.absolute().parent.iterdir()
+    return {path: path.lstat().st_mtime_ns for path in siblings if output.name in path.name}
 
 
 def left_behind(before: dict[Path, int], after: dict[Path, int]) -> str:
-    """What appeared or changed beside the output, in words."""
+    """What appeared or changed, in words."""
     names = sorted(str(path) for path, time in after.items() if before.get(path) != time)
     if not names:
         return "nothing was left behind"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spectrim.cli.render import format_bytes, print_facts, print_table
+from spectrim.cli.render import format_bytes, print_facts, print_table, storage_words
 
 if TYPE_CHECKING:
     from spectrim.allocate.plan import Plan, PlanEntry
@@ -44,7 +44,7 @@ def print_ranks(plan: Plan) -> None:
             (
                 entry.name,
                 "-" if entry.rank is None else str(entry.rank),
-                entry.storage if entry.weights == "native" else f"{entry.storage} {entry.weights}",
+                storage_words(entry.storage, entry.weights),
                 format_bytes(entry.bytes),
                 f"{entry.kept:.1%}",
                 "-" if entry.loss is None else f"{entry.loss:.3g}",
@@ -76,12 +76,15 @@ def print_heat_map(plan: Plan) -> None:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """`model.layers.3.self_attn.q_proj` -> (`3`, `q_proj`); the last number names the block."""
+    """`model.layers.3.self_attn.q_proj` -> (`3`, `self_attn.q_proj`).
+
+    The first number names the block; later ones count experts inside it.
+    """
     parts = name.split(".")
-    numbers = [position for position, part in enumerate(parts) if part.isdigit()]
-    if not numbers:
-        return "-", name
-    return parts[numbers[-1]], ".".join(parts[numbers[-1] + 1 :])
+    for position, part in enumerate(parts[:-1]):
+        if part.isdigit():
+            return part, ".".join(parts[position + 1 :])
+    return "-", name
 
 
 def shade(kept: float) -> str:

@@ -1,0 +1,71 @@
+"""Tables keep every value whatever the width, and a pipe gets neither color nor cut names."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from spectrim.allocate.plan import Plan, PlanEntry
+from spectrim.cli import render, summary
+
+NAME = "model.layers.{}.self_attn.q_proj"
+
+
+@pytest.fixture
+def plan() -> Plan:
+    entries = tuple(
+        PlanEntry(NAME.format(i), rank, storage, stored, 1000, loss=loss)
+        for i, (rank, storage, stored, loss) in enumerate(
+            [(3, "factored", 400, 0.25), (None, "dense", 1000, 0.0)]
+        )
+    )
+    return Plan(entries, keep=0.7, rule="knapsack")
+
+
+@pytest.mark.parametrize("width", [40, 60, 200])
+def test_tables_survive_any_width(width, plan, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    summary.print_ranks(plan)
+    summary.print_heat_map(plan)
+    summary.print_plan_summary(plan)
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert all(len(line) <= width for line in out.splitlines())
+    words = " ".join(out.split())
+    for value in ("self_attn.q_proj", "factored", "40%", "400 B", "knapsack", "0.7000"):
+        assert value in words
+
+
+def test_a_pipe_does_not_cut_names(plan, monkeypatch, capsys):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    summary.print_ranks(plan)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith(NAME.format(0)) and "40.0%" in line]
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("model.layers.31.mlp.up_proj", ("31", "mlp.up_proj")),
+        ("transformer.h.0.attn.c_attn", ("0", "attn.c_attn")),
+        ("model.layers.3.mlp.experts.1.w2", ("3", "mlp.experts.1.w2")),
+        ("lm_head", ("-", "lm_head")),
+    ],
+)
+def test_block_and_projection_are_read_from_the_name(name, split):
+    assert summary.split_name(name) == split
+
+
+def test_bytes_have_decimal_units_and_three_digits():
+    spoken = [render.format_bytes(n) for n in (0, 999, 1000, 999_960, 13_765_120, 3.5e9, 7e15)]
+    assert spoken == ["0 B", "999 B", "1.00 kB", "1000 kB", "13.8 MB", "3.50 GB", "7000 TB"]
+
+
+def test_json_is_for_programs(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    data = {"text": "é " * 50, "value": 0.1, "none": None}
+    render.print_json(data)
+    assert json.loads(capsys.readouterr().out) == data
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        render.print_json({"perplexity": float("nan")})
