@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from spectrim.errors import ArtifactError
 
@@ -138,7 +138,7 @@ def _entry(name: str, fields: Any, path: Path) -> TensorEntry:
     return TensorEntry(name, dtype, tuple(shape), offsets[0], offsets[1], path.name)
 
 
-def _naturals(value: Any) -> bool:
+def _naturals(value: Any) -> TypeGuard[list[int]]:
     """Whether the value is a list of integers in [0, 2^63)."""
     return isinstance(value, list) and all(type(v) is int and 0 <= v < 2**63 for v in value)
 

@@ -34,6 +34,7 @@ class SpectrimQuantizer(HfQuantizer):
     """The hooks that `from_pretrained`, `save_pretrained` and `dequantize` call."""
 
     requires_calibration = True
+    quantization_config: SpectrimConfig
 
     def __init__(self, quantization_config: Any, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
@@ -57,6 +58,9 @@ class SpectrimQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from spectrim.storage.verify import check_orders
+
+        check_orders(model)
         if self.quantization_config.dequantize:
             self._dequantize(model)
         return model

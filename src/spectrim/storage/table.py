@@ -66,7 +66,7 @@ class Provenance(BaseModel):
 
     recipe: Text | None = None
     recipe_hash: Text | None = None
-    keep: float | None = Field(None, gt=0, le=1)
+    keep: Annotated[float, Field(gt=0, le=1)] | None = None
     base_model: Text | None = None
     spectrim_version: Text | None = None
 
@@ -86,9 +86,9 @@ class Table(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow")
 
     quant_method: Literal["spectrim"] = QUANT_METHOD
-    format_version: int = Field(FORMAT_VERSION, ge=1)
-    layers: dict[Name, LayerEntry] = Field(default_factory=dict, max_length=MAX_LAYERS)
-    left_dense: tuple[Name, ...] = Field((), max_length=MAX_LAYERS)
+    format_version: Annotated[int, Field(ge=1)] = FORMAT_VERSION
+    layers: Annotated[dict[Name, LayerEntry], Field(max_length=MAX_LAYERS)] = {}
+    left_dense: Annotated[tuple[Name, ...], Field(max_length=MAX_LAYERS)] = ()
     provenance: Provenance = Provenance()
     dequantize: bool = False
 

@@ -1,4 +1,4 @@
-"""Compare checkpoint files with the skeleton that is waiting for them, before any weight is read.
+"""Compare checkpoint files with the skeleton that is waiting for them, before weights are read.
 
 transformers only warns about a tensor that is missing and fills its place with random numbers.
 For a compressed layer that is never what anybody wants: it is refused here, like a truncated file
@@ -11,14 +11,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
 from spectrim.errors import ArtifactError
+from spectrim.layers.layout import layout_of
 from spectrim.layers.swap import compressed_layers
 from spectrim.storage.headers import TensorEntry, read_header
 
-__all__ = ["check_files"]
+__all__ = ["check_files", "check_orders"]
 
 
 def check_files(model: Any, quantizer: Any, files: Iterable[str]) -> None:
@@ -32,18 +34,18 @@ def check_files(model: Any, quantizer: Any, files: Iterable[str]) -> None:
     Raises:
         ArtifactError: names the file and the tensor.
     """
-    files = [Path(file) for file in files]
-    for file in files:
+    paths = [Path(file) for file in files]
+    for file in paths:
         if file.suffix != ".safetensors":
             raise ArtifactError(f"{file} is not a safetensors file; spectrim reads nothing else")
-    found = _in_memory_names(model, quantizer, files)
+    found = _in_memory_names(model, quantizer, paths)
     prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
     for name, layer in compressed_layers(model).items():
         for key, expected in layer.state_dict().items():
             entry = found.get(f"{name}.{key}".removeprefix(prefix))
             if entry is None:
                 raise ArtifactError(
-                    f"{files[0].parent} lacks the tensor {key!r} of the compressed layer {name}; "
+                    f"{paths[0].parent} lacks the tensor {key!r} of the compressed layer {name}; "
                     "the folder is incomplete or its config.json belongs to another result"
                 )
             if entry.shape != tuple(expected.shape):
@@ -51,6 +53,27 @@ def check_files(model: Any, quantizer: Any, files: Iterable[str]) -> None:
                     f"{entry.file}: tensor {entry.name!r} has shape {list(entry.shape)}, the "
                     f"configuration asks for {list(expected.shape)}"
                 )
+            if entry.dtype.startswith(("I", "U")) == expected.is_floating_point():
+                raise ArtifactError(
+                    f"{entry.file}: tensor {entry.name!r} has dtype {entry.dtype}, the layer "
+                    f"holds {expected.dtype}"
+                )
+
+
+def check_orders(model: Any) -> None:
+    """Refuse a stored order that is no permutation: its indices would lead out of the layer.
+
+    Raises:
+        ArtifactError: names the tensor.
+    """
+    for name, layer in compressed_layers(model).items():
+        for key in layout_of(layer.storage).integers:
+            order = layer.get_buffer(key)
+            if order.is_meta:
+                continue  # offloaded to disk; the gather itself checks its bounds
+            expected = torch.arange(order.numel(), device=order.device)
+            if not torch.equal(order.sort().values.long(), expected):
+                raise ArtifactError(f"the tensor '{name}.{key}' is not a permutation")
 
 
 def _in_memory_names(model: Any, quantizer: Any, files: list[Path]) -> dict[str, TensorEntry]:

@@ -1,0 +1,77 @@
+"""Export: multiply the factors out, so that every tool reads the result without spectrim."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from spectrim.errors import ArtifactError
+from spectrim.storage.atomic import check_output, new_folder
+from spectrim.storage.inspect import inspect_folder
+
+__all__ = ["export_dense"]
+
+OWN_FILES = {"config.json", "generation_config.json", "recipe.yaml", "README.md"}
+"""Written anew or explained by the card; every other small file (tokenizer, template) is copied."""
+
+
+def export_dense(
+    folder: str | Path,
+    output: str | Path,
+    *,
+    max_shard_size: str | int = "5GB",
+    overwrite: bool = False,
+) -> Path:
+    """Write an ordinary dense model that computes what the compressed one computes.
+
+    Products are taken in fp32 and rounded once to the dtype of the folder.
+
+    Args:
+        folder: a result of spectrim.
+        output: a new or empty folder, or any model folder with `overwrite`.
+        max_shard_size: of one weight file.
+        overwrite: replace the model folder that is there.
+
+    Returns:
+        The folder that was written.
+
+    Raises:
+        ArtifactError: `folder` is damaged or holds no compressed model.
+        OutputError: see `save_model`.
+    """
+    source = Path(folder)
+    check_output(output, overwrite=overwrite)
+    if inspect_folder(source).table is None:
+        raise ArtifactError(f"{source} holds no model compressed by spectrim")
+    model = _load(source)
+    model.dequantize()
+    with new_folder(output, overwrite=overwrite) as destination:
+        model.save_pretrained(destination, max_shard_size=max_shard_size)
+        for path in sorted(source.iterdir()):
+            if path.is_file() and _is_companion(path.name):
+                shutil.copyfile(path, destination / path.name)
+        card = (
+            "---\nlibrary_name: transformers\n---\n\n"
+            "# Dense export\n\nOrdinary weights, multiplied out from a model compressed by "
+            "spectrim. Quality is that of the compressed model, size that of the original.\n"
+        )
+        (destination / "README.md").write_text(card, encoding="utf-8")
+    return Path(output)
+
+
+def _is_companion(name: str) -> bool:
+    weights = ".safetensors" in name
+    return not weights and name not in OWN_FILES and not name.startswith(("spectrim", "."))
+
+
+def _load(folder: Path) -> Any:
+    """The model with the class that its configuration names."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    names = config.architectures or []
+    known = getattr(transformers, names[0], None) if names else None
+    if not (isinstance(known, type) and issubclass(known, transformers.PreTrainedModel)):
+        known = transformers.AutoModelForCausalLM
+    return known.from_pretrained(folder, dtype="auto", device_map="cpu")

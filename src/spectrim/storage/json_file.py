@@ -1,0 +1,37 @@
+"""Read JSON that a stranger wrote: bounded in size, and damaged files give one clear error."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from spectrim.errors import ArtifactError
+
+__all__ = ["JSON_LIMIT", "read_json"]
+
+JSON_LIMIT = 64 * 2**20
+"""Largest JSON file that is read, in bytes."""
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ArtifactError: the file is missing, larger than `JSON_LIMIT`, or not a JSON object.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            raw = file.read(JSON_LIMIT + 1)
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror or error}") from error
+    if len(raw) > JSON_LIMIT:
+        raise ArtifactError(f"{path} is larger than the {JSON_LIMIT} bytes that are accepted")
+    try:
+        data = json.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ArtifactError(f"{path} holds a {type(data).__name__}, expected a JSON object")
+    return data
