@@ -1,6 +1,5 @@
 """A stream gives back what was written, in memory and on disk alike."""
 
-import gc
 
 import pytest
 import torch
@@ -45,7 +44,6 @@ def test_files_go_when_the_stream_goes(tmp_path):
     one.close()
     assert list(tmp_path.iterdir()) == [two.path]
     del two
-    gc.collect()
     assert list(tmp_path.iterdir()) == []
 
 
