@@ -1,6 +1,5 @@
 """A stream gives back what was written, in memory and on disk alike."""
 
-
 import pytest
 import torch
 
