@@ -50,10 +50,12 @@ def test_starts_follow_the_published_protocol():
 
 
 def test_parts_are_tokenized_one_by_one_and_joined():
-    content = "w1 " * (PART_CHARACTERS // 3 + 5)
+    # Few long words, so that a million characters are tokenised at once.
+    content = " ".join(["w1", "x" * (PART_CHARACTERS - 5), "w23", "w4"])
     parts = [content[:PART_CHARACTERS], content[PART_CHARACTERS:]]
+    assert (parts[0][-2:], parts[1]) == (" w", "23 w4")
     expected = [i for part in parts for i in TOKENIZER(part)["input_ids"]]
-    assert tokenize(content, TOKENIZER).tolist() == expected
+    assert tokenize(content, TOKENIZER).tolist() == expected == [70_001, 0, 0, 0, 70_004]
 
 
 def test_same_seed_same_windows_other_seed_other_windows():

@@ -83,7 +83,8 @@ def load_corpus(name: str, part: Literal["calibration", "evaluation"]) -> list[s
         TextError: the corpus is neither cached nor reachable; says how to give it locally.
     """
     try:
-        import datasets
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
     except ImportError as error:
         raise MissingExtraError("datasets", "text", f"the text source {name!r}") from error
     corpus = CORPORA[name]
@@ -93,8 +94,8 @@ def load_corpus(name: str, part: Literal["calibration", "evaluation"]) -> list[s
         # One shard of many: the repository's own row counts cannot match, the revision does.
         options |= {"data_files": {split: corpus.files[part]}, "verification_mode": "no_checks"}
     try:
-        rows = datasets.load_dataset(corpus.repository, corpus.configuration, **options)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        rows = load_dataset(corpus.repository, corpus.configuration, **options)
+    except (OSError, ValueError, DatasetsError) as error:
         # Network, cache and Hub failures arrive as all three, depending on the version.
         raise TextError(
             f"the text source {name!r} needs the dataset {corpus.repository!r} (split {split}, "

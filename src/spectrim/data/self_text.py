@@ -97,8 +97,9 @@ def write_self_text(
     seed: int = 0,
     batch: int = 64,
     temperature: float = 1.0,
+    separator: str = DOCUMENT_SEPARATOR,
 ) -> str:
-    """Sample windows and write them to a text file, one paragraph per window.
+    """Sample windows and write them to a text file, with `separator` between them.
 
     Special tokens are left out and white space at the ends of a window is trimmed.
 
@@ -114,7 +115,7 @@ def write_self_text(
         temperature=temperature,
     )
     decoded = tokenizer.batch_decode(sampled.ids.tolist(), skip_special_tokens=True)
-    content = DOCUMENT_SEPARATOR.join(d.strip() for d in decoded) + "\n"
+    content = separator.join(d.strip() for d in decoded) + "\n"
     # A window may end inside a multi-byte character, which decodes to the replacement character.
     content = content.replace("\ufffd", "")
     Path(path).write_bytes(content.encode())

@@ -8,6 +8,7 @@ is an error, never skipped: the common harness drops such batches and reports th
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,9 @@ from spectrim.evaluate.forward import (
 )
 
 __all__ = ["Perplexity", "perplexity"]
+
+
+_LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +106,11 @@ def perplexity(
     predicted = windows.length - 1
     tokens = len(windows) * predicted
     nll = float(per_window.sum() / tokens)
+    if nll > _LARGEST_EXPONENT:
+        raise NonFiniteError(
+            f"the loss is {nll:.1f} nats per token, whose exponential exceeds fp64; the model is "
+            "broken: check its weights"
+        )
     return Perplexity(
         nll=nll,
         tokens=tokens,
