@@ -127,8 +127,8 @@ class Odd(nn.Module):
 def test_everything_that_is_no_target_is_reported_with_its_reason():
     anatomy = trace(Shell(Odd(), Odd()), IDS)
     groups = [tuple(t.projection for t in g.targets) for g in anatomy.blocks[1].groups]
-    # The experts that ran are ordinary linears; views of the same input join its group.
-    assert groups == [("experts.2.0", "experts.0.0", "left", "right", "flat"), ("changed",)]
+    # Views of the same input join its group.
+    assert groups == [("left", "right", "flat"), ("changed",)]
     reasons = {
         path.removeprefix("stack.1."): why
         for path, why in anatomy.left_alone.items()
@@ -136,7 +136,7 @@ def test_everything_that_is_no_target_is_reported_with_its_reason():
     }
     expected = {
         "router": "router over 3 experts",
-        "experts.1.0": "never called",
+        **{f"experts.{i}.0": "routed by token" for i in range(3)},
         "twice": "called 2 times",
         "idle": "never called",
         "narrow": "too small",
@@ -147,6 +147,25 @@ def test_everything_that_is_no_target_is_reported_with_its_reason():
     assert reasons.keys() == expected.keys()
     for path, words in expected.items():
         assert words in reasons[path]
+
+
+class Routed(nn.Module):
+    """Every expert runs, but each on its own tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(6, 6)) for _ in range(2))
+
+    def forward(self, x):
+        x = self.first(x)
+        return torch.cat([self.experts[0](x[:, :1]), self.experts[1](x[:, 1:])], dim=1)
+
+
+def test_experts_that_see_some_tokens_are_left_alone():
+    anatomy = trace(Shell(Routed()), IDS)
+    assert [t.projection for t in anatomy.targets] == ["first"]
+    assert anatomy.left_alone.keys() == {"stack.0.experts.0.0", "stack.0.experts.1.0"}
 
 
 class InPlace(nn.Module):

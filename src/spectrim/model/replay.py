@@ -226,7 +226,7 @@ def record(
         windows: token ids (N, T), int64, without padding.
         batch: windows per pass through the embedding.
         device: where the blocks will run; recorded masks and rotary embeddings are moved there.
-        anatomy: the blocks; traced on the first window if not given.
+        anatomy: the blocks; traced on a few tokens if not given.
         folder: where to memory-map the stream; in memory if not given.
 
     Raises:
@@ -238,7 +238,7 @@ def record(
         raise ValueError(
             f"windows are {tuple(windows.shape)} {windows.dtype}, expected (N, T) int64 with N > 0"
         )
-    anatomy = anatomy or trace(model, windows[:1])
+    anatomy = anatomy or trace(model, windows[:1, :8])  # only the blocks' names are needed
     names = tuple(block.name for block in anatomy.blocks)
     with evaluating(model):
         visits = _observe(model, names, windows[:1])

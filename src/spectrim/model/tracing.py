@@ -140,13 +140,29 @@ def _expert_counts(block: nn.Module) -> set[int]:
     return fused | listed
 
 
+def _routed(block: nn.Module, log: _Log, tokens: int) -> set[nn.Module]:
+    """Linears of expert lists: lists of which some member saw only some tokens, or none.
+
+    Which tokens an expert sees depends on the text, so no batch is sure to reach it.
+    """
+    routed: set[nn.Module] = set()
+    for experts in block.modules():
+        if isinstance(experts, nn.ModuleList) and len(experts) > 1:
+            linears = [m for m in experts.modules() if is_linear(m)]
+            seen = [call.tensor for m in linears for call in log.calls[m]]
+            whole = [x is None or x.numel() == tokens * x.shape[-1] for x in seen]
+            if not all(whole) or any(not log.calls[m] for m in linears):
+                routed.update(linears)
+    return routed
+
+
 def _shape(module: nn.Module) -> tuple[int, int]:
     out_features, in_features = read_weight(module).shape
     return out_features, in_features
 
 
 def _why_not(module: nn.Module, calls: list[_Call], tied: list[str], experts: set[int]) -> str:
-    """The reason why a linear is not a target; empty if it is one."""
+    """The reason why a linear outside expert lists is not a target; empty if it is one."""
     out_features, in_features = _shape(module)
     if not calls:
         return "never called on the traced window"
@@ -176,13 +192,17 @@ def _group_calls(calls: list[_Call]) -> list[list[_Call]]:
 
 
 def _read_block(
-    index: int, name: str, block: nn.Module, log: _Log, owners: dict[int, list[str]]
+    index: int, name: str, block: nn.Module, log: _Log, owners: dict[int, list[str]], tokens: int
 ) -> tuple[Block, dict[str, str]]:
     """Targets and groups of one block, and what was left alone in it."""
     paths = {module: path for path, module in block.named_modules() if is_linear(module)}
     experts = _expert_counts(block)
+    routed = _routed(block, log, tokens)
     left_alone: dict[str, str] = {}
     for module, path in paths.items():
+        if module in routed:
+            left_alone[f"{name}.{path}"] = "expert in a list that is routed by token"
+            continue
         reason = _why_not(module, log.calls[module], owners[id(module.weight)], experts)
         if reason:
             left_alone[f"{name}.{path}"] = reason
@@ -251,7 +271,9 @@ def trace(model: nn.Module, input_ids: Tensor) -> Anatomy:
     left_alone: dict[str, str] = {}
     for index in range(len(lists[chosen])):
         name = f"{chosen}.{index}"
-        block, left = _read_block(index, name, get_module(model, name), log, owners)
+        block, left = _read_block(
+            index, name, get_module(model, name), log, owners, input_ids.shape[1]
+        )
         blocks.append(block)
         left_alone |= left
     if not any(block.groups for block in blocks):
