@@ -9,14 +9,15 @@ Island, what training watches), prints their SHA-256 and compares them with the 
 `--tokenizer` also trains the byte-level BPE of 4096 tokens on the training text.
 
 Where the list comes from. The list that the text was first built from was not kept beside it. The
-45 titles were read off the finished text, which still shows its seams, by their opening and closing
-lines. The names of the held-out books that did survive (`Emma_158`) are in the style of GITenberg, a
-mirror of Project Gutenberg with one repository per book, and the sorted GITenberg names of the 45
-titles give exactly the order of the text; the names and numbers are therefore GITenberg's. They were
-not confirmed by a download when the list was made. The fingerprints were computed from the finished
-text, so a wrong number, or an edition that was corrected since, is reported by the name of the book.
-Project Gutenberg's own site (`--mirror https://www.gutenberg.org/files/{number}/{file}`) serves later
-editions with new headers; expect most of them to differ in a few lines, which no measurement notices.
+45 titles were read off the finished text, which still shows its seams, by their opening and
+closing lines. The names of the held-out books that did survive (`Emma_158`) are in the style of
+GITenberg, a mirror of Project Gutenberg with one repository per book, and the sorted GITenberg
+names of the 45 titles give exactly the order of the text; the names and numbers are therefore
+GITenberg's. They were not confirmed by a download when the list was made. The fingerprints were
+computed from the finished text, so a wrong number, or an edition that was corrected since, is
+reported by the name of the book. Project Gutenberg's own site (`--mirror
+https://www.gutenberg.org/files/{number}/{file}`) serves later editions with new headers; expect
+most of them to differ in a few lines, which no measurement notices.
 """
 
 from __future__ import annotations
