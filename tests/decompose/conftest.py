@@ -49,15 +49,15 @@ class Problem:
     def value(self, W):
         return float((self.left @ (self.target - W @ self.source)).square().sum())
 
-    def alternating(self, k, generator, sweeps=60):
-        """Alternating least squares from a random start; converges to the rank-k optimum."""
+    def alternating(self, k, generator, restarts=3, sweeps=60):
+        """Alternating least squares from random starts; converges to the rank-k optimum."""
         inverse = torch.linalg.pinv(self.source)
         reached = (self.left @ self.target) @ inverse @ self.source
-        Q = torch.randn(k, reached.shape[1], generator=generator, dtype=torch.float64)
-        P = reached @ Q.T
+        Q = torch.randn(restarts, k, reached.shape[1], generator=generator, dtype=torch.float64)
+        P = reached @ Q.mT
         for _ in range(sweeps):
-            P = torch.linalg.solve(Q @ Q.T, Q @ reached.T).T
-            Q = torch.linalg.solve(P.T @ P, P.T @ reached)
+            P = torch.linalg.solve(Q @ Q.mT, Q @ reached.mT).mT
+            Q = torch.linalg.solve(P.mT @ P, P.mT @ reached)
         return torch.linalg.pinv(self.left) @ P @ Q @ inverse
 
 

@@ -57,6 +57,12 @@ def test_pivots_are_judged_on_their_own_scale():
     assert cholesky_damped(C, name="layer")[1] == 0
 
 
+def test_a_factor_that_exists_by_luck_of_rounding_is_damped():
+    C = torch.tensor([[1.0, 1.0], [1.0, 1.0 + 2.0**-52]], dtype=torch.float64)
+    assert int(torch.linalg.cholesky_ex(C).info) == 0
+    assert cholesky_damped(C, name="layer")[1] == pytest.approx(DAMPING_START)
+
+
 @pytest.mark.parametrize("singular", ["few tokens", "dead channel", "duplicate channel"])
 def test_singular_matrices_get_the_least_damping_that_works(singular):
     C = gram(6, 4 if singular == "few tokens" else 40)
