@@ -1,0 +1,108 @@
+"""Measure one model, dense or compressed: perplexity with its protocol, parameters, bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from spectrim.data.text import read_text
+from spectrim.data.windows import Windows, evaluation_windows, given_windows, longest_window
+from spectrim.errors import TextError
+from spectrim.evaluate.agreement import agreement
+from spectrim.evaluate.perplexity import perplexity
+from spectrim.run.loading import LoadedModel, load_model
+from spectrim.run.texts import UserText
+
+__all__ = ["evaluate_model"]
+
+LITERATURE_WINDOW = 2048
+DEFAULT_TEXT = "wikitext2"
+
+
+def _windows(
+    loaded: LoadedModel, text: UserText, window_length: int | str | None, max_tokens: int | None
+) -> Windows:
+    if isinstance(text, torch.Tensor):
+        return given_windows(text, tokenizer=loaded.tokenizer)
+    if loaded.tokenizer is None:
+        raise TextError(f"{loaded.name!r} has no tokenizer; give token windows (N, T)")
+    longest = longest_window(loaded.model.config)
+    length = window_length or min(LITERATURE_WINDOW, longest or LITERATURE_WINDOW)
+    return evaluation_windows(
+        read_text(DEFAULT_TEXT if text is None else text, split="evaluation"),
+        loaded.tokenizer,
+        window_length=length,
+        max_tokens=max_tokens,
+        config=loaded.model.config,
+    )
+
+
+def _sizes(model: nn.Module) -> dict[str, int]:
+    tensors = {id(p): p for p in model.parameters()}.values()
+    return {
+        "parameters": sum(p.numel() for p in tensors),
+        "parameter_bytes": sum(p.numel() * p.element_size() for p in tensors),
+    }
+
+
+def _folder_bytes(name: str) -> int | None:
+    folder = Path(name)
+    if not folder.is_dir():
+        return None
+    return sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+
+
+def evaluate_model(
+    model: str | Path | nn.Module,
+    *,
+    text: UserText = None,
+    against: str | Path | nn.Module | None = None,
+    window_length: int | str | None = None,
+    max_tokens: int | None = None,
+    batch: int = 8,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    tokenizer: Any = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Perplexity on every text, parameters and bytes; with `against` also agreement with it.
+
+    Args:
+        model: a hub name, a folder, or a model object.
+        text: source names or files separated by commas, documents, or token windows (N, T).
+        against: the dense model to compare distributions with.
+        window_length: tokens per window; None for 2048 or the model's longest, or `max`.
+        max_tokens: score at most this many tokens of a text.
+        batch: windows per forward pass.
+        device: `auto` or a torch device.
+        dtype: `auto` is fp32 on a CPU.
+        tokenizer: for model objects.
+        trust_remote_code: run code that comes with the checkpoint.
+
+    Raises:
+        SpectrimError: unknown text, non-finite losses, unloadable models.
+    """
+    options = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    loaded = load_model(model, tokenizer=tokenizer, **options)
+    reference = None if against is None else load_model(against, **options)
+    names = (
+        [part.strip() for part in str(text).split(",")] if isinstance(text, (str, Path)) else [text]
+    )
+    result: dict[str, Any] = {
+        "model": loaded.name,
+        "stored_bytes": _folder_bytes(loaded.name),
+        **_sizes(loaded.model),
+        "perplexity": {},
+    }
+    for name in names:
+        windows = _windows(loaded, name, window_length, max_tokens)
+        label = name if isinstance(name, str) else windows.sources[0]
+        result["perplexity"][label] = perplexity(loaded.model, windows, batch=batch).record()
+        if reference is not None:
+            result.setdefault("agreement", {})[label] = agreement(
+                reference.model, loaded.model, windows, batch=batch
+            ).record()
+    return result

@@ -1,0 +1,73 @@
+"""From a finished run to its folder: provenance, card, recipe and report beside the weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from spectrim.allocate.budget import format_bytes
+from spectrim.run.compress import Outcome
+from spectrim.storage.attach import attach
+from spectrim.storage.card import model_card
+from spectrim.storage.folder import save_model
+from spectrim.storage.table import Provenance
+
+__all__ = ["save_outcome"]
+
+
+def save_outcome(outcome: Outcome, output: str | Path, *, overwrite: bool = False) -> None:
+    """Write the compressed model as a Hugging Face folder; the report gains the recounted bytes.
+
+    Raises:
+        OutputError: the destination is taken or cannot be written; nothing is left there.
+    """
+    recipe, report = outcome.recipe, outcome.report
+    attach(
+        outcome.model,
+        left_dense=[e.name for e in outcome.plan.entries if e.rank is None],
+        provenance=Provenance(
+            recipe=recipe.name,
+            recipe_hash=recipe.hash(),
+            keep=recipe.keep,
+            base_model=report["model"],
+        ),
+    )
+    inspection = save_model(
+        outcome.model,
+        outcome.tokenizer,
+        output,
+        recipe_yaml=recipe.to_yaml(),
+        report=report,
+        card=_card(outcome),
+        overwrite=overwrite,
+    )
+    report["stored"] = inspection.summary()
+
+
+def _card(outcome: Outcome) -> str:
+    keep = outcome.report["keep"]
+    pairs = {
+        "target layers": keep["target_bytes"],
+        "whole model": keep["model_bytes"],
+    }
+    numbers = {
+        name: (format_bytes(pair["dense"]), format_bytes(pair["stored"]))
+        for name, pair in pairs.items()
+    }
+    numbers["kept share of the target layers"] = ("1", f"{keep['achieved']:.4f}")
+    calibration = outcome.report["calibration"]
+    protocol = (
+        f"Calibrated on {calibration['windows']} windows of {calibration['window_length']} tokens "
+        f"of {', '.join(calibration['sources'])}, seed {calibration['seed']}."
+        if calibration
+        else "No calibration data was used."
+    )
+    base = outcome.report["model"]
+    return model_card(
+        f"{Path(base).name} at keep {outcome.recipe.keep:g}",
+        base_model=base,
+        recipe_name=outcome.recipe.name,
+        recipe_yaml=outcome.recipe.to_yaml(),
+        numbers=numbers,
+        protocol=protocol,
+        notes=outcome.report["notes"],
+    )
