@@ -132,7 +132,6 @@ OBJECTIVE_CASES = {
     "fisher": ("fisher", {}),
     "fisher-out": ("fisher", {"side": "out"}),
     "activation": ("activation", {}),
-    "activation-1": ("activation", {"alpha": 1.0}),
     "whitened": ("whitened", {}),
     "shifted": ("shifted", {}),
     "anchored": ("anchored", {"ridge": 0.0}),

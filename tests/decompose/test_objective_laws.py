@@ -59,8 +59,10 @@ def test_holding_fewer_components_changes_nothing_else(case):
         assert full.truncated(3).error(k) == pytest.approx(full.error(k), rel=1e-12)
 
 
-def test_same_input_gives_same_finite_fp64_bytes(case):
-    first, second = case.decompose(), case.decompose()
+@pytest.mark.parametrize("shape", [(12, 9, 5), (8, 11, 60)])
+def test_same_input_gives_same_finite_fp64_bytes(objective_case, shape, make):
+    objective, options = objective_case
+    first, second = (make(*shape).decompose(objective, **options) for _ in range(2))
     for one, other in (
         (first.up, second.up),
         (first.down, second.down),
