@@ -11,13 +11,21 @@ from spectrim.allocate.budget import (
     rank_for,
 )
 from spectrim.allocate.curve import SCORES, Curve, Score, loss_by_rank
+from spectrim.allocate.knapsack import knapsack
 from spectrim.allocate.ladder import Limits, smallest_keep
+from spectrim.allocate.loss_ratio import loss_ratio
+from spectrim.allocate.order import GlobalOrder, global_order, ranks_at
 from spectrim.allocate.plan import Plan, PlanEntry, Storage, Weights
+from spectrim.allocate.rules import RULES, allocate
+from spectrim.allocate.sensitivity import predicted_table, sensitivity
 from spectrim.allocate.uniform import uniform
+from spectrim.allocate.zero_sum import select, zero_sum
 
 __all__ = [
+    "RULES",
     "SCORES",
     "Curve",
+    "GlobalOrder",
     "Limits",
     "ModelBytes",
     "Plan",
@@ -26,13 +34,22 @@ __all__ = [
     "Shape",
     "Storage",
     "Weights",
+    "allocate",
     "break_even",
     "components",
+    "global_order",
     "keep_for_size",
+    "knapsack",
     "layer_bytes",
     "loss_by_rank",
+    "loss_ratio",
     "parse_size",
+    "predicted_table",
     "rank_for",
+    "ranks_at",
+    "select",
+    "sensitivity",
     "smallest_keep",
     "uniform",
+    "zero_sum",
 ]

@@ -24,7 +24,7 @@ from torch import Tensor
 from spectrim.allocate.budget import Shape, components
 from spectrim.errors import InputError, NonFiniteError
 
-__all__ = ["SCORES", "Curve", "Score", "loss_by_rank", "tail_energy"]
+__all__ = ["SCORES", "Curve", "Score", "curve_values", "loss_by_rank", "tail_energy"]
 
 Score = Literal["energy", "first_order", "second_order", "measured", "kfac"]
 
@@ -70,7 +70,7 @@ class Curve:
 
 def tail_energy(curve: Curve) -> np.ndarray:
     """The objective at rank 0..r, fp64 of shape (r + 1,), non-increasing."""
-    energy = _values(curve, "energy", curve.energy, curve.rank)
+    energy = curve_values(curve, "energy")
     kept = np.concatenate([[0.0], np.cumsum(energy)])
     return np.maximum(curve.total - kept, max(curve.irreducible, 0.0))
 
@@ -83,12 +83,12 @@ def loss_by_rank(curve: Curve, score: Score) -> np.ndarray:
         NonFiniteError: if what it needs is not finite.
     """
     if score == "first_order":
-        dropped = _values(curve, "score", curve.score, curve.rank)
+        dropped = curve_values(curve, "score")
         sums = np.concatenate([np.abs(np.cumsum(dropped[::-1])), [0.0]])
         sums[:-1] = np.maximum.accumulate(sums[:-1])
         return np.concatenate([sums[:-1][::-1], [0.0]])
     if score == "second_order" and curve.loss is not None:
-        return _values(curve, "loss", curve.loss, curve.rank + 1)
+        return curve_values(curve, "loss")
     tail = tail_energy(curve)
     if score == "energy":
         return tail / curve.total if curve.total > 0 else np.zeros_like(tail)
@@ -109,12 +109,17 @@ def _rescaled(curve: Curve, tail: np.ndarray) -> np.ndarray:
     return tail * (max(divergence, 0.0) / tail[rank]) if tail[rank] > 0 else np.zeros_like(tail)
 
 
-def _values(curve: Curve, what: str, values: Tensor | None, length: int) -> np.ndarray:
-    """An optional tensor of a curve as fp64 numpy, with its presence and length checked."""
+def curve_values(curve: Curve, what: Literal["energy", "score", "loss"]) -> np.ndarray:
+    """One of a curve's tensors as fp64 numpy, checked.
+
+    Raises:
+        InputError: if the curve has none, or one of another length than its rank asks for.
+        NonFiniteError: if a value is not finite.
+    """
+    values: Tensor | None = getattr(curve, what)
+    length = curve.rank + (what == "loss")
     if values is None:
-        raise InputError(
-            f"{curve.name} has no {what}, which this rule needs: run the survey for it"
-        )
+        raise InputError(f"{curve.name} has no {what}, which this rule needs: survey it")
     if values.shape != (length,):
         raise InputError(
             f"{curve.name}: {what} has shape {tuple(values.shape)}, expected ({length},)"

@@ -69,15 +69,15 @@ class Ladder:
         curve: the target.
         ranks: allowed ranks, int64 (levels - 1,); the last level is the dense layer.
         bytes: of every level, int64 (levels,), non-decreasing.
-        storages: storage of every level.
-        weights: number format below the last level.
+        which: index of each rank's storage among those that the limits allow, (levels - 1,).
+        limits: what the ladder was built for.
     """
 
     curve: Curve
     ranks: np.ndarray
     bytes: np.ndarray
-    storages: tuple[Storage, ...]
-    weights: Weights
+    which: np.ndarray
+    limits: Limits
 
     @property
     def top(self) -> int:
@@ -88,6 +88,14 @@ class Ladder:
     def dense_bytes(self) -> int:
         """Bytes of the dense layer."""
         return int(self.bytes[-1])
+
+    def storage(self, level: int) -> Storage:
+        """Storage at a level."""
+        return "dense" if level == self.top else self.limits.storages[int(self.which[level])]
+
+    def weights(self, level: int) -> Weights:
+        """Number format at a level."""
+        return "native" if level == self.top else self.limits.weights
 
     def level_within(self, budget: int) -> int:
         """Highest level of at most `budget` bytes, -1 if there is none."""
@@ -185,10 +193,10 @@ def plan_from_levels(
             PlanEntry(
                 name=ladder.curve.name,
                 rank=rank,
-                storage=ladder.storages[level],
+                storage=ladder.storage(level),
                 bytes=int(ladder.bytes[level]),
                 dense_bytes=ladder.dense_bytes,
-                weights="native" if dense else ladder.weights,
+                weights=ladder.weights(level),
                 loss=loss,
             )
         )
@@ -212,11 +220,10 @@ def _ladder(curve: Curve, limits: Limits) -> Ladder:
     lowest = -(-lowest // limits.multiple) * limits.multiple
     ranks = np.arange(lowest, curve.rank + 1, limits.multiple, dtype=np.int64)
     ranks = ranks[cheapest[ranks] < dense]
-    storages = tuple(limits.storages[i] for i in which[ranks])
     return Ladder(
         curve=curve,
         ranks=ranks,
         bytes=np.append(cheapest[ranks], dense),
-        storages=(*storages, "dense"),
-        weights=limits.weights,
+        which=which[ranks],
+        limits=limits,
     )
