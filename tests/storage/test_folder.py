@@ -1,0 +1,288 @@
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, modeling_utils
+
+from architectures import ARCHITECTURES, tiny, windows
+from spectrim.errors import ArtifactError, ModelError, OutputError
+from spectrim.layers.swap import compressed_layers
+from spectrim.storage.atomic import new_folder
+from spectrim.storage.card import model_card
+from spectrim.storage.dense import export_dense
+from spectrim.storage.folder import save_model
+from spectrim.storage.inspect import inspect_folder
+from spectrim.storage.table import QUANT_METHOD
+from storage_cases import compressed, linear_names, save
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    """A folder that tests only read, its model, and what saving returned."""
+    folder = tmp_path_factory.mktemp("result") / "out"
+    model = compressed("qwen2")
+    return folder, model, save(model, folder, max_shard_size="40KB")
+
+
+def test_a_result_holds_everything_and_nothing_pickled(result):
+    folder, _, inspection = result
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "generation_config.json", "recipe.yaml", "README.md"} <= names
+    assert {Path(n).suffix for n in names} == {".json", ".safetensors", ".yaml", ".md"}
+    report = json.loads((folder / "spectrim_report.json").read_text())
+    assert report["quality"] == 1.5
+    assert report["stored"]["achieved_keep"] == inspection.achieved_keep
+    assert report["stored"]["files"] == dict(inspection.files)
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == QUANT_METHOD
+    assert config["format_version"] == 1
+    assert config["provenance"]["recipe"] == "test"
+    assert all(name.startswith("layers.") for name in config["layers"])
+    assert [path.name for path in folder.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_inspection_counts_what_lies_on_disk(name, tmp_path):
+    original, _ = tiny(name)
+    dense = {n: original.get_submodule(n) for n in linear_names(original)}
+    model = compressed(name)
+    inspection = save(model, tmp_path / "out")
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    assert inspection.bytes == sum(t.numel() * t.element_size() for t in tensors.values())
+    assert inspection.parameters == sum(t.numel() for t in tensors.values())
+    assert sum(inspection.files.values()) == (tmp_path / "out/model.safetensors").stat().st_size
+    layers = compressed_layers(model)
+    by_name = {target.name: target for target in inspection.targets}
+    assert by_name.keys() == dense.keys()
+    for path, old in dense.items():
+        target = by_name[path]
+        state = (layers.get(path) or old).state_dict()
+        assert target.bytes == sum(t.numel() * t.element_size() for t in state.values())
+        assert target.dense_bytes == sum(p.numel() * 4 for p in old.parameters())
+        assert target.rank == (layers[path].rank if path in layers else None)
+        m, n = old.weight.shape if name != "gpt2" else old.weight.T.shape
+        assert (target.out_features, target.in_features) in {(m, n)}
+    kept = sum(t.bytes for t in by_name.values()) / sum(t.dense_bytes for t in by_name.values())
+    assert inspection.achieved_keep == kept
+
+
+def test_inspection_needs_no_torch(result):
+    code = (
+        "import sys; from spectrim.storage.folder import save_model
+from spectrim.storage.inspect import inspect_folder\n"
+        f"print(inspect_folder({str(result[0])!r}).bytes)\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert int(run.stdout) == result[2].bytes
+
+
+def test_an_ordinary_model_can_be_inspected(tmp_path):
+    model, _ = tiny("llama")
+    inspection = save(model, tmp_path / "out")
+    assert inspection.table is None
+    assert inspection.achieved_keep is None
+    assert inspection.dense_bytes == inspection.bytes == 4 * model.num_parameters()
+
+
+def test_an_unattached_model_is_refused(tmp_path):
+    model = compressed()
+    del model.hf_quantizer
+    with pytest.raises(ModelError, match="attach"):
+        save(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_dense_export_needs_no_spectrim(name, tmp_path):
+    model = compressed(name)
+    save(model, tmp_path / "out")
+    (tmp_path / "out/tokenizer.json").write_text("{}")
+    export_dense(tmp_path / "out", tmp_path / "dense")
+    dense = tmp_path / "dense"
+    config = json.loads((dense / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert {path.name for path in dense.iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors", "README.md", "tokenizer.json"
+    }  # fmt: skip
+    original, _ = tiny(name)
+    shapes = {n: t.shape for n, t in load_file(dense / "model.safetensors").items()}
+    original.save_pretrained(tmp_path / "original")
+    stored = load_file(tmp_path / "original/model.safetensors")
+    assert shapes == {n: t.shape for n, t in stored.items()}
+    again = AutoModelForCausalLM.from_pretrained(dense)
+    assert torch.allclose(again(windows(2)).logits, model(windows(2)).logits, atol=1e-4)
+
+
+def test_exporting_an_ordinary_model_is_refused(tmp_path):
+    tiny("llama")[0].save_pretrained(tmp_path / "plain")
+    with pytest.raises(ArtifactError, match="no model compressed by spectrim"):
+        export_dense(tmp_path / "plain", tmp_path / "dense")
+
+
+def fill(folder, text):
+    (folder / "config.json").write_text(text)
+
+
+def test_a_new_folder_appears_only_when_it_is_finished(tmp_path):
+    output = tmp_path / "deep" / "out"
+    with new_folder(output) as folder:
+        fill(folder, "new")
+        assert not output.exists()
+        assert folder.parent == output.parent
+    assert (output / "config.json").read_text() == "new"
+    assert [path.name for path in output.parent.iterdir()] == ["out"]
+
+
+def test_an_existing_folder_is_replaced_only_on_request(tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    with new_folder(output) as folder:
+        fill(folder, "first")
+    with pytest.raises(OutputError, match="--overwrite"), new_folder(output) as folder:
+        fill(folder, "second")
+    assert (output / "config.json").read_text() == "first"
+    (output / "stale.bin").write_text("x")
+    with new_folder(output, overwrite=True) as folder:
+        fill(folder, "third")
+    assert [path.name for path in output.iterdir()] == ["config.json"]
+    assert (output / "config.json").read_text() == "third"
+
+
+def test_a_folder_that_is_no_model_is_never_replaced(tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "thesis.tex").write_text("years of work")
+    with (
+        pytest.raises(OutputError, match="no model folder"),
+        new_folder(home, overwrite=True) as folder,
+    ):
+        fill(folder, "x")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match="not a folder"), new_folder(tmp_path / "file"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "home"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), None])
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, error, overwrite):
+    """The second shard fails: as an `OSError`, and as the error that safetensors raises itself."""
+    output = tmp_path / "out"
+    model = compressed()
+    if overwrite:
+        save(model, output)
+    before = {p.name: p.read_bytes() for p in output.iterdir()} if overwrite else None
+    real, calls = modeling_utils.safe_save_file, []
+
+    def fails(tensors, filename, **options):
+        calls.append(filename)
+        if len(calls) < 2:
+            return real(tensors, filename, **options)
+        if error is None:
+            return save_file({"a": torch.ones(2)}, Path(filename) / "no" / "such" / "folder")
+        raise error
+
+    monkeypatch.setattr(modeling_utils, "safe_save_file", fails)
+    with pytest.raises(OutputError, match="could not be written"):
+        save(model, output, max_shard_size="40KB", overwrite=overwrite)
+    assert [path.name for path in tmp_path.iterdir()] == (["out"] if overwrite else [])
+    if overwrite:
+        assert {p.name: p.read_bytes() for p in output.iterdir()} == before
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_an_interrupt_leaves_nothing_behind(tmp_path, error):
+    with pytest.raises(error), new_folder(tmp_path / "out") as folder:
+        fill(folder, "half")
+        raise error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_rename_restores_what_was_there(tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    with new_folder(output) as folder:
+        fill(folder, "old")
+    rename = Path.rename
+
+    def fails(path, target):
+        if "partial" in path.name:
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(OutputError), new_folder(output, overwrite=True) as folder:
+        fill(folder, "new")
+    assert (output / "config.json").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_report_with_nan_is_a_mistake_that_leaves_nothing(tmp_path):
+    report = {"quality": float("nan")}
+    with pytest.raises(ValueError, match="JSON"):
+        save_model(compressed(), None, tmp_path / "out", recipe_yaml="", report=report, card="")
+    assert not list(tmp_path.iterdir())
+
+
+def index_of(folder):
+    return folder / "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a\\b", "", 3, "no.safetensors"])  # fmt: skip  # noqa: E501
+def test_names_in_an_index_never_leave_the_folder(name, tmp_path):
+    save(compressed(), tmp_path / "out", max_shard_size="40KB")
+    index = json.loads(index_of(tmp_path / "out").read_text())
+    index["weight_map"]["model.norm.weight"] = name
+    index_of(tmp_path / "out").write_text(json.dumps(index))
+    with pytest.raises(ArtifactError, match=r"not a file name|lacks 'no\.safetensors'"):
+        inspect_folder(tmp_path / "out")
+
+
+def test_inspection_refuses_contradictions(tmp_path):
+    folder = tmp_path / "out"
+    save(compressed(), folder)
+    config = folder / "config.json"
+    text = config.read_text()
+    config.write_text(text.replace('"rank": 5', '"rank": 6', 1))
+    with pytest.raises(ArtifactError, match="do not fit"):
+        inspect_folder(folder)
+    config.write_text(text)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.0.self_attn.k_proj.down.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ArtifactError, match=r"lacks the tensor .*k_proj\.down\.weight"):
+        inspect_folder(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ArtifactError, match="holds neither"):
+        inspect_folder(folder)
+
+
+def test_the_card_is_ready_for_the_hub():
+    card = model_card(
+        "A | title",
+        base_model="org/model-1B",
+        recipe_name="svd-llm",
+        recipe_yaml="title: has ``` in it\n",
+        numbers={"a|b": ("1", "2")},
+        protocol="WikiText-2, 2048 tokens.",
+        notes=["Ranks are multiples of 8."],
+    )
+    _, matter, body = card.split("---\n", 2)
+    assert yaml.safe_load(matter) == {
+        "library_name": "transformers",
+        "tags": ["spectrim", "low-rank", "svd", "compressed"],
+        "base_model": "org/model-1B",
+    }
+    assert "import spectrim" in body
+    assert r"| a\|b | 1 | 2 |" in body
+    assert "````yaml\ntitle: has ``` in it\n````" in body
+    local = model_card(
+        "x", base_model="/data/models/x", recipe_name="svd", recipe_yaml="", numbers={}
+    )
+    assert "base_model" not in local.split("---\n")[1]
