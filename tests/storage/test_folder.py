@@ -74,8 +74,7 @@ def test_inspection_counts_what_lies_on_disk(name, tmp_path):
 
 def test_inspection_needs_no_torch(result):
     code = (
-        "import sys; from spectrim.storage.folder import save_model
-from spectrim.storage.inspect import inspect_folder\n"
+        "import sys; from spectrim.storage.inspect import inspect_folder\n"
         f"print(inspect_folder({str(result[0])!r}).bytes)\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
