@@ -81,8 +81,11 @@ class Stream:
         for start in range(0, len(self), batch):
             yield slice(start, min(start + batch, len(self)))
 
-    def read(self, rows: slice, device: torch.device | str = "cpu") -> Tensor:
-        """A copy of the states of some windows, shape (rows, T, d), on `device`."""
+    def read(self, rows: slice | Tensor, device: torch.device | str = "cpu") -> Tensor:
+        """A copy of the states of some windows, shape (rows, T, d), on `device`.
+
+        `rows` is a slice or an integer tensor of window indices.
+        """
         return self._states[rows].to(device, copy=True)
 
     @torch.no_grad()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from spectrim.errors import NonFiniteError
 from spectrim.model.anatomy import Anatomy, Target
+from spectrim.model.capture import first_tensor
 from spectrim.moments.accumulate import MomentAccumulator, reduction_dtype
 from spectrim.moments.moments import Moments, OutputMoments
 
@@ -70,8 +71,7 @@ class _TargetSums:
         self.gradient = zeros(m, n) if "gradient" in needs else None
         self.factors = None
         if factors is not None:
-            work = reduction_dtype(torch.device(device))
-            self.factors = tuple(f.to(device, work) for f in factors)
+            self.factors = tuple(f.to(device) for f in factors)
             r = self.factors[0].shape[1]
             self.halves, self.squares = zeros(2, r), zeros(r)
         self.tokens = self.windows = 0
@@ -87,7 +87,7 @@ class _TargetSums:
             self._add_window(x[b], g[b])
 
     def _add_window(self, x: Tensor, g: Tensor) -> None:
-        work = reduction_dtype(x.device)
+        work = reduction_dtype(x)
         x, g = x.to(work), g.to(work)
         if self.G is not None:
             clipped = _clip_tokens(g, self.clip)
@@ -102,7 +102,7 @@ class _TargetSums:
             if self.gradient is not None:
                 self.gradient += whole.double()
         if self.factors is not None:
-            up, down = self.factors
+            up, down = (f.to(work) for f in self.factors)
             change = -((g @ up) * (x @ down.mT)).sum(0).double()
             self.halves[self.windows % 2] += change
             self.squares += change.square()
@@ -132,35 +132,42 @@ def _clip_tokens(g: Tensor, clip: float | None) -> Tensor:
     return torch.where(norms > limit, g * (limit / norms.clamp_min(limit)), g)
 
 
+class _Phase:
+    """Whether a batch is going forward; how many windows it has."""
+
+    def __init__(self):
+        self.forward = False
+        self.windows = 0
+
+
 @contextmanager
 def _gradient_hooks(
-    model: nn.Module, sums: Mapping[str, _TargetSums], group_inputs: Mapping[str, Callable]
+    model: nn.Module,
+    sums: Mapping[str, _TargetSums],
+    group_inputs: Mapping[str, Callable],
+    phase: _Phase,
 ) -> Iterator[None]:
     """Feed every target's (input, output gradient) to its sums; removed on exit.
 
-    Under checkpointing a block runs twice per batch; the recomputation's outputs need no hook
-    (the graph belongs to the first run) and its inputs must not be counted again, which `fed`
-    prevents: a target that was fed is fed again only after its gradient has arrived.
+    Under checkpointing a block runs a second time inside the backward pass. Gradients arrive at
+    the tensors of the first run, and inputs must not be counted twice, so hooks only look while
+    `phase.forward` is set.
     """
     handles = []
-    fed: set[str] = set()
 
     def attach(name: str) -> None:
-        def forward(module, args, output):
-            if name in fed:
+        def forward(module, args, kwargs, output):
+            if not phase.forward:
                 return
-            fed.add(name)
-            x = args[0].detach()
+            x = first_tensor(args, kwargs).detach()
             if name in group_inputs:
                 group_inputs[name](x)
+            # Some architectures flatten (B, T, d) to (B T, d) before their linear layers.
+            x = x.reshape(phase.windows, -1, x.shape[-1])
+            output.register_hook(lambda g: sums[name].add(x, g.reshape(*x.shape[:2], -1)))
 
-            def backward(g: Tensor) -> None:
-                sums[name].add(x, g)
-                fed.discard(name)
-
-            output.register_hook(backward)
-
-        handles.append(model.get_submodule(name).register_forward_hook(forward))
+        module = model.get_submodule(name)
+        handles.append(module.register_forward_hook(forward, with_kwargs=True))
 
     for name in sums:
         attach(name)
@@ -249,19 +256,22 @@ def gradient_pass(
     feeds = {name: a.add for name, a in accumulators.items()}
     generator = torch.Generator().manual_seed(seed)
     result = GradientPass({})
+    phase = _Phase()
     with (
         _only_activations_need_gradients(model),
         _checkpointed(model, checkpointing),
-        _gradient_hooks(model, sums, feeds),
+        _gradient_hooks(model, sums, feeds, phase),
         torch.enable_grad(),
     ):
         for i in range(0, ids.shape[0], batch):
             chunk = ids[i : i + batch].to(device)
+            phase.forward, phase.windows = True, chunk.shape[0]
             logits = model(input_ids=chunk, use_cache=False).logits
             target = sampled_labels(logits, chunk, generator) if labels == "model" else chunk
             loss = summed_loss(logits, target)
             if not bool(torch.isfinite(loss)):
                 raise NonFiniteError(f"the loss of windows {i}..{i + len(chunk) - 1} is not finite")
+            phase.forward = False
             loss.backward()
             result.loss += float(loss.detach())
             result.tokens += chunk.shape[0] * (chunk.shape[1] - 1)

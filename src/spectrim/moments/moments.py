@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 from torch import Tensor
 
 __all__ = ["Moments", "OutputMoments"]
 
 
-def _add(left, right):
+def _add(left: Any, right: Any) -> Any:
     if (left is None) != (right is None):
         raise ValueError("only moments that hold the same statistics can be merged")
     return None if left is None else left + right

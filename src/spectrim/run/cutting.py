@@ -59,7 +59,7 @@ def cut_layer(
     )
 
 
-def measured_error(W: Tensor, layer: nn.Module, moments: Moments | None) -> float:
+def measured_error(W: Tensor, layer: LowRankLinear, moments: Moments | None) -> float:
     """Relative squared error of the stored layer: on the moments' inputs, or of the weight itself.
 
     With shifted moments and a cross moment it is `‖W X − W' X'‖² / ‖W X‖²`.

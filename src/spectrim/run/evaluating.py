@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -23,7 +23,10 @@ DEFAULT_TEXT = "wikitext2"
 
 
 def _windows(
-    loaded: LoadedModel, text: UserText, window_length: int | str | None, max_tokens: int | None
+    loaded: LoadedModel,
+    text: UserText,
+    window_length: int | Literal["max"] | None,
+    max_tokens: int | None,
 ) -> Windows:
     if isinstance(text, torch.Tensor):
         return given_windows(text, tokenizer=loaded.tokenizer)
@@ -60,7 +63,7 @@ def evaluate_model(
     *,
     text: UserText = None,
     against: str | Path | nn.Module | None = None,
-    window_length: int | str | None = None,
+    window_length: int | Literal["max"] | None = None,
     max_tokens: int | None = None,
     batch: int = 8,
     device: str | torch.device = "auto",

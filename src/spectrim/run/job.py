@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spectrim.data.windows import Windows
 from spectrim.model.anatomy import Anatomy
@@ -82,7 +82,7 @@ class Job:
     Attributes:
         model: changed in place.
         anatomy: its blocks and targets.
-        windows: calibration windows; a data-free recipe still has them for its protocol.
+        windows: calibration windows, None for a data-free recipe.
         recipe: resolved.
         device: where blocks are worked on.
         progress: told of every block.
@@ -93,13 +93,20 @@ class Job:
 
     model: nn.Module
     anatomy: Anatomy
-    windows: Windows
+    windows: Windows | None
     recipe: Recipe
     device: torch.device
     progress: Progress = field(default_factory=Silent)
     log: RunLog = field(default_factory=RunLog)
     offload_streams: Path | None = None
     on_failure: str = "error"
+
+    @property
+    def ids(self) -> Tensor:
+        """Token ids of the calibration windows, (N, T)."""
+        if self.windows is None:
+            raise ValueError(f"the recipe {self.recipe.name!r} was run without windows")
+        return self.windows.ids
 
     @property
     def batch(self) -> int:

@@ -56,7 +56,7 @@ def cut_one_shot(job: Job, plan: Plan, outputs: Mapping[str, OutputMoments] | No
         replay = (
             record(
                 job.model,
-                job.windows.ids,
+                job.ids,
                 batch=job.batch,
                 device=job.device,
                 folder=job.offload_streams,

@@ -66,7 +66,7 @@ class _Pass:
         self.needs = frozenset(needs)
         self.replay: Replay = record(
             job.model,
-            job.windows.ids,
+            job.ids,
             batch=job.batch,
             device=job.device,
             folder=job.offload_streams,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -37,7 +38,7 @@ def gather_windows(
     """
     if isinstance(text, Tensor):
         windows = given_windows(text, tokenizer=loaded.tokenizer)
-        windows.check_vocabulary(loaded.model.get_input_embeddings().weight.shape[0])
+        windows.check_vocabulary(vocabulary_size(loaded.model))
         return windows
     longest = longest_window(loaded.model.config)
     length = min(calibration.window_length, longest or calibration.window_length)
@@ -62,6 +63,11 @@ def gather_windows(
     return interleave(parts)
 
 
+def vocabulary_size(model: Any) -> int:
+    """Number of embeddings."""
+    return model.get_input_embeddings().weight.shape[0]
+
+
 def _text_windows(
     loaded: LoadedModel, sources: list, calibration: Calibration, length: int, seed: int, count: int
 ) -> Windows:
@@ -77,7 +83,7 @@ def _text_windows(
         seed=seed,
         bos=calibration.bos,
     )
-    windows.check_vocabulary(loaded.model.get_input_embeddings().weight.shape[0])
+    windows.check_vocabulary(vocabulary_size(loaded.model))
     return windows
 
 
