@@ -6,7 +6,7 @@ A `Curve` is turned into one predicted loss per rank, by the score that the user
     energy        tail(k) / total                      relative error of the layer
     first_order   max over j >= k of |sum_{i>=j} dL_i|  ZS-SVD's signed scores (arXiv 2602.02848)
     second_order  `loss` where given, else tail(k)      Fisher-weighted energies, loss units
-    kfac          tail(k)                               energies of the double-sided objective, nats
+    kfac          `loss` where given, else tail(k)      double-sided objective, nats
     measured      KL * tail(k) / tail(k0)               one measured KL at the reference rank k0
 
 The maximum in `first_order` makes the curve fall with rank: a sum of signed estimates that
@@ -16,15 +16,20 @@ happens to cancel at some rank says nothing good about that rank.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
-from torch import Tensor
 
 from spectrim.allocate.budget import Shape, components
 from spectrim.errors import InputError, NonFiniteError
 
-__all__ = ["SCORES", "Curve", "Score", "curve_values", "loss_by_rank", "tail_energy"]
+if TYPE_CHECKING:
+    # Planning from a saved survey takes a second because nothing here imports torch.
+    from torch import Tensor
+
+    Values: TypeAlias = "Tensor | np.ndarray"
+
+__all__ = ["SCORES", "Curve", "Score", "as_numpy", "curve_values", "loss_by_rank", "tail_energy"]
 
 Score = Literal["energy", "first_order", "second_order", "measured", "kfac"]
 
@@ -55,17 +60,17 @@ class Curve:
     block: int
     projection: str
     shape: Shape
-    energy: Tensor | None = None
+    energy: Values | None = None
     total: float = 0.0
     irreducible: float = 0.0
-    score: Tensor | None = None
-    loss: Tensor | None = None
+    score: Values | None = None
+    loss: Values | None = None
     reference: tuple[int, float] | None = None
 
     @property
     def rank(self) -> int:
         """Number of components that can be kept: those decomposed, or min(m, n)."""
-        return components(self.shape) if self.energy is None else self.energy.numel()
+        return components(self.shape) if self.energy is None else self.energy.shape[0]
 
 
 def tail_energy(curve: Curve) -> np.ndarray:
@@ -87,7 +92,7 @@ def loss_by_rank(curve: Curve, score: Score) -> np.ndarray:
         sums = np.concatenate([np.abs(np.cumsum(dropped[::-1])), [0.0]])
         sums[:-1] = np.maximum.accumulate(sums[:-1])
         return np.concatenate([sums[:-1][::-1], [0.0]])
-    if score == "second_order" and curve.loss is not None:
+    if score in ("second_order", "kfac") and curve.loss is not None:
         return curve_values(curve, "loss")
     tail = tail_energy(curve)
     if score == "energy":
@@ -116,7 +121,7 @@ def curve_values(curve: Curve, what: Literal["energy", "score", "loss"]) -> np.n
         InputError: if the curve has none, or one of another length than its rank asks for.
         NonFiniteError: if a value is not finite.
     """
-    values: Tensor | None = getattr(curve, what)
+    values: Values | None = getattr(curve, what)
     length = curve.rank + (what == "loss")
     if values is None:
         raise InputError(f"{curve.name} has no {what}, which this rule needs: survey it")
@@ -124,7 +129,14 @@ def curve_values(curve: Curve, what: Literal["energy", "score", "loss"]) -> np.n
         raise InputError(
             f"{curve.name}: {what} has shape {tuple(values.shape)}, expected ({length},)"
         )
-    array = values.detach().double().cpu().numpy()
+    array = as_numpy(values)
     if not np.isfinite(array).all():
         raise NonFiniteError(f"{curve.name}: {what} has values that are not finite")
     return array
+
+
+def as_numpy(values: Values) -> np.ndarray:
+    """A tensor or an array as fp64 numpy."""
+    if isinstance(values, np.ndarray):
+        return values.astype(np.float64, copy=False)
+    return values.detach().double().cpu().numpy()

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
 
-from spectrim.allocate.curve import Curve, curve_values, loss_by_rank
+from spectrim.allocate.curve import Curve, as_numpy, curve_values, loss_by_rank
 from spectrim.allocate.ladder import (
     Ladder,
     Limits,
@@ -29,6 +29,9 @@ from spectrim.allocate.ladder import (
 from spectrim.allocate.plan import Plan
 from spectrim.allocate.removal import occurrences
 from spectrim.errors import InputError, NonFiniteError
+
+if TYPE_CHECKING:
+    from spectrim.allocate.curve import Values
 
 __all__ = ["GlobalOrder", "global_order", "ranks_at"]
 
@@ -53,7 +56,7 @@ class GlobalOrder:
 def global_order(
     curves: Sequence[Curve],
     *,
-    importance: Sequence[Sequence[Tensor]] | None = None,
+    importance: Sequence[Sequence[Values]] | None = None,
     spectral: bool = True,
 ) -> GlobalOrder:
     """Sort all components of the model by importance.
@@ -155,20 +158,19 @@ def _removals(order: GlobalOrder, ladders: Sequence[Ladder]) -> tuple[np.ndarray
     return targets[allowed], removed[allowed]
 
 
-def _relative_energy(curve: Curve) -> Tensor:
+def _relative_energy(curve: Curve) -> np.ndarray:
     """Share of the target's total that each component removes."""
-    curve_values(curve, "energy")
-    assert curve.energy is not None
-    return curve.energy.double() / curve.total if curve.total > 0 else curve.energy.double()
+    energy = curve_values(curve, "energy")
+    return energy / curve.total if curve.total > 0 else energy
 
 
-def _key(curve: Curve, key: Tensor) -> np.ndarray:
+def _key(curve: Curve, key: Values) -> np.ndarray:
     """One importance key as fp64 numpy, checked."""
     if key.shape != (curve.rank,):
         raise InputError(
             f"{curve.name}: importance has shape {tuple(key.shape)}, expected ({curve.rank},)"
         )
-    values = key.detach().double().cpu().numpy()
+    values = as_numpy(key)
     if np.isnan(values).any():
         raise NonFiniteError(f"{curve.name}: an importance is NaN")
     return values
