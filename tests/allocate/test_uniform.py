@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spectrim.allocate import Curve, Limits, Shape, break_even, layer_bytes, uniform
@@ -71,6 +71,7 @@ def test_floor_ranks_are_the_papers(keep):
         assert entry.storage == "factored"
 
 
+@settings(max_examples=25, deadline=None)
 @given(limits, st.integers(30, 100), st.booleans())
 def test_budget_is_met_within_one_step(limits, percent, bias):
     curves = llama(bias=bias)
@@ -94,6 +95,7 @@ def test_ranks_grow_with_keep():
     assert before == [e.dense_bytes for e in uniform(curves, keep=1.0).entries]
 
 
+@settings(max_examples=25, deadline=None)
 @given(st.permutations(range(18)), st.sampled_from([0.3, 0.61, 0.9]))
 def test_order_of_targets_does_not_matter(order, keep):
     curves = llama()

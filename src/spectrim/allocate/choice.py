@@ -9,7 +9,8 @@
 3. Exact step: a point whose reduced cost `loss + lam * bytes - min` exceeds the distance between
    repaired plan and bound is in no better plan. The few that remain are combined target by
    target, keeping undominated (bytes, loss) pairs within that distance. If they outnumber
-   `states` the least reduced costs stay, and the result is near-optimal.
+   `states`, or a target has too many points to try them all, the least reduced costs stay, and
+   the result is near-optimal.
 """
 
 from __future__ import annotations
@@ -21,6 +22,12 @@ from heapq import heapify, heappop, heappush
 import numpy as np
 
 __all__ = ["Choice", "choose"]
+
+WORK = 16
+"""Combinations tried per target, as a multiple of those held."""
+
+FEWEST_POINTS = 8
+"""Points that a target keeps in the exact step, however many combinations there are."""
 
 ROUNDOFF = 64 * float(np.finfo(np.float64).eps)
 """Relative slack of comparisons between sums of losses."""
@@ -174,6 +181,11 @@ def _combine(
     steps: list[tuple[np.ndarray, np.ndarray]] = []
     exact = True
     for depth, i in enumerate(order):
+        most = max(FEWEST_POINTS, WORK * states // size.size)
+        if points[i].size > most:
+            exact = False
+            nearest = np.sort(np.argsort(reduced[i], kind="stable")[:most])
+            points[i], reduced[i] = points[i][nearest], reduced[i][nearest]
         new_size = (size[:, None] + sizes[i][points[i]]).ravel()
         new_cost = (cost[:, None] + reduced[i]).ravel()
         new_loss = (loss[:, None] + losses[i][points[i]]).ravel()
