@@ -11,13 +11,24 @@ they are first used.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from spectrim.registration import register_with_transformers
 
 if TYPE_CHECKING:
-    from spectrim.api import compress, evaluate, load_elastic, plan, resize, survey
+    from spectrim.api import (
+        compress,
+        evaluate,
+        export,
+        inspect,
+        load_elastic,
+        plan,
+        resize,
+        survey,
+    )
     from spectrim.recipe import Recipe
 
 __version__ = "0.1.0"
@@ -27,20 +38,42 @@ __all__ = [
     "__version__",
     "compress",
     "evaluate",
+    "export",
+    "inspect",
     "load_elastic",
     "plan",
     "resize",
     "survey",
 ]
 
-_HOMES = dict.fromkeys(
-    ("compress", "evaluate", "load_elastic", "plan", "resize", "survey"), "spectrim.api"
-) | {"Recipe": "spectrim.recipe"}
+_API = ("compress", "export", "inspect", "load_elastic", "plan", "resize", "survey")
+_HOMES = dict.fromkeys(_API, "spectrim.api") | {"Recipe": "spectrim.recipe"}
+
+
+class _EvaluateRoom(ModuleType):
+    """`spectrim.evaluate` is a room of the package and a public function; this makes it both."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return import_module("spectrim.api").evaluate(*args, **kwargs)
+
+
+class _Package(ModuleType):
+    """The import system sets a room as an attribute here, whoever imports it first."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "evaluate" and isinstance(value, ModuleType):
+            value.__class__ = _EvaluateRoom
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 register_with_transformers()
 
 
 def __getattr__(name: str) -> Any:
+    if name == "evaluate":
+        return import_module("spectrim.evaluate")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

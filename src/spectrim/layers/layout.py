@@ -34,7 +34,7 @@ class Layout:
         bias_key: path below the layer of the bias, stored as `<linear>.bias`.
         shapes: (out_features, in_features, rank) -> path below the layer -> shape, without bias.
         sides: (shape of the stored weight, shapes of the other tensors) -> (out, in, rank).
-        integers: paths below the layer whose tensors hold integers.
+        integers: paths below the layer whose tensors hold integers, each a permutation.
     """
 
     kind: str
