@@ -32,9 +32,6 @@ def compress(
         str | None, typer.Option("--storage", help="factored, packed or auto.")
     ] = None,
     weights: Annotated[str | None, typer.Option("--weights", help="native, int8 or int4.")] = None,
-    effort: Annotated[
-        str | None, typer.Option("--effort", help="fast, balanced or thorough (recipe spectrim).")
-    ] = None,
     offload_streams: Annotated[
         Path | None,
         typer.Option(
@@ -78,7 +75,6 @@ def compress(
                 plan=plan,
                 storage=storage,
                 weights=weights,
-                effort=effort,
                 offload_streams=offload_streams,
                 on_failure=on_failure,
             ),

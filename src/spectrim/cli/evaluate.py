@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from spectrim.cli import options
+from spectrim.errors import InputError
 
 __all__ = ["evaluate"]
 
@@ -18,20 +19,24 @@ def evaluate(
     ],
     against: options.Against = None,
     text: options.Text = None,
-    window_length: options.WindowLength = None,
+    window_length: Annotated[
+        str | None,
+        typer.Option(
+            "--window-length",
+            metavar="TOKENS|max",
+            help="Tokens per window, or max for the model's longest; default 2048.",
+        ),
+    ] = None,
     max_tokens: Annotated[
         int | None,
         typer.Option("--max-tokens", metavar="N", help="Score at most N tokens of the text."),
-    ] = None,
-    tasks: Annotated[
-        str | None,
-        typer.Option("--tasks", metavar="A,B,...", help="Zero-shot tasks of lm-eval."),
     ] = None,
     batch: Annotated[
         int | None, typer.Option("--batch", metavar="N", help="Windows per forward pass.")
     ] = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.AsJson = False,
     verbose: options.Verbose = False,
     quiet: options.Quiet = False,
@@ -39,24 +44,34 @@ def evaluate(
     """Measure perplexity, parameters and bytes of each MODEL."""
     from spectrim.cli.session import session
 
+    chosen = options.given(
+        against=against,
+        text=text,
+        window_length=as_length(window_length),
+        max_tokens=max_tokens,
+        batch=batch,
+        device=device,
+        dtype=dtype,
+    )
     with session(verbose=verbose, quiet=quiet or as_json):
         from spectrim import api
 
-        chosen = options.given(
-            against=against,
-            text=text,
-            window_length=window_length,
-            max_tokens=max_tokens,
-            tasks=None if tasks is None else [task.strip() for task in tasks.split(",")],
-            batch=batch,
-            device=device,
-            dtype=dtype,
-        )
-        results = {model: api.evaluate(model, **chosen) for model in models}
+        results = [
+            api.evaluate(model, trust_remote_code=trust_remote_code, **chosen) for model in models
+        ]
     from spectrim.cli.render import print_json
     from spectrim.cli.results import print_evaluations
 
     if as_json:
-        print_json(results if len(models) > 1 else results[models[0]])
+        print_json(results)
     else:
         print_evaluations(results)
+
+
+def as_length(words: str | None) -> int | str | None:
+    """`2048` as a number, `max` as it is."""
+    if words is None or words == "max":
+        return words
+    if not words.isdigit():
+        raise InputError(f"--window-length is {words!r}; expected a number of tokens or max")
+    return int(words)

@@ -84,7 +84,8 @@ class LineProgress:
         state = self.stages[stage]
         state.done += 1
         now = self.clock()
-        if now - state.spoke < SECONDS_BETWEEN_LINES:
+        # The last step speaks through `finish`.
+        if now - state.spoke < SECONDS_BETWEEN_LINES or state.done >= state.total:
             return
         state.spoke = now
         elapsed = now - state.began

@@ -26,6 +26,7 @@ __all__ = [
 ]
 
 PIPED_WIDTH = 240
+PROSE_WIDTH = 100
 BYTE_UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -103,14 +104,14 @@ def print_note(text: str) -> None:
 
 
 def print_wrapped(console: Console, text: str, *, first: str, rest: str) -> None:
-    """Print one text with its further lines indented, never cutting a path in two on a pipe."""
+    """Print one text with its further lines indented; a long path is never cut in two."""
     lines = textwrap.wrap(
         text,
-        max(console.width, len(rest) + 10),
+        max(min(console.width, PROSE_WIDTH), len(rest) + 10),
         initial_indent=first,
         subsequent_indent=rest,
-        drop_whitespace=True,
         break_on_hyphens=False,
+        break_long_words=False,
     )
     for line in lines or [""]:
         console.print(line, soft_wrap=True)

@@ -10,11 +10,14 @@ from spectrim.cli.render import (
     format_bytes,
     format_count,
     print_facts,
+    print_note,
     print_table,
     storage_words,
 )
 
-__all__ = ["print_compression", "print_inspection"]
+__all__ = ["print_compression", "print_demo", "print_evaluations", "print_inspection"]
+
+REPORT_FILE = "spectrim_report.json"
 
 
 def print_compression(report: dict[str, Any], output: Path) -> None:
@@ -77,6 +80,81 @@ def print_inspection(record: dict[str, Any]) -> None:
             "files": ", ".join(f"{n} {format_bytes(b)}" for n, b in record["files"].items()),
         }
     )
+
+
+def print_evaluations(results: list[dict[str, Any]]) -> None:
+    """Print one table per text, models down.
+
+    Args:
+        results: one record per model, as `spectrim.evaluate` returns it.
+    """
+    for text in results[0]["perplexity"]:
+        compared = any("agreement" in result for result in results)
+        rows = []
+        for result in results:
+            measured = result["perplexity"][text]
+            row = [
+                result["model"],
+                plus_minus(measured["perplexity"], measured["standard_error"]),
+                format_count(result["parameters"]),
+                format_bytes(result["stored_bytes"] or result["parameter_bytes"]),
+            ]
+            if compared:
+                agreement = result["agreement"][text]
+                row += [
+                    plus_minus(agreement["kl"], agreement["kl_standard_error"]),
+                    f"{agreement['top1']:.1%}",
+                ]
+            rows.append(row)
+        headers = ["model", "perplexity", "parameters", "bytes"]
+        headers += ["KL, nats/token", "same top token"] if compared else []
+        print_table(headers, rows, title=text)
+        # More than one line only where tokenizers or longest windows differ.
+        for words in dict.fromkeys(protocol_words(r["perplexity"][text]) for r in results):
+            print_note(words)
+
+
+def protocol_words(measured: dict[str, Any]) -> str:
+    """How a perplexity was measured, in one line."""
+    protocol = measured["protocol"]
+    return (
+        f"{format_count(measured['tokens'])} tokens scored in {protocol['windows']} windows of "
+        f"{protocol['window_length']}, BOS {protocol['bos']}, {protocol['dtype']}"
+    )
+
+
+def print_demo(found: dict[str, Any]) -> None:
+    """Print what the bundled model cost before and after, and what both models write."""
+    dense, compressed = found["dense"], found["compressed"]
+    rows = [
+        ("bytes", format_bytes, "bytes"),
+        ("parameters", format_count, "parameters"),
+        ("perplexity, held-out", "{:.2f}".format, "perplexity"),
+        ("prefill, tokens/s", "{:.0f}".format, "prefill_tokens_per_second"),
+        ("decode, tokens/s", "{:.0f}".format, "decode_tokens_per_second"),
+    ]
+    print_table(
+        ("", "dense", "compressed"),
+        [(name, write(dense[key]), write(compressed[key])) for name, write, key in rows],
+        title=f"bundled Llama, recipe {found['recipe']}, keep {found['keep']:.3f}",
+    )
+    seconds = found["seconds"]
+    print_facts(
+        {
+            "protocol": protocol_words(dense),
+            "time": f"{format_seconds(seconds['compress'])} to compress, "
+            f"{format_seconds(seconds['total'])} in all",
+        }
+    )
+    for name, continuation in found["samples"].items():
+        print_note(f"\n{name}: {found['prompt']}{continuation}")
+    print_note(f"\nwritten to {found['output']}; the report is {REPORT_FILE} there")
+
+
+def plus_minus(value: float, error: float | None) -> str:
+    """A value with its standard error, where there is one."""
+    shown = f"{value:.3f}" if value < 1000 else f"{value:.4g}"
+    return shown if error is None else f"{shown} ± {error:.2g}"
 
 
 def of(pair: dict[str, int]) -> str:

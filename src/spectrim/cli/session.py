@@ -57,16 +57,21 @@ def session(
 
 
 def set_up_logging(console: Console, *, verbose: bool, quiet: bool) -> None:
-    """Send the library's log to the console the progress bars use, so that they do not clash."""
+    """Send the library's log to the console the progress bars use, so that they do not clash.
+
+    Only ours: the root logger stays as it is, since other libraries bring their own handlers and
+    would say everything twice.
+    """
     from rich.logging import RichHandler
 
     handler = RichHandler(
         console=console, show_time=verbose, show_path=False, markup=False, rich_tracebacks=False
     )
     handler.setFormatter(logging.Formatter("%(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
-    logging.getLogger("spectrim").setLevel(level)
+    logger = logging.getLogger("spectrim")
+    logger.handlers = [handler]
+    logger.propagate = False
+    logger.setLevel(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
 
 
 def silence_foreign_bars(console: Console, *, quiet: bool) -> None:
