@@ -55,7 +55,9 @@ class Calibration(Section):
     batch: int = Field(8, ge=1, description="windows per forward pass")
 
 
-Objective = Literal["plain", "fisher", "activation", "whitened", "shifted", "anchored", "kfac"]
+Objective = Literal[
+    "plain", "fisher", "activation", "whitened", "shifted", "anchored", "kfac", "anchored_kfac"
+]
 
 
 class Decompose(Section):
@@ -143,7 +145,10 @@ class DistillRefinement(Section):
     held_out: float = Field(0.125, ge=0, lt=1)
     evaluate_every: int = Field(25, ge=1)
     windows: int | None = Field(
-        None, ge=1, description="windows to train on, None for the calibration windows"
+        None,
+        ge=1,
+        description="further training windows, sampled from the original model itself; None "
+        "trains on the calibration windows alone",
     )
 
 
@@ -157,8 +162,9 @@ class LoraRefinement(Section):
     learning_rate: float = Field(1e-4, gt=0)
     epochs: int = Field(2, ge=1)
     batch: int = Field(64, ge=1)
-    warmup_steps: int = Field(100, ge=0)
-    order: tuple[Literal["down", "up"], ...] = ("down", "up")
+    warmup_steps: int = Field(100, ge=0, description="never more than a tenth of all steps")
+    held_out: float = Field(0.125, ge=0, lt=1, description="share of windows that choose the epoch")
+    order: tuple[Literal["down", "up"], ...] = Field(("down", "up"), min_length=1)
 
 
 Refinement = Annotated[

@@ -40,10 +40,15 @@ Run = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class BlockTraining:
-    """Hyper-parameters of one block's training; defaults are the paper's."""
+    """Hyper-parameters of one block's training; defaults are the paper's.
+
+    `micro_batch` is no hyper-parameter: it bounds the windows per forward pass, and gradients of
+    a step add up.
+    """
 
     epochs: int = 25
     batch: int = 32
+    micro_batch: int = 32
     learning_rate: float = 1e-4
     weight_decay: float = 0.01
     warmup: float = 0.1
@@ -59,6 +64,7 @@ class BlockTraining:
             steps=self.epochs * per_epoch,
             judge_every=per_epoch,
             batch=self.batch,
+            micro_batch=self.micro_batch,
             learning_rate=self.learning_rate,
             final_learning_rate=self.final_learning_rate,
             weight_decay=self.weight_decay,
@@ -94,7 +100,7 @@ def refine_block(
         on_judged: called with (step, held-out loss) after every epoch.
 
     Returns:
-        Mean squared errors per element, held out, before and after.
+        Mean squared errors per element of the held-out windows, before and after.
 
     Raises:
         NonFiniteError: the loss diverged; the block is back in its unrefined state.
@@ -102,19 +108,22 @@ def refine_block(
     """
     windows, tokens, _ = inputs.shape
     train, held = hold_out(windows, training.held_out)
-
-    def loss_of(rows: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            prediction = run(inputs.read(rows, device).float())
-        return (prediction.float() - targets.read(rows, device).float()).square().mean()
-
-    @torch.no_grad()
-    def judge() -> float:
-        parts = held.split(training.batch)
-        return sum(float(loss_of(rows)) * len(rows) for rows in parts) / len(held)
-
     parameters = list(module.parameters())
-    with master_weights(parameters):
+    with master_weights(parameters) as as_stored:
+        # The dtype of the masters: fp32, or fp64 for a model in fp64.
+        wide = parameters[0].dtype
+
+        def loss_of(rows: Tensor) -> Tensor:
+            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+                prediction = run(inputs.read(rows, device).to(wide))
+            return (prediction.to(wide) - targets.read(rows, device).to(wide)).square().mean()
+
+        @torch.no_grad()
+        def judge() -> float:
+            parts = held.split(training.micro_batch)
+            with as_stored():
+                return sum(float(loss_of(rows)) * len(rows) for rows in parts) / len(held)
+
         return fit(
             name,
             parameters,

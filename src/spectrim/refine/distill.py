@@ -8,6 +8,7 @@ they are needed, so the teacher costs one stream and one matrix product.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,24 +17,43 @@ from torch.nn import functional as F
 from spectrim.refine.block import HiddenStates
 from spectrim.refine.fitting import FitResult, FitSettings, fit, master_weights
 
-__all__ = ["distill", "kl_per_token"]
+__all__ = ["Teaching", "distill", "kl_per_token"]
 
 
 def kl_per_token(teacher: Tensor, student: Tensor) -> Tensor:
-    """`KL(softmax(teacher) ‖ softmax(student))` in nats, fp32; (..., vocabulary) -> (...)."""
-    log_p = F.log_softmax(teacher.float(), -1)
-    log_q = F.log_softmax(student.float(), -1)
+    """`KL(softmax(teacher) ‖ softmax(student))` in nats; (..., vocabulary) -> (...).
+
+    In fp32, or fp64 where the student's logits are.
+    """
+    wide = torch.promote_types(student.dtype, torch.float32)
+    log_p = F.log_softmax(teacher.to(wide), -1)
+    log_q = F.log_softmax(student.to(wide), -1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """What distillation sees of the two networks.
+
+    Attributes:
+        student: indices of windows (len,) -> the compressed network's hidden states after its
+            last block, (len, T, d).
+        teacher: the original network's hidden states there, (N, T, d).
+        head: such hidden states -> logits, (B, T, vocabulary); shared and untouched.
+        train: indices of the windows to train on.
+        held: indices of the windows that choose the step; empty keeps the last step.
+    """
+
+    student: Callable[[Tensor], Tensor]
+    teacher: HiddenStates
+    head: Callable[[Tensor], Tensor]
+    train: Tensor
+    held: Tensor
 
 
 def distill(
     parameters: list[nn.Parameter],
-    student: Callable[[Tensor], Tensor],
-    head: Callable[[Tensor], Tensor],
-    ids: Tensor,
-    teacher: HiddenStates,
-    train: Tensor,
-    held: Tensor,
+    teaching: Teaching,
     settings: FitSettings,
     *,
     device: torch.device,
@@ -44,41 +64,42 @@ def distill(
 
     Args:
         parameters: of the compressed blocks; norm and head behind them stay untouched.
-        student: ids (B, T) -> logits of the compressed model.
-        head: hidden states after the last block (B, T, d) -> logits, shared by both models.
-        ids: windows, (N, T).
-        teacher: the original's hidden states after the last block, (N, T, d).
-        train: indices of the windows to train on.
-        held: indices of the windows that choose the step; empty keeps the last step.
+        teaching: both networks and the windows.
         settings: hyper-parameters.
         device: where to train.
         autocast: bf16 products with fp32 masters.
         on_judged: called with (step, held-out KL in nats per token).
 
+    Returns:
+        KL in nats per token on the held-out windows, before and after.
+
     Raises:
         NonFiniteError: the loss diverged; the parameters are as they were.
     """
+    held = teaching.held
 
     def loss_of(rows: Tensor) -> Tensor:
         with torch.no_grad():
-            expected = head(teacher.read(rows, device))
+            expected = teaching.head(teaching.teacher.read(rows, device))
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            logits = student(ids[rows].to(device))
+            logits = teaching.head(teaching.student(rows))
         return kl_per_token(expected, logits).mean()
 
-    @torch.no_grad()
-    def judge() -> float:
-        parts = held.split(settings.batch)
-        return sum(float(loss_of(rows)) * len(rows) for rows in parts) / len(held)
+    with master_weights(parameters) as as_stored:
 
-    with master_weights(parameters):
+        @torch.no_grad()
+        def judge() -> float:
+            parts = held.split(settings.micro_batch)
+            with as_stored():
+                return sum(float(loss_of(rows)) * len(rows) for rows in parts) / len(held)
+
         return fit(
-            "the whole model",
+            "the whole network",
             parameters,
             loss_of,
             judge if len(held) else None,
-            train,
+            teaching.train,
             settings,
-            tokens_per_window=ids.shape[1],
+            tokens_per_window=teaching.teacher.shape[1],
             on_judged=on_judged,
         )

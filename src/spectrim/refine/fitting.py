@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -18,7 +18,15 @@ from torch import Tensor, nn
 
 from spectrim.errors import InputError, NonFiniteError
 
-__all__ = ["FitResult", "FitSettings", "fit", "hold_out", "master_weights", "warmup_cosine"]
+__all__ = [
+    "FitResult",
+    "FitSettings",
+    "fit",
+    "frozen",
+    "hold_out",
+    "master_weights",
+    "warmup_cosine",
+]
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,7 @@ class FitSettings:
         steps: optimizer steps in all.
         judge_every: steps between two judgements.
         batch: windows per step.
+        micro_batch: windows per forward pass; gradients of a step add up over several.
         learning_rate: peak.
         final_learning_rate: at the last step, as a share of the peak.
         weight_decay: AdamW's, on every parameter.
@@ -40,6 +49,7 @@ class FitSettings:
     steps: int
     judge_every: int
     batch: int
+    micro_batch: int
     learning_rate: float
     final_learning_rate: float
     weight_decay: float
@@ -50,11 +60,11 @@ class FitSettings:
 
 @dataclass
 class FitResult:
-    """How a training went; losses are those of the judge.
+    """How a training went.
 
     Attributes:
-        before: loss of the untouched state.
-        after: loss of the kept state.
+        before: judged loss of the untouched state; of the first batch where nothing was held out.
+        after: judged loss of the kept state; of the last batch where nothing was held out.
         step: the step whose state was kept, 0 for the untouched one.
         history: (step, loss) of every judgement.
         selected: False where nothing was held out and the last state was kept unseen.
@@ -104,22 +114,55 @@ def hold_out(windows: int, share: float) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def master_weights(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Hold the parameters in fp32 and trainable; cast back to their own dtypes on exit.
+def master_weights(
+    parameters: list[nn.Parameter],
+) -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Hold the parameters in fp32 (fp64 stays) and trainable; cast back to their dtypes on exit.
 
     bf16 parameters cannot take an Adam step of 1e-4: a weight of 0.03 would not move at all.
+    Yields a context in which the parameters have the values that they will be cast to, so that
+    what is judged is what is kept.
     """
     before = [(p.dtype, p.requires_grad) for p in parameters]
     for p in parameters:
-        p.data = p.data.float()
+        p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
         p.requires_grad_(True)
+
+    @contextmanager
+    def as_stored() -> Iterator[None]:
+        masters = [p.data for p in parameters]
+        for p, (dtype, _) in zip(parameters, before, strict=True):
+            p.data = p.data.to(dtype).to(p.dtype)
+        try:
+            yield
+        finally:
+            for p, master in zip(parameters, masters, strict=True):
+                p.data = master
+
     try:
-        yield
+        yield as_stored
     finally:
         for p, (dtype, flag) in zip(parameters, before, strict=True):
             p.grad = None
             p.data = p.data.to(dtype)
             p.requires_grad_(flag)
+
+
+@contextmanager
+def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """No gradients for these: they are part of the forward pass, not of the training."""
+    before = [(p, p.requires_grad) for p in parameters]
+    for p, _ in before:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p, flag in before:
+            p.requires_grad_(flag)
+
+
+def _copies(parameters: list[nn.Parameter]) -> list[Tensor]:
+    return [p.detach().clone() for p in parameters]
 
 
 def _restore(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
@@ -131,6 +174,33 @@ def _batches(train: Tensor, batch: int, generator: torch.Generator) -> Iterator[
     """Shuffled epochs without end."""
     while True:
         yield from train[torch.randperm(len(train), generator=generator)].split(batch)
+
+
+def _finite(loss: Tensor | float, what: str) -> float:
+    value = float(loss)
+    if not math.isfinite(value):
+        raise NonFiniteError(f"{what} is {value}")
+    return value
+
+
+def _gradients(
+    parameters: list[nn.Parameter],
+    loss_of: Callable[[Tensor], Tensor],
+    chunk: Tensor,
+    settings: FitSettings,
+) -> float:
+    """Leave the clipped gradient of the batch's mean loss in the parameters; returns the loss."""
+    total = 0.0
+    for p in parameters:
+        p.grad = None
+    for rows in chunk.split(settings.micro_batch):
+        with torch.enable_grad():
+            loss = loss_of(rows) * (len(rows) / len(chunk))
+            total += _finite(loss.detach(), "the loss")
+            loss.backward()
+    norm = nn.utils.clip_grad_norm_(parameters, settings.clip)
+    _finite(norm, "the gradient's norm")
+    return total
 
 
 def fit(
@@ -149,7 +219,7 @@ def fit(
     Args:
         name: what is trained, for messages.
         parameters: changed in place.
-        loss_of: indices of windows (len,) -> differentiable scalar loss.
+        loss_of: indices of windows (len,) -> differentiable scalar, the mean over these windows.
         judge: loss of the current state on what is held out; None keeps the last state.
         train: indices of the windows to train on.
         settings: hyper-parameters.
@@ -160,49 +230,79 @@ def fit(
         NonFiniteError: a loss left the finite range; the untouched state is restored first, so
             that the caller may keep it.
     """
-    generator = torch.Generator().manual_seed(settings.seed)
-    untouched = [p.detach().clone() for p in parameters]
-    kept, started, seen = untouched, time.perf_counter(), 0
-    before = judge() if judge is not None else math.nan
-    result = FitResult(before, before, 0, [(0, before)], selected=judge is not None)
+    untouched = _copies(parameters)
+    progress = _Progress(name, settings.steps)
+    try:
+        result, kept = _train(
+            parameters, loss_of, judge, train, settings, progress=progress, on_judged=on_judged
+        )
+    except NonFiniteError as error:
+        _restore(parameters, untouched)
+        raise NonFiniteError(f"{progress}: {error}") from error
+    _restore(parameters, kept)
+    result.seconds = time.perf_counter() - progress.started
+    result.tokens_per_second = progress.windows * tokens_per_window / result.seconds
+    return result
+
+
+@dataclass
+class _Progress:
+    """How far a training is, as the message of its failure."""
+
+    name: str
+    steps: int
+    step: int = 0
+    windows: int = 0
+    started: float = field(default_factory=time.perf_counter)
+
+    def __str__(self) -> str:
+        if self.step == 0:
+            return f"{self.name} cannot be refined, it is broken before its training"
+        return (
+            f"refinement of {self.name} diverged at step {self.step} of {self.steps}; lower its "
+            "learning_rate, or keep what there was with --on-failure keep-unrefined"
+        )
+
+
+def _train(
+    parameters: list[nn.Parameter],
+    loss_of: Callable[[Tensor], Tensor],
+    judge: Callable[[], float] | None,
+    train: Tensor,
+    settings: FitSettings,
+    *,
+    progress: _Progress,
+    on_judged: Callable[[int, float], None],
+) -> tuple[FitResult, list[Tensor]]:
+    """The loop itself; returns the result and the values to keep."""
+    before = math.nan if judge is None else _finite(judge(), "the held-out loss")
+    kept = _copies(parameters)
+    result = FitResult(before, before, 0, [], selected=judge is not None)
+    if judge is not None:
+        result.history.append((0, before))
     optimizer = torch.optim.AdamW(
         parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
-    batches = _batches(train, settings.batch, generator)
-    for step in range(settings.steps):
+    batches = _batches(train, settings.batch, torch.Generator().manual_seed(settings.seed))
+    for step in range(1, settings.steps + 1):
         chunk = next(batches)
-        with torch.enable_grad():
-            loss = loss_of(chunk)
-            optimizer.zero_grad(set_to_none=True)
-            if bool(torch.isfinite(loss)):
-                loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
-        if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
-            _restore(parameters, untouched)
-            raise NonFiniteError(
-                f"refinement of {name} diverged at step {step + 1} of {settings.steps}; lower its "
-                "learning_rate, or keep what there was with --on-failure keep-unrefined"
-            )
+        progress.step, progress.windows = step, progress.windows + len(chunk)
+        loss = _gradients(parameters, loss_of, chunk, settings)
         factor = warmup_cosine(
-            step, settings.steps, warmup=settings.warmup, final=settings.final_learning_rate
+            step - 1, settings.steps, warmup=settings.warmup, final=settings.final_learning_rate
         )
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * factor
         optimizer.step()
-        seen += len(chunk) * tokens_per_window
-        last = step + 1 == settings.steps
+        last = step == settings.steps
         if judge is None:
+            result.before = loss if step == 1 else result.before
             if last:
-                result.step, result.after = step + 1, float(loss.detach())
-                kept = [p.detach().clone() for p in parameters]
-        elif last or (step + 1) % settings.judge_every == 0:
-            judged = judge()
-            result.history.append((step + 1, judged))
-            on_judged(step + 1, judged)
+                result.step, result.after, kept = step, loss, _copies(parameters)
+        elif last or step % settings.judge_every == 0:
+            judged = _finite(judge(), "the held-out loss")
+            result.history.append((step, judged))
+            on_judged(step, judged)
             if judged < result.after:
-                result.step, result.after = step + 1, judged
-                kept = [p.detach().clone() for p in parameters]
-    _restore(parameters, kept)
-    result.seconds = time.perf_counter() - started
-    result.tokens_per_second = seen / result.seconds
-    return result
+                result.step, result.after, kept = step, judged, _copies(parameters)
+    return result, kept

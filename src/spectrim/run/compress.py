@@ -23,9 +23,11 @@ from spectrim.recipe import Recipe
 from spectrim.run.job import Job, Progress, RunLog, Silent
 from spectrim.run.loading import LoadedModel
 from spectrim.run.one_shot import cut_one_shot
+from spectrim.run.refining import check_steps
 from spectrim.run.reporting import build_report
 from spectrim.run.sequential import cut_sequentially
 from spectrim.run.texts import UserText, gather_windows
+from spectrim.run.whole_network import carry_out, prepare
 
 __all__ = ["Outcome", "run_recipe"]
 
@@ -123,6 +125,7 @@ def run_recipe(
         SpectrimError: anything that keeps the run from an honest result.
     """
     model, log = loaded.model, RunLog()
+    check_steps(recipe)
     check_model(model)
     device = next(model.parameters()).device
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -148,10 +151,15 @@ def run_recipe(
     )
     chosen = plan or make_plan(job, dtype_bytes)
     _check_plan(chosen, anatomy)
-    if recipe.flow == "sequential":
-        cut_sequentially(job, chosen)
+    if any(e.rank is not None for e in chosen.entries):
+        steps = prepare(job)
+        if recipe.flow == "sequential":
+            cut_sequentially(job, chosen)
+        else:
+            cut_one_shot(job, chosen)
+        carry_out(job, steps)
     else:
-        cut_one_shot(job, chosen)
+        log.notes.append("every target stays dense at this keep: nothing was cut or refined")
     model.to(loaded.stored_dtype)
     report = build_report(
         model_name=loaded.name,

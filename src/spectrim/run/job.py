@@ -53,12 +53,14 @@ class RunLog:
         stages: seconds by stage.
         targets: name -> facts of that target (errors, damping, seconds).
         blocks: block name -> facts of its refinement.
+        network: refinement step -> facts of it, for steps that train all blocks together.
         notes: downgrades and other things that a reader must know.
     """
 
     stages: dict[str, float] = field(default_factory=dict)
     targets: dict[str, dict[str, Any]] = field(default_factory=dict)
     blocks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    network: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @contextmanager
@@ -89,6 +91,7 @@ class Job:
         log: gathers the report.
         offload_streams: folder for memory-mapped streams, None for memory.
         on_failure: `error`, `keep-dense` or `keep-unrefined`.
+        dtype_bytes: of one number as stored, for budgets.
     """
 
     model: nn.Module
@@ -100,6 +103,7 @@ class Job:
     log: RunLog = field(default_factory=RunLog)
     offload_streams: Path | None = None
     on_failure: str = "error"
+    dtype_bytes: int = 2
 
     @property
     def ids(self) -> Tensor:

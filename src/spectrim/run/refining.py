@@ -2,23 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
-from torch import nn
+from torch import Tensor, nn
 
-from spectrim.errors import NonFiniteError
+from spectrim.errors import NonFiniteError, RecipeError
 from spectrim.model.anatomy import Block
 from spectrim.model.replay import Replay
 from spectrim.model.stream import Stream
 from spectrim.model.weights import get_module
-from spectrim.recipe import BlockRefinement
+from spectrim.recipe import BlockRefinement, ClosedFormRefinement, Recipe
 from spectrim.refine.block import BlockTraining, refine_block
+from spectrim.refine.fitting import frozen
 from spectrim.run.job import Job
 
-__all__ = ["refine"]
+__all__ = ["check_steps", "refine"]
 
 
-def _looked_ahead(job: Job, replay: Replay, step: BlockRefinement, block: Block, targets: Stream):
+def check_steps(recipe: Recipe) -> None:
+    """Refuse refinement steps that the flow would pass over.
+
+    Raises:
+        RecipeError: a step that needs the sequential flow, or is given twice, or comes too late.
+    """
+    names = [step.step for step in recipe.refine]
+    inside = {ClosedFormRefinement().step, BlockRefinement().step}
+    for i, name in enumerate(names):
+        if name not in inside:
+            continue
+        if recipe.flow != "sequential":
+            raise RecipeError(
+                f"the refinement step {name!r} works block by block, but the recipe "
+                f"{recipe.name!r} has flow: {recipe.flow}; use flow: sequential"
+            )
+        if name in names[:i]:
+            raise RecipeError(f"the refinement step {name!r} is given twice; give it once")
+        if any(earlier not in inside for earlier in names[:i]):
+            raise RecipeError(
+                f"the refinement step {name!r} comes after {names[i - 1]!r}, which needs all "
+                "blocks to be cut; put it first"
+            )
+
+
+def _looked_ahead(
+    job: Job, replay: Replay, step: BlockRefinement, block: Block, targets: Stream
+) -> tuple[Sequence[Block], Stream]:
     """The blocks that the error is seen through, and the original network's output behind them."""
     ahead = job.anatomy.blocks[block.index + 1 : block.index + 1 + step.look_ahead]
     if not ahead:
@@ -47,27 +76,32 @@ def refine(
         NonFiniteError: the training diverged and `on_failure` is not `keep-unrefined`.
     """
     ahead, beyond = _looked_ahead(job, replay, step, block, targets)
+    following = [(b.index, get_module(job.model, b.name)) for b in ahead]
 
-    def run(hidden):
+    def run(hidden: Tensor) -> Tensor:
         hidden = replay.run(block.index, compressed, hidden)
-        for following in ahead:
-            hidden = replay.run(following.index, get_module(job.model, following.name), hidden)
+        for index, module in following:
+            # These keep their dtype, while the trained block has fp32 masters.
+            hidden = replay.run(index, module, hidden.to(next(module.parameters()).dtype))
         return hidden
 
     training = BlockTraining(
-        seed=job.recipe.seed + block.index, **step.model_dump(exclude={"step", "look_ahead"})
+        seed=job.recipe.seed + block.index,
+        micro_batch=job.batch,
+        **step.model_dump(exclude={"step", "look_ahead"}),
     )
     try:
-        loss = refine_block(
-            block.name,
-            compressed,
-            run,
-            inputs,
-            beyond,
-            training,
-            device=job.device,
-            autocast=job.device.type != "cpu",
-        )
+        with frozen([p for _, module in following for p in module.parameters()]):
+            loss = refine_block(
+                block.name,
+                compressed,
+                run,
+                inputs,
+                beyond,
+                training,
+                device=job.device,
+                autocast=job.device.type != "cpu",
+            )
     except NonFiniteError as error:
         if job.on_failure != "keep-unrefined":
             raise

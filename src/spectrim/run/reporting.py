@@ -92,6 +92,7 @@ def build_report(
         "predicted_loss": plan.predicted_loss,
         "targets": targets,
         "blocks": log.blocks,
+        "network": log.network,
         "left_alone": left_alone,
         "calibration": windows.record() if windows is not None else None,
         "seconds": log.stages,

@@ -13,7 +13,7 @@ import copy
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from pydantic import BaseModel
@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from spectrim.allocate.plan import Plan
 from spectrim.decompose import OBJECTIVES
+from spectrim.decompose.balance import balanced
 from spectrim.layers.lowrank import LowRankLinear
-from spectrim.model.anatomy import Block, Group
+from spectrim.model.anatomy import Block, Group, Target
 from spectrim.model.replay import Replay, record
 from spectrim.model.staged import Staged
 from spectrim.model.stream import Stream
@@ -99,17 +100,28 @@ def _gather_group(
     return accumulator.moments()
 
 
-def _updated(state: _Pass, target, original: nn.Module, layer: nn.Module, moments: Moments):
-    """The layer with its up factor re-solved on the shifted inputs."""
+def _updated(
+    state: _Pass,
+    target: Target,
+    original: nn.Module,
+    layer: nn.Module,
+    moments: Moments,
+    facts: dict[str, Any],
+) -> nn.Module:
+    """The layer with its up factor re-solved on the shifted inputs, if the recipe asks."""
     step = state.closed_step
     if step is None or moments.shifted is None or not isinstance(layer, LowRankLinear):
         return layer
     weight = read_weight(original)
     down = layer.down.weight.detach()
     up = update_up(weight, down, moments.shifted, name=target.name, ridge=step.ridge)
-    return LowRankLinear.from_factors(
+    if state.block_step is not None:
+        up, down = balanced(up, down)
+    updated = LowRankLinear.from_factors(
         up, down, read_bias(original), dtype=weight.dtype, device=weight.device
     )
+    facts["measured_error"] = measured_error(weight, updated, moments)
+    return updated
 
 
 def _cut_block(state: _Pass, plan: Plan, block: Block) -> tuple[nn.Module, Stream]:
@@ -140,10 +152,7 @@ def _cut_block(state: _Pass, plan: Plan, block: Block) -> tuple[nn.Module, Strea
                     state.outputs.get(target.name),
                     balance=state.block_step is not None,
                 )
-                layer = _updated(state, target, original, layer, moments)
-                facts["measured_error"] = measured_error(
-                    read_weight(original).detach(), layer, moments
-                )
+                layer = _updated(state, target, original, layer, moments, facts)
                 second.replace(target, layer)
                 job.log.target(target.name, **facts)
         for rows in state.batches():

@@ -1,0 +1,128 @@
+"""Distillation as a step of a run: the teacher is recorded before the cut, the rest comes after."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from spectrim.data.mixing import interleave
+from spectrim.data.self_text import sample_windows
+from spectrim.model.replay import Replay, record
+from spectrim.model.stream import Stream
+from spectrim.model.weights import get_module
+from spectrim.recipe import DistillRefinement
+from spectrim.refine.distill import Teaching, distill
+from spectrim.refine.fitting import FitSettings, frozen, hold_out
+from spectrim.run.job import Job
+
+__all__ = ["Teacher", "distill_network", "record_teacher"]
+
+SEED_OF_FURTHER_WINDOWS = 1
+"""Added to the run's seed, so that they are not the calibration windows sampled once more."""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What the original network leaves behind for distillation.
+
+    Attributes:
+        replay: its block calls and the hidden states that enter block 0.
+        hidden: its hidden states after the last block.
+        train: indices of the windows to train on, sampled ones included.
+        held: indices of the calibration windows that choose the step.
+    """
+
+    replay: Replay
+    hidden: Stream
+    train: Tensor
+    held: Tensor
+
+
+@torch.no_grad()
+def record_teacher(job: Job, step: DistillRefinement) -> Teacher:
+    """Run all windows through the untouched network once.
+
+    Raises:
+        InputError: too few calibration windows for the held-out share.
+    """
+    assert job.windows is not None  # every recipe with a refinement has windows
+    windows, calibration = job.windows, torch.ones(len(job.windows), dtype=torch.bool)
+    if step.windows is not None:
+        seed = job.recipe.seed + SEED_OF_FURTHER_WINDOWS
+        further = sample_windows(
+            job.model, windows=step.windows, window_length=windows.length, seed=seed
+        )
+        mixed = interleave([windows, further])
+        calibration = mixed.source_index < len(windows.sources)
+        windows = mixed
+        job.log.notes.append(
+            f"distillation: {step.windows} further windows sampled from the original model, "
+            f"seed {seed}, fingerprint {further.fingerprint()[:16]}"
+        )
+    _, held = hold_out(int(calibration.sum()), step.held_out)
+    held = calibration.nonzero().flatten()[held]
+    train = torch.ones(len(windows), dtype=torch.bool)
+    train[held] = False
+    replay = record(
+        job.model,
+        windows.ids,
+        batch=job.batch,
+        device=job.device,
+        folder=job.offload_streams,
+    )
+    hidden = replay.stream.duplicate(job.offload_streams)
+    for block in job.anatomy.blocks:
+        module = get_module(job.model, block.name)
+        for rows in hidden.batches(job.batch):
+            hidden.write(rows, replay.run(block.index, module, hidden.read(rows, job.device)))
+    return Teacher(replay, hidden, train.nonzero().flatten(), held)
+
+
+def distill_network(job: Job, step: DistillRefinement, teacher: Teacher) -> str:
+    """Train all blocks of the compressed network in place; returns a note for the progress line.
+
+    Raises:
+        NonFiniteError: the training diverged; the blocks are as they were.
+    """
+    replay = teacher.replay
+    modules = [get_module(job.model, block.name) for block in job.anatomy.blocks]
+    parameters = [p for module in modules for p in module.parameters()]
+    trained = {id(p) for p in parameters}
+    others = [p for p in job.model.parameters() if id(p) not in trained]
+    wide = torch.promote_types(teacher.hidden.dtype, torch.float32)
+
+    def student(rows: Tensor) -> Tensor:
+        hidden = replay.stream.read(rows, job.device).to(wide)
+        for index, module in enumerate(modules):
+            hidden = replay.run(index, module, hidden)
+        return hidden
+
+    def head(hidden: Tensor) -> Tensor:
+        # Norm and output projection keep their dtype, while the blocks have fp32 masters.
+        return replay.finish(hidden.to(teacher.hidden.dtype))
+
+    settings = FitSettings(
+        steps=step.steps,
+        judge_every=step.evaluate_every,
+        batch=step.batch,
+        micro_batch=job.batch,
+        learning_rate=step.learning_rate,
+        final_learning_rate=0.0,
+        weight_decay=step.weight_decay,
+        warmup=step.warmup,
+        clip=step.clip,
+        seed=job.recipe.seed,
+    )
+    with frozen(others):
+        loss = distill(
+            parameters,
+            Teaching(student, teacher.hidden, head, teacher.train, teacher.held),
+            settings,
+            device=job.device,
+            autocast=job.device.type != "cpu",
+            on_judged=lambda at, kl: job.progress.advance("distill", f"step {at}: KL {kl:.4g}"),
+        )
+    job.log.network["distill"] = asdict(loss)
+    return f"KL {loss.before:.4g} -> {loss.after:.4g}"

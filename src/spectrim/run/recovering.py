@@ -1,0 +1,48 @@
+"""LoRA recovery as a step of a run: one stage per factor, on the calibration windows."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from spectrim.layers.lowrank import LowRankLinear
+from spectrim.layers.swap import compressed_layers
+from spectrim.recipe import LoraRefinement
+from spectrim.refine.fitting import hold_out
+from spectrim.refine.lora import LoraTraining, recover
+from spectrim.run.job import Job
+
+__all__ = ["recover_network"]
+
+
+def recover_network(job: Job, step: LoraRefinement) -> None:
+    """Train and merge adapters on one factor after the other, in place.
+
+    Raises:
+        MissingExtraError: PEFT is not installed.
+        InputError: too few windows for the held-out share.
+        NonFiniteError: a stage diverged; its factors are as they were.
+    """
+    layers = [m for m in compressed_layers(job.model).values() if isinstance(m, LowRankLinear)]
+    if not layers:
+        job.log.notes.append("lora: no layer was factored, nothing was trained")
+        return
+    train, held = hold_out(len(job.ids), step.held_out)
+    for number, factor in enumerate(step.order):
+        training = LoraTraining(
+            seed=job.recipe.seed + number,
+            micro_batch=job.batch,
+            **step.model_dump(exclude={"step", "order", "held_out"}),
+        )
+        loss = recover(
+            job.model,
+            layers,
+            factor,
+            job.ids,
+            train,
+            held,
+            training,
+            on_judged=lambda at, nll, factor=factor: job.progress.advance(
+                "lora", f"{factor}, step {at}: loss {nll:.4g}"
+            ),
+        )
+        job.log.network[f"lora {number + 1} {factor}"] = asdict(loss)
