@@ -11,6 +11,7 @@ from torch import Tensor
 
 from spectrim.decompose.activation import activation
 from spectrim.decompose.anchored import anchored
+from spectrim.decompose.anchored_kfac import anchored_kfac
 from spectrim.decompose.decomposition import Decomposition
 from spectrim.decompose.fisher import fisher
 from spectrim.decompose.kfac import kfac
@@ -64,6 +65,12 @@ OBJECTIVES: Mapping[str, ObjectiveSpec] = MappingProxyType(
         "whitened": _spec(whitened, ("C",), ("shrink_in",), _OUTPUT),
         "shifted": _spec(shifted, ("shifted",), ("shrink_in",), _OUTPUT),
         "anchored": _spec(anchored, ("C", "shifted", "cross"), ("blend", "ridge"), _OUTPUT),
+        "anchored_kfac": _spec(
+            anchored_kfac,
+            ("C", "shifted", "cross", "G"),
+            ("blend", "shrink_out"),
+            "nats per token",
+        ),
         "kfac": _spec(kfac, ("C", "G"), ("shrink_in", "shrink_out"), "nats per token"),
     }
 )
