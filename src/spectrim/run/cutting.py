@@ -17,6 +17,7 @@ from spectrim.model.anatomy import Target
 from spectrim.model.weights import read_bias, read_weight
 from spectrim.moments.moments import Moments, OutputMoments
 from spectrim.recipe import Decompose
+from spectrim.storage.survey_record import Factors
 
 __all__ = ["cut_layer", "decompose_target", "measured_error", "replace_target"]
 
@@ -43,7 +44,7 @@ def decompose_target(
 
 
 def cut_layer(
-    original: nn.Module, decomposition: Decomposition, rank: int, *, balance: bool
+    original: nn.Module, decomposition: Decomposition | Factors, rank: int, *, balance: bool
 ) -> LowRankLinear:
     """The rank-k layer in the original's dtype and device; cast once, here.
 
@@ -62,21 +63,27 @@ def cut_layer(
 def measured_error(W: Tensor, layer: LowRankLinear, moments: Moments | None) -> float:
     """Relative squared error of the stored layer: on the moments' inputs, or of the weight itself.
 
-    With shifted moments and a cross moment it is `‖W X − W' X'‖² / ‖W X‖²`.
+    With shifted moments and a cross moment it is `‖W X − W' X'‖² / ‖W X‖²`; 0 where the layer's
+    output is zero on all of its inputs.
     """
     W = W.to(torch.float64)
     approximation = layer.dense_weight().to(W.device, torch.float64)
-    if moments is None:
-        return float((W - approximation).square().sum() / W.square().sum())
-    if moments.shifted is not None and moments.cross is not None and moments.C is not None:
-        energy = ((W @ moments.C) * W).sum()
-        mixed = ((W @ moments.cross) * approximation).sum()
-        remaining = ((approximation @ moments.shifted) * approximation).sum()
-        return float((energy - 2 * mixed + remaining) / energy)
-    C = moments.C if moments.C is not None else moments.shifted
-    assert C is not None
     difference = W - approximation
-    return float(((difference @ C) * difference).sum() / ((W @ C) * W).sum())
+    C, shifted, cross = (
+        (None, None, None) if moments is None else (moments.C, moments.shifted, moments.cross)
+    )
+    if C is not None and shifted is not None and cross is not None:
+        energy = ((W @ C) * W).sum()
+        mixed = ((W @ cross) * approximation).sum()
+        error = energy - 2 * mixed + ((approximation @ shifted) * approximation).sum()
+    elif C is not None or shifted is not None:
+        seen = C if C is not None else shifted
+        assert seen is not None
+        energy = ((W @ seen) * W).sum()
+        error = ((difference @ seen) * difference).sum()
+    else:
+        energy, error = W.square().sum(), difference.square().sum()
+    return float(error / energy) if energy > 0 else 0.0
 
 
 def replace_target(

@@ -25,6 +25,9 @@ _DTYPES = {
 }
 
 
+_CIRCUMSTANCES = frozenset({"_name_or_path", "dtype", "torch_dtype", "transformers_version"})
+
+
 @dataclass
 class LoadedModel:
     """A model ready to work on.
@@ -42,11 +45,15 @@ class LoadedModel:
     stored_dtype: torch.dtype
 
     def identity(self) -> str:
-        """SHA-256 of the configuration and of every parameter's name, shape and a sample of it."""
+        """SHA-256 of the configuration and of every parameter's name, shape and a sample of it.
+
+        Where the model lies, the dtype it was loaded in and the library's version play no part.
+        """
         digest = hashlib.sha256()
         config = getattr(self.model, "config", None)
         if config is not None:
-            digest.update(json.dumps(config.to_diff_dict(), sort_keys=True, default=str).encode())
+            fields = {k: v for k, v in config.to_diff_dict().items() if k not in _CIRCUMSTANCES}
+            digest.update(json.dumps(fields, sort_keys=True, default=str).encode())
         for name, p in self.model.named_parameters():
             digest.update(f"{name}{tuple(p.shape)}".encode())
             flat = p.detach().flatten()

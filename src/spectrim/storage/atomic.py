@@ -19,7 +19,7 @@ from spectrim.errors import OutputError
 
 __all__ = ["RESULT_MARKS", "check_output", "new_folder"]
 
-RESULT_MARKS = ("config.json", "spectrim_report.json")
+RESULT_MARKS = ("config.json", "spectrim_report.json", "survey.json")
 """A folder is replaced only if it holds one of these: `--overwrite` must not empty a home."""
 
 

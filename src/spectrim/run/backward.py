@@ -1,0 +1,83 @@
+"""The backward pass of a run, with what the recipe says about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from spectrim.decompose import OBJECTIVES
+from spectrim.moments.gradients import GradientPass, gradient_pass
+from spectrim.moments.moments import OutputMoments
+from spectrim.recipe import Decompose
+from spectrim.run.job import Job
+
+__all__ = ["backward_pass", "output_moments"]
+
+CHECKPOINTED_FROM = 1_000_000_000
+"""Models with more parameters recompute their activations in the backward pass."""
+
+
+def backward_pass(
+    job: Job,
+    choice: Decompose,
+    *,
+    needs: frozenset[str] | None = None,
+    input_needs: frozenset[str] = frozenset(),
+    windows: int | None = None,
+    factors: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+) -> GradientPass:
+    """One forward and one backward over the first windows, all targets at once.
+
+    Args:
+        job: the run; its model is left as it is.
+        choice: objective and clipping.
+        needs: output statistics; by default those of the objective.
+        input_needs: input statistics to collect on the way.
+        windows: how many, by default all.
+        factors: components to score.
+
+    Raises:
+        NonFiniteError: a gradient or the loss is not finite; names the target.
+    """
+    stage = "gradients"
+    ids = job.ids if windows is None else job.ids[:windows]
+    needs = (
+        frozenset(OBJECTIVES[choice.objective].needs & {"G", "fisher"}) if needs is None else needs
+    )
+    job.progress.start(stage, len(ids))
+
+    def advance(done: int) -> None:
+        for _ in range(done):
+            job.progress.advance(stage)
+
+    result = gradient_pass(
+        job.model,
+        job.anatomy,
+        ids,
+        needs=needs,
+        input_needs=input_needs,
+        factors=factors,
+        clip=choice.clip,
+        batch=job.batch,
+        seed=job.recipe.seed,
+        checkpointing=_is_large(job.model),
+        on_batch=advance,
+    )
+    job.progress.finish(stage)
+    return result
+
+
+def output_moments(job: Job) -> dict[str, OutputMoments]:
+    """Gradient moments of every target if the recipe's objective needs them, else nothing."""
+    choice = job.recipe.decompose
+    if not OBJECTIVES[choice.objective].needs & {"G", "fisher"}:
+        return {}
+    with job.log.timed("gradients"):
+        return backward_pass(job, choice).outputs
+
+
+def _is_large(model: nn.Module) -> bool:
+    return sum(p.numel() for p in model.parameters()) >= CHECKPOINTED_FROM and bool(
+        getattr(model, "supports_gradient_checkpointing", False)
+    )

@@ -1,0 +1,73 @@
+"""Which way a run goes: survey or not, ranks by which rule, and which pass cuts the targets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from spectrim.allocate.plan import Plan
+from spectrim.recipe import ProjectedGradientRefinement
+from spectrim.run.backward import output_moments
+from spectrim.run.from_survey import cut_from_survey, holds
+from spectrim.run.job import Job
+from spectrim.run.one_shot import cut_one_shot
+from spectrim.run.planning import check_plan, make_plan, shape_curves
+from spectrim.run.sequential import cut_sequentially
+from spectrim.run.survey import make_survey, surveyed_choice
+from spectrim.run.zero_sum import cut_in_stages
+from spectrim.storage.survey_record import Survey
+
+__all__ = ["Choice", "choose", "cut_targets"]
+
+
+@dataclass
+class Choice:
+    """What is decided before anything is cut.
+
+    Attributes:
+        plan: rank per target.
+        survey: what the plan was made from, or what the user brought; may be None.
+        given: whether the plan is the user's.
+    """
+
+    plan: Plan
+    survey: Survey | None
+    given: bool
+
+
+def choose(job: Job, *, plan: Plan | None = None, survey: Survey | None = None) -> Choice:
+    """Ranks for every target; surveys the model if the rule needs it and nobody has done so.
+
+    Raises:
+        InputError: the survey lacks what the rule needs.
+        BudgetError: the keep is out of reach, or the plan is for another model.
+    """
+    recipe = job.recipe
+    if plan is None and survey is None and recipe.allocate.rule != "uniform":
+        survey = make_survey(job)
+        job.log.notes.extend(survey.notes)
+    made = plan or make_plan(
+        recipe, dtype_bytes=job.dtype_bytes, curves=shape_curves(job.anatomy), survey=survey
+    )
+    check_plan(made, job.anatomy)
+    return Choice(made, survey, given=plan is not None)
+
+
+def cut_targets(job: Job, choice: Choice) -> Plan:
+    """Cut all targets in place, by the recipe's flow; returns the plan that was carried out.
+
+    A one-shot flow cuts from the survey's decompositions where it has them for this objective.
+    """
+    recipe, plan, survey = job.recipe, choice.plan, choice.survey
+    same = survey is not None and surveyed_choice(recipe.decompose) == recipe.decompose
+    step = next((s for s in recipe.refine if isinstance(s, ProjectedGradientRefinement)), None)
+    if step is not None and step.stages > 1:
+        return cut_in_stages(
+            job, step, plan=plan if choice.given else None, survey=survey if same else None
+        )
+    if recipe.flow == "sequential":
+        cut_sequentially(job, plan, output_moments(job))
+    elif survey is not None and same and holds(survey, plan):
+        cut_from_survey(job, plan, survey)
+    else:
+        cut_one_shot(job, plan, output_moments(job))
+    return plan

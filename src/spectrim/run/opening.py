@@ -1,0 +1,83 @@
+"""The beginning of every run: check the model, find its targets, resolve the size, get windows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from spectrim.data.windows import Windows
+from spectrim.model.anatomy import Anatomy
+from spectrim.model.tracing import trace
+from spectrim.model.weights import check_model
+from spectrim.recipe import Recipe
+from spectrim.run.job import Job, Progress, RunLog, Silent
+from spectrim.run.loading import LoadedModel
+from spectrim.run.planning import keep_of_size, shape_curves
+from spectrim.run.texts import UserText, gather_windows, vocabulary_size
+
+__all__ = ["open_job", "other_bytes"]
+
+
+def other_bytes(model: nn.Module, anatomy: Anatomy, dtype: torch.dtype) -> int:
+    """Bytes of all parameters and buffers that are not targets, tied ones counted once."""
+    inside = {f"{t.name}." for t in anatomy.targets}
+    total = 0
+    for name, p in model.named_parameters():
+        if not any(name.startswith(prefix) for prefix in inside):
+            total += p.numel() * dtype.itemsize
+    return total
+
+
+def open_job(
+    loaded: LoadedModel,
+    recipe: Recipe,
+    *,
+    text: UserText = None,
+    calibrate: bool = True,
+    size: int | None = None,
+    progress: Progress | None = None,
+    offload_streams: Path | None = None,
+    on_failure: str = "error",
+) -> Job:
+    """A run that is ready to begin; the model is as it was.
+
+    Args:
+        loaded: the model.
+        recipe: resolved, with its keep.
+        text: the user's calibration text, None for the recipe's.
+        calibrate: whether windows are needed at all.
+        size: bytes of the whole checkpoint to reach, in place of the recipe's keep.
+        progress: told of every step.
+        offload_streams: folder for memory-mapped streams.
+        on_failure: `error` or `keep-unrefined`.
+
+    Raises:
+        SpectrimError: an unfit model, an unknown text, a size out of reach.
+    """
+    model, log = loaded.model, RunLog()
+    check_model(model)
+    device = next(model.parameters()).device
+    anatomy = trace(model, torch.arange(8)[None].to(device) % vocabulary_size(model))
+    dtype_bytes = loaded.stored_dtype.itemsize
+    if size is not None:
+        other = other_bytes(model, anatomy, loaded.stored_dtype)
+        reachable = keep_of_size(size, recipe, shape_curves(anatomy), other, dtype_bytes)
+        recipe = recipe.with_changes(keep=reachable)
+    windows: Windows | None = None
+    if calibrate:
+        with log.timed("windows"):
+            windows = gather_windows(loaded, recipe.calibration, text, seed=recipe.seed)
+    return Job(
+        model=model,
+        anatomy=anatomy,
+        windows=windows,
+        recipe=recipe,
+        device=device,
+        progress=progress or Silent(),
+        log=log,
+        offload_streams=offload_streams,
+        on_failure=on_failure,
+        dtype_bytes=dtype_bytes,
+    )

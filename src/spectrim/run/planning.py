@@ -1,0 +1,211 @@
+"""From a recipe to ranks: which statistics its rule needs, and the plan once they are known.
+
+Planning from a saved survey takes about a second, so nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from spectrim.allocate.budget import Shape, budget_bytes, keep_for_size, layer_bytes
+from spectrim.allocate.curve import Curve
+from spectrim.allocate.ladder import Limits, ladders_for, smallest_keep
+from spectrim.allocate.plan import Plan
+from spectrim.allocate.rules import allocate
+from spectrim.allocate.sensitivity import CANDIDATES
+from spectrim.errors import BudgetError, InputError
+from spectrim.recipe import Allocation, Recipe
+
+if TYPE_CHECKING:
+    from spectrim.model.anatomy import Anatomy
+    from spectrim.storage.survey_record import Survey
+
+__all__ = [
+    "candidate_ranks",
+    "check_plan",
+    "keep_of_size",
+    "largest_rank",
+    "make_plan",
+    "needed_scores",
+    "plan_from_survey",
+    "plan_limits",
+    "shape_curves",
+]
+
+TABLE = "table"
+"""Stands beside the scores for ASVD's measured sensitivities."""
+
+
+def shape_curves(anatomy: Anatomy) -> list[Curve]:
+    """What a rule that needs no spectra has to know of the targets."""
+    return [
+        Curve(t.name, t.block, t.projection, Shape(t.out_features, t.in_features, t.bias))
+        for t in anatomy.targets
+    ]
+
+
+def plan_limits(recipe: Recipe, dtype_bytes: int) -> Limits:
+    """What the recipe allows a plan to contain."""
+    return Limits(
+        dtype_bytes=dtype_bytes, floor=recipe.allocate.floor, multiple=recipe.allocate.multiple
+    )
+
+
+def needed_scores(rule: Allocation) -> frozenset[str]:
+    """What the survey must hold besides spectra for this rule; `table` for measured sensitivity."""
+    if rule.rule == "zero_sum":
+        return frozenset({"first_order"})
+    if rule.rule == "sensitivity" and rule.score == "measured":
+        return frozenset({TABLE})
+    if rule.rule in ("knapsack", "sensitivity"):
+        return frozenset({rule.score}) - {"energy"}
+    return frozenset()
+
+
+def largest_rank(shape: Shape, limits: Limits) -> int:
+    """Largest rank that a plan can give a target of this shape; at least 1."""
+    ladder = ladders_for([Curve("target", 0, "target", shape)], limits)[0]
+    return int(ladder.ranks[-1]) if ladder.ranks.size else 1
+
+
+def candidate_ranks(curve: Curve, limits: Limits) -> dict[float, int]:
+    """ASVD's candidate keeps of one target with the ranks that they allow."""
+    ladder = ladders_for([curve], limits)[0]
+    levels = {
+        keep: ladder.level_within(budget_bytes(keep, ladder.dense_bytes)) for keep in CANDIDATES
+    }
+    return {keep: int(ladder.ranks[i]) for keep, i in levels.items() if 0 <= i < ladder.top}
+
+
+def make_plan(
+    recipe: Recipe,
+    *,
+    dtype_bytes: int,
+    curves: Sequence[Curve] | None = None,
+    survey: Survey | None = None,
+) -> Plan:
+    """Ranks by the recipe's rule, from a survey or, for the uniform rule, from shapes alone.
+
+    Args:
+        recipe: resolved, with its keep.
+        dtype_bytes: of the checkpoint's dtype.
+        curves: the targets' shapes, where there is no survey.
+        survey: spectra and scores; every rule but `uniform` needs one.
+
+    Raises:
+        InputError: the survey lacks what the rule needs, or there is none.
+        BudgetError: the keep is below what the limits allow.
+    """
+    rule = recipe.allocate
+    table: Mapping[tuple[str, float], float] | None = None
+    if survey is not None:
+        # Zero-sum reads the signed scores, which every curve carries; the others take one score.
+        needed = sorted(needed_scores(rule) - {TABLE})
+        curves = survey.curves_for(needed[0] if needed else "energy")  # type: ignore[arg-type]
+        table = survey.table or None
+    elif rule.rule != "uniform":
+        raise InputError(f"the rule {rule.rule!r} needs a survey of the model")
+    if rule.rule == "sensitivity" and rule.score == "measured" and table is None:
+        raise InputError(
+            "the survey holds no measured sensitivities; survey with the recipe asvd, or predict "
+            "them from spectra with score energy"
+        )
+    return allocate(
+        curves or [],
+        rule.rule,
+        keep=recipe.keep,
+        limits=plan_limits(recipe, dtype_bytes),
+        score=rule.score,
+        fill=rule.fill,
+        faithful=rule.faithful,
+        table=table if rule.score == "measured" else None,
+    )
+
+
+def plan_from_survey(
+    survey: Survey,
+    *,
+    keep: float | None = None,
+    size: int | None = None,
+    rule: str | None = None,
+    score: str | None = None,
+    floor: float | None = None,
+    multiple: int | None = None,
+) -> Plan:
+    """A plan for any size, without the model.
+
+    Args:
+        survey: as loaded.
+        keep: fraction of the target bytes; the recipe's by default.
+        size: bytes of the whole checkpoint, instead of keep.
+        rule: allocation rule; the recipe's by default.
+        score: what knapsack minimises; by default the recipe's, or the best that is there.
+        floor: least rank as a share of break-even.
+        multiple: ranks are multiples of this.
+
+    Raises:
+        InputError: see `make_plan`.
+        BudgetError: keep and size together, or out of reach.
+    """
+    if keep is not None and size is not None:
+        raise BudgetError("keep and size exclude each other; give one")
+    recipe = Recipe.model_validate(survey.recipe)
+    chosen = {
+        k: v
+        for k, v in {"rule": rule, "score": score, "floor": floor, "multiple": multiple}.items()
+        if v is not None
+    }
+    if rule == "knapsack" and score is None and recipe.allocate.rule != "knapsack":
+        chosen["score"] = best_score(survey)
+    changes: dict[str, Any] = {"allocate": chosen}
+    if keep is not None:
+        changes["keep"] = keep
+    recipe = recipe.with_changes(**changes)
+    if size is not None:
+        reachable = keep_of_size(
+            size, recipe, survey.curves, survey.other_bytes, survey.dtype_bytes
+        )
+        recipe = recipe.with_changes(keep=reachable)
+    return make_plan(recipe, dtype_bytes=survey.dtype_bytes, survey=survey)
+
+
+def best_score(survey: Survey) -> str:
+    """The score to minimise where the user names none."""
+    for score in ("kfac", "second_order", "measured", "first_order"):
+        if score in survey.scores:
+            return score
+    return "energy"
+
+
+def keep_of_size(
+    size: int, recipe: Recipe, curves: Sequence[Curve], other_bytes: int, dtype_bytes: int
+) -> float:
+    """The keep at which the whole checkpoint has at most `size` bytes.
+
+    Raises:
+        BudgetError: no keep gives that size; names the possible ones.
+    """
+    dense = sum(
+        layer_bytes(c.shape, rank=None, storage="dense", dtype_bytes=dtype_bytes) for c in curves
+    )
+    return keep_for_size(
+        size,
+        other_bytes=other_bytes,
+        targets_dense_bytes=dense,
+        smallest_keep=smallest_keep(curves, plan_limits(recipe, dtype_bytes)),
+    )
+
+
+def check_plan(plan: Plan, anatomy: Anatomy) -> None:
+    """A plan must name exactly this model's targets.
+
+    Raises:
+        BudgetError: it names others; the message gives the first.
+    """
+    planned, found = {e.name for e in plan.entries}, {t.name for t in anatomy.targets}
+    if planned != found:
+        odd = sorted(planned ^ found)
+        raise BudgetError(
+            f"the plan is for another model: {len(odd)} targets do not match, {odd[0]!r} first"
+        )

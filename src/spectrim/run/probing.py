@@ -1,0 +1,137 @@
+"""Cut one target at a time and see what the network says: measured KL and ASVD's sensitivities.
+
+The stream holds the original network's states, so that a probe of a target runs the network only
+from the target's block on. Cost: about half a forward pass over the windows per probe.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spectrim.model.anatomy import Target
+from spectrim.model.replay import Replay, record
+from spectrim.model.weights import get_module, replace_module
+from spectrim.run.cutting import cut_layer
+from spectrim.run.job import Job
+from spectrim.storage.survey_record import Factors
+
+__all__ = ["measured_divergences", "measured_perplexities"]
+
+Ranks = Mapping[str, int]
+
+
+def measured_divergences(
+    job: Job, ids: Tensor, factors: Mapping[str, Factors], ranks: Ranks
+) -> dict[str, float]:
+    """Mean `KL(original || one target cut)` per token, nats, at one rank per target.
+
+    The original's log-probabilities of these windows are held in memory, in fp32.
+    """
+    replay = _recorded(job, ids)
+    reference = {
+        rows.start: _log_probabilities(logits).cpu() for rows, logits in _outputs(job, replay)
+    }
+
+    def divergence(rows: slice, logits: Tensor) -> float:
+        log_p = reference[rows.start].to(logits.device)
+        log_q = _log_probabilities(logits)
+        return float(F.kl_div(log_q, log_p, reduction="sum", log_target=True))
+
+    probes = {name: [(None, rank)] for name, rank in ranks.items()}
+    sums = _probe(job, _recorded(job, ids), factors, probes, divergence, "measure KL")
+    return {name: total / ids.numel() for (name, _), total in sums.items()}
+
+
+def measured_perplexities(
+    job: Job, factors: Mapping[str, Factors], candidates: Mapping[str, Mapping[float, int]]
+) -> dict[tuple[str, float], float]:
+    """Perplexity of the calibration windows with one target cut to each of its candidates.
+
+    Args:
+        job: the run; its windows are measured on.
+        factors: of every target, to the largest candidate rank.
+        candidates: target name -> keep -> rank.
+    """
+    ids = job.ids
+
+    def loss(rows: slice, logits: Tensor) -> float:
+        labels = ids[rows].to(logits.device)[:, 1:].reshape(-1)
+        flat = logits[:, :-1].float().flatten(0, 1)
+        return float(F.cross_entropy(flat, labels, reduction="sum"))
+
+    probes = {name: list(ranks.items()) for name, ranks in candidates.items()}
+    sums = _probe(job, _recorded(job, ids), factors, probes, loss, "measure perplexity")
+    predicted = ids.shape[0] * (ids.shape[1] - 1)
+    job.log.notes.append(f"{len(sums)} evaluations of {predicted} tokens for the sensitivities")
+    return {key: math.exp(total / predicted) for key, total in sums.items()}
+
+
+def _recorded(job: Job, ids: Tensor) -> Replay:
+    return record(job.model, ids, batch=job.batch, device=job.device, folder=job.offload_streams)
+
+
+def _log_probabilities(logits: Tensor) -> Tensor:
+    return logits.float().log_softmax(-1)
+
+
+@torch.no_grad()
+def _outputs(job: Job, replay: Replay) -> Iterator[tuple[slice, Tensor]]:
+    """Logits of the original network, batch by batch."""
+    for rows in replay.stream.batches(job.batch):
+        yield rows, _rest(job, replay, 0, rows)
+
+
+def _rest(job: Job, replay: Replay, first: int, rows: slice) -> Tensor:
+    """Logits from the states that enter block `first`, through the blocks as they are now."""
+    hidden = replay.stream.read(rows, job.device)
+    for index in range(first, len(replay.names)):
+        hidden = replay.run(index, replay.block(index), hidden)
+    return replay.finish(hidden)
+
+
+@torch.no_grad()
+def _probe(
+    job: Job,
+    replay: Replay,
+    factors: Mapping[str, Factors],
+    probes: Mapping[str, list[tuple[Any, int]]],
+    read: Callable[[slice, Tensor], float],
+    stage: str,
+) -> dict[tuple[str, Any], float]:
+    """Sum of `read` over the windows for every (target, key), each with only that target cut."""
+    sums: dict[tuple[str, Any], float] = {}
+    job.progress.start(stage, len(job.anatomy.blocks))
+    with job.log.timed(stage):
+        for block in job.anatomy.blocks:
+            for target in block.targets:
+                for key, rank in probes.get(target.name, ()):
+                    with _cut(job.model, target, factors[target.name], rank):
+                        sums[target.name, key] = sum(
+                            read(rows, _rest(job, replay, block.index, rows))
+                            for rows in replay.stream.batches(job.batch)
+                        )
+            module = replay.block(block.index)
+            for rows in replay.stream.batches(job.batch):
+                states = replay.stream.read(rows, job.device)
+                replay.stream.write(rows, replay.run(block.index, module, states))
+            job.progress.advance(stage, block.name)
+    job.progress.finish(stage)
+    return sums
+
+
+@contextmanager
+def _cut(model: nn.Module, target: Target, factors: Factors, rank: int) -> Iterator[None]:
+    """The model with one target at a rank, for the time of the context."""
+    original = get_module(model, target.name)
+    replace_module(model, target.name, cut_layer(original, factors, rank, balance=False))
+    try:
+        yield
+    finally:
+        replace_module(model, target.name, original)

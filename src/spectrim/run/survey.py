@@ -1,0 +1,297 @@
+"""The survey: spectra and scores of every target of the original model, once, for every size.
+
+It costs one forward pass over the windows and one decomposition per target, block by block; where
+scores are wanted, one backward pass over some of the windows that serves all targets at once.
+Objectives of output gradients (fisher, kfac) take their moments from one backward pass over all
+windows, which collects the input moments on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spectrim.allocate.curve import Curve
+from spectrim.allocate.ladder import Limits
+from spectrim.decompose import OBJECTIVES
+from spectrim.decompose.decomposition import Decomposition
+from spectrim.model.anatomy import Block, Target
+from spectrim.model.replay import record
+from spectrim.model.weights import get_module, read_weight
+from spectrim.moments.moments import Moments, OutputMoments
+from spectrim.recipe import Decompose
+from spectrim.run.backward import backward_pass
+from spectrim.run.cutting import decompose_target
+from spectrim.run.job import Job
+from spectrim.run.one_shot import block_moments
+from spectrim.run.planning import (
+    TABLE,
+    candidate_ranks,
+    largest_rank,
+    needed_scores,
+    shape_curves,
+)
+from spectrim.run.probing import measured_divergences, measured_perplexities
+from spectrim.storage.survey_record import Factors, Survey
+
+__all__ = ["make_survey", "surveyed_choice"]
+
+COMPONENT_SCORES = frozenset({"first_order", "second_order", "kfac"})
+REFERENCE_SHARE = 0.1
+"""Measured KL is taken at this share of a target's break-even rank."""
+
+MEASURED_WINDOWS = 8
+UNSTABLE = 0.6
+"""Share of agreeing signs below which a reader should not believe signed scores."""
+
+
+def surveyed_choice(choice: Decompose) -> Decompose:
+    """The objective to survey for: on the original stream nothing is shifted yet.
+
+    With `x' = x` the shift-aware and the anchored objective are the input-aware one.
+    """
+    if choice.objective in ("shifted", "anchored"):
+        return choice.model_copy(update={"objective": "whitened"})
+    return choice
+
+
+def make_survey(
+    job: Job,
+    *,
+    scores: Collection[str] | None = None,
+    weight_of: Callable[[Target], Tensor] | None = None,
+) -> Survey:
+    """Survey the model as it is now; nothing in it changes.
+
+    Args:
+        job: the run; its recipe says objective, gradient windows and, without `scores`, the rule
+            that the scores are for.
+        scores: of `first_order`, `second_order`, `kfac`, `measured`, and `table` for ASVD's
+            sensitivities.
+        weight_of: exact weights to decompose where the modules hold rounded ones.
+
+    Returns:
+        A survey without key, with factors up to the largest rank that a plan can use.
+
+    Raises:
+        SpectrimError: statistics or scores that are not finite; names the target.
+    """
+    wanted = frozenset(needed_scores(job.recipe.allocate) if scores is None else scores)
+    found = _Found(wanted, full=bool(wanted & COMPONENT_SCORES))
+    choice = surveyed_choice(job.recipe.decompose)
+    if choice.objective != job.recipe.decompose.objective:
+        found.notes.append(
+            f"the survey used the objective {choice.objective}, which is "
+            f"{job.recipe.decompose.objective} while nothing is shifted"
+        )
+    with job.log.timed("survey"):
+        _decompose_all(job, choice, found, weight_of)
+    if wanted & COMPONENT_SCORES:
+        with job.log.timed("scores"):
+            _score_components(job, choice, found)
+    limits = _limits(job)
+    for curve in found.curves:
+        held = min(largest_rank(curve.shape, limits), curve.rank)
+        found.factors[curve.name] = _leading(found.factors[curve.name], held)
+    if "measured" in wanted:
+        found.curves = _with_references(job, found, limits)
+    table: dict[tuple[str, float], float] = {}
+    if TABLE in wanted:
+        candidates = {c.name: candidate_ranks(c, limits) for c in found.curves}
+        table = measured_perplexities(job, found.factors, candidates)
+    return Survey(
+        key=None,
+        model_name="",
+        curves=tuple(found.curves),
+        losses=found.losses,
+        dtype_bytes=job.dtype_bytes,
+        other_bytes=0,
+        recipe=job.recipe.model_dump(mode="json"),
+        facts=_facts(job, found),
+        table=table,
+        notes=tuple(found.notes),
+        factors=found.factors,
+    )
+
+
+@dataclass
+class _Found:
+    """What the survey knows so far.
+
+    `spread` holds `a_i C̄ a_iᵀ` per component, the mean squared size of each component's
+    intermediate value, for K-FAC losses of any decomposition.
+    """
+
+    wanted: frozenset[str]
+    full: bool
+    curves: list[Curve] = field(default_factory=list)
+    factors: dict[str, Factors] = field(default_factory=dict)
+    spread: dict[str, Tensor] = field(default_factory=dict)
+    losses: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    stability: dict[str, float] = field(default_factory=dict)
+    damping: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def _limits(job: Job) -> Limits:
+    """The widest limits that plans from this survey may have."""
+    return Limits(
+        dtype_bytes=job.dtype_bytes,
+        storage=job.recipe.storage.kind,
+        weights=job.recipe.storage.weights,
+    )
+
+
+def _leading(factors: Factors, rank: int) -> Factors:
+    if rank == factors.rank:
+        return factors
+    return Factors(factors.up[:, :rank].clone(), factors.down[:rank].clone())
+
+
+def _blocks(
+    job: Job, choice: Decompose, input_needs: frozenset[str]
+) -> Iterator[tuple[Block, list[Moments | None], dict[str, OutputMoments]]]:
+    """Every block with its groups' input moments and its targets' output moments."""
+    if OBJECTIVES[choice.objective].needs & {"G", "fisher"}:
+        gathered = backward_pass(job, choice, input_needs=input_needs)
+        for block in job.anatomy.blocks:
+            inputs = [gathered.inputs.get(g.targets[0].name) for g in block.groups]
+            yield block, inputs, gathered.outputs
+        return
+    if not input_needs:
+        for block in job.anatomy.blocks:
+            yield block, [None] * len(block.groups), {}
+        return
+    replay = record(
+        job.model, job.ids, batch=job.batch, device=job.device, folder=job.offload_streams
+    )
+    for block in job.anatomy.blocks:
+        yield block, [*block_moments(job, replay, block, input_needs)], {}
+
+
+@torch.no_grad()
+def _decompose_all(
+    job: Job,
+    choice: Decompose,
+    found: _Found,
+    weight_of: Callable[[Target], Tensor] | None,
+) -> None:
+    """Decompose every target, one block's moments at a time."""
+    stage, limits = "survey", _limits(job)
+    shapes = {c.name: c for c in shape_curves(job.anatomy)}
+    needs = frozenset(OBJECTIVES[choice.objective].needs) & {"C", "absolute"}
+    if "kfac" in found.wanted:
+        needs |= {"C"}
+    job.progress.start(stage, len(job.anatomy.blocks))
+    for block, inputs, outputs in _blocks(job, choice, needs):
+        for group in block.groups:
+            moments = inputs[group.index]
+            for target in group.targets:
+                W = (
+                    weight_of(target)
+                    if weight_of is not None
+                    else read_weight(get_module(job.model, target.name))
+                )
+                found_all = decompose_target(target, W, choice, moments, outputs.get(target.name))
+                _keep(found, shapes[target.name], found_all, moments, limits)
+        job.progress.advance(stage, block.name)
+    job.progress.finish(stage)
+
+
+def _keep(
+    found: _Found, bare: Curve, whole: Decomposition, moments: Moments | None, limits: Limits
+) -> None:
+    """Note one target's spectrum and, in fp32, as many of its components as are still needed."""
+    rank = whole.rank if found.full else min(largest_rank(bare.shape, limits), whole.rank)
+    up, down = whole.cut(rank)
+    found.factors[bare.name] = Factors(up.float().clone(), down.float().clone())
+    if "kfac" in found.wanted and moments is not None and moments.C is not None:
+        means = moments.C.to(whole.down) / moments.tokens
+        found.spread[bare.name] = ((whole.down @ means) * whole.down).sum(1)
+    if whole.damping:
+        found.damping[bare.name] = whole.damping
+    found.curves.append(
+        replace(
+            bare,
+            energy=whole.energy.double().cpu().numpy(),
+            total=whole.total,
+            irreducible=whole.irreducible,
+        )
+    )
+
+
+def _score_components(job: Job, choice: Decompose, found: _Found) -> None:
+    """One backward pass over some windows gives the scores of all components of all targets."""
+    windows = min(job.recipe.allocate.gradient_windows, job.ids.shape[0])
+    # Energies of the objective kfac are K-FAC losses already.
+    weigh = "kfac" in found.wanted and choice.objective != "kfac"
+    result = backward_pass(
+        job,
+        choice,
+        needs=frozenset({"G"} if weigh else ()),
+        windows=windows,
+        factors={name: (f.up, f.down) for name, f in found.factors.items()},
+    )
+    tokens = result.tokens / windows
+    for i, curve in enumerate(found.curves):
+        scores = result.scores[curve.name]
+        found.stability[curve.name] = scores.sign_stability
+        if "first_order" in found.wanted:
+            found.curves[i] = replace(curve, score=scores.first.cpu().numpy())
+        if "second_order" in found.wanted:
+            # Windows' gradients are sums over their tokens: the mean loss's curvature is
+            # E[s sᵀ] / tokens, and the scores' squares are per token squared.
+            _note_loss(found, "second_order", curve.name, 0.5 * tokens * scores.squares)
+        if weigh:
+            output = result.outputs[curve.name]
+            assert output.G is not None
+            up = found.factors[curve.name].up.double().to(output.G.device)
+            gain = ((output.G / output.tokens) @ up * up).sum(0)
+            spread = found.spread[curve.name].to(gain)
+            _note_loss(found, "kfac", curve.name, 0.5 * gain * spread)
+        elif "kfac" in found.wanted:
+            _note_loss(found, "kfac", curve.name, torch.as_tensor(curve.energy))
+    _note_stability(found, windows)
+
+
+def _note_loss(found: _Found, score: str, name: str, components: Tensor) -> None:
+    """The loss at rank k is the sum of what the components from k on cost."""
+    values = components.double().clamp(min=0).cpu().numpy()
+    by_rank = np.append(np.cumsum(values[::-1])[::-1], 0.0)
+    found.losses.setdefault(score, {})[name] = by_rank
+
+
+def _note_stability(found: _Found, windows: int) -> None:
+    agreeing = float(np.mean(list(found.stability.values())))
+    note = (
+        f"signs of first-order scores agree between the halves of {windows} windows for "
+        f"{agreeing:.0%} of the components"
+    )
+    if agreeing < UNSTABLE and "first_order" in found.wanted:
+        note += "; at about half of them a sign is noise: more gradient windows help"
+    found.notes.append(note)
+
+
+def _with_references(job: Job, found: _Found, limits: Limits) -> list[Curve]:
+    """The curves with one measured KL each."""
+    ranks = {
+        c.name: max(1, round(REFERENCE_SHARE * found.factors[c.name].rank)) for c in found.curves
+    }
+    ids = job.ids[: min(MEASURED_WINDOWS, job.ids.shape[0])]
+    divergences = measured_divergences(job, ids, found.factors, ranks)
+    found.notes.append(f"KL measured on {len(ids)} windows, {len(ranks)} targets one at a time")
+    return [replace(c, reference=(ranks[c.name], divergences[c.name])) for c in found.curves]
+
+
+def _facts(job: Job, found: _Found) -> dict:
+    """For people, JSON-ready."""
+    return {
+        "calibration": job.windows.record() if job.windows is not None else None,
+        "sign_stability": found.stability,
+        "damping": found.damping,
+        "seconds": dict(job.log.stages),
+    }

@@ -1,0 +1,256 @@
+"""A survey on disk: small numbers apart from large factors, so that planning reads only the small.
+
+    survey.json           key, shapes, facts, sensitivities
+    curves.safetensors    per target: energy, score, losses by score (fp64)
+    factors.safetensors   per target: up, down (fp32)
+
+Everything a stranger could have put there is validated before use: sizes, names, shapes, finite
+numbers. Planning imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
+
+from spectrim.allocate.budget import Shape, components
+from spectrim.allocate.curve import Curve, as_numpy
+from spectrim.errors import ArtifactError
+from spectrim.storage.atomic import new_folder
+from spectrim.storage.headers import read_header
+from spectrim.storage.json_file import read_json
+from spectrim.storage.survey_record import Factors, Survey, SurveyKey
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["SURVEY_FILE", "is_survey", "load_factors", "load_survey", "save_survey"]
+
+SURVEY_FILE = "survey.json"
+CURVES_FILE = "curves.safetensors"
+FACTORS_FILE = "factors.safetensors"
+FORMAT_VERSION = 1
+LARGEST_SIDE = 2**24
+MOST_TARGETS = 100_000
+
+LossScore = Literal["second_order", "kfac"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TargetRecord(_Strict):
+    """One target's entry in `survey.json`."""
+
+    name: str = Field(min_length=1, max_length=1024)
+    block: int = Field(ge=0, lt=MOST_TARGETS)
+    projection: str = Field(min_length=1, max_length=1024)
+    out_features: int = Field(ge=1, le=LARGEST_SIDE)
+    in_features: int = Field(ge=1, le=LARGEST_SIDE)
+    bias: bool
+    total: float = Field(ge=0, allow_inf_nan=False)
+    irreducible: float = Field(ge=0, allow_inf_nan=False)
+    reference: tuple[int, float] | None = None
+
+
+class SurveyRecord(_Strict):
+    """The whole of `survey.json`."""
+
+    format_version: Literal[1]
+    key: SurveyKey
+    model_name: str = Field(max_length=4096)
+    dtype_bytes: int = Field(ge=1, le=8)
+    other_bytes: int = Field(ge=0)
+    scores: tuple[LossScore, ...] = Field(max_length=8)
+    recipe: dict[str, Any]
+    facts: dict[str, Any]
+    table: tuple[tuple[str, float, float], ...] = Field(max_length=64 * MOST_TARGETS)
+    notes: tuple[str, ...] = Field(max_length=1000)
+    targets: tuple[TargetRecord, ...] = Field(min_length=1, max_length=MOST_TARGETS)
+
+
+def is_survey(folder: str | Path) -> bool:
+    """Whether a folder claims to be a survey."""
+    return (Path(folder) / SURVEY_FILE).is_file()
+
+
+def save_survey(survey: Survey, output: str | Path, *, overwrite: bool = False) -> Path:
+    """Write a survey with its factors; the folder is complete or not there.
+
+    Raises:
+        OutputError: the destination is taken or cannot be written.
+        ArtifactError: the survey has no key or no factors, so nothing could use it later.
+    """
+    from safetensors.torch import save_file as save_tensors
+
+    if survey.key is None or survey.factors is None:
+        raise ArtifactError("only a survey with its key and factors can be saved")
+    record = SurveyRecord(
+        format_version=FORMAT_VERSION,
+        key=survey.key,
+        model_name=survey.model_name,
+        dtype_bytes=survey.dtype_bytes,
+        other_bytes=survey.other_bytes,
+        scores=tuple(survey.losses),  # type: ignore[arg-type]
+        recipe=survey.recipe,
+        facts=survey.facts,
+        table=tuple((name, keep, value) for (name, keep), value in survey.table.items()),
+        notes=survey.notes,
+        targets=tuple(_target_record(c) for c in survey.curves),
+    )
+    tensors: dict[str, Tensor] = {}
+    for name, factors in survey.factors.items():
+        tensors[f"{name}.up"] = factors.up.contiguous()
+        tensors[f"{name}.down"] = factors.down.contiguous()
+    with new_folder(output, overwrite=overwrite) as folder:
+        save_arrays(_arrays(survey), folder / CURVES_FILE)
+        save_tensors(tensors, folder / FACTORS_FILE)
+        text = json.dumps(record.model_dump(mode="json"), indent=1, allow_nan=False)
+        (folder / SURVEY_FILE).write_text(text + "\n", encoding="utf-8")
+    return Path(output)
+
+
+def load_survey(folder: str | Path) -> Survey:
+    """The numbers of a survey, without its factors: enough for every plan, and quick.
+
+    Raises:
+        ArtifactError: not a survey, damaged, or of another format version.
+    """
+    folder = Path(folder)
+    if not is_survey(folder):
+        raise ArtifactError(f"{folder} is no survey: it has no {SURVEY_FILE}")
+    data = read_json(folder / SURVEY_FILE)
+    if data.get("format_version") != FORMAT_VERSION:
+        raise ArtifactError(
+            f"{folder} has format version {data.get('format_version')!r}, this spectrim reads "
+            f"{FORMAT_VERSION}; survey again or update spectrim"
+        )
+    try:
+        record = SurveyRecord.model_validate(data)
+        odd = [e.name for e in read_header(folder / CURVES_FILE).values() if e.dtype != "F64"]
+        if odd:
+            raise ArtifactError(f"{folder / CURVES_FILE}: {odd[0]!r} does not hold fp64 numbers")
+        arrays = load_arrays(folder / CURVES_FILE)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ArtifactError(
+            f"{folder / SURVEY_FILE} is damaged: {where}: {first['msg']}"
+        ) from error
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{folder / CURVES_FILE} cannot be read: {error}") from error
+    curves = tuple(_curve(target, arrays, folder) for target in record.targets)
+    losses = {
+        score: {c.name: _array(arrays, f"{c.name}.{score}", c.rank + 1, folder) for c in curves}
+        for score in record.scores
+    }
+    return Survey(
+        key=record.key,
+        model_name=record.model_name,
+        curves=curves,
+        losses=losses,
+        dtype_bytes=record.dtype_bytes,
+        other_bytes=record.other_bytes,
+        recipe=record.recipe,
+        facts=record.facts,
+        table={(name, keep): value for name, keep, value in record.table},
+        notes=record.notes,
+        folder=folder,
+    )
+
+
+def load_factors(survey: Survey, name: str) -> Factors:
+    """The components of one target, from memory or from the survey's folder.
+
+    Raises:
+        ArtifactError: the survey does not hold them, or they do not fit the target.
+    """
+    if survey.factors is not None:
+        return survey.factors[name]
+    if survey.folder is None:
+        raise ArtifactError(f"the survey of {survey.model_name} holds no factors")
+    from safetensors import safe_open
+
+    path = survey.folder / FACTORS_FILE
+    try:
+        with safe_open(path, framework="pt") as file:
+            factors = Factors(file.get_tensor(f"{name}.up"), file.get_tensor(f"{name}.down"))
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{path} does not give the factors of {name}: {error}") from error
+    shape = next(c.shape for c in survey.curves if c.name == name)
+    found = (*factors.up.shape, *factors.down.shape)
+    expected = (shape.out_features, factors.rank, factors.rank, shape.in_features)
+    if found != expected:
+        raise ArtifactError(f"{path}: the factors of {name} have sizes {found}, not {expected}")
+    return factors
+
+
+def _target_record(curve: Curve) -> TargetRecord:
+    return TargetRecord(
+        name=curve.name,
+        block=curve.block,
+        projection=curve.projection,
+        out_features=curve.shape.out_features,
+        in_features=curve.shape.in_features,
+        bias=curve.shape.bias,
+        total=curve.total,
+        irreducible=curve.irreducible,
+        reference=curve.reference,
+    )
+
+
+def _arrays(survey: Survey) -> dict[str, np.ndarray]:
+    """All spectra and scores by `target.what`."""
+    arrays: dict[str, np.ndarray] = {}
+    for curve in survey.curves:
+        for what in ("energy", "score"):
+            values = getattr(curve, what)
+            if values is not None:
+                arrays[f"{curve.name}.{what}"] = as_numpy(values)
+        for score, losses in survey.losses.items():
+            arrays[f"{curve.name}.{score}"] = losses[curve.name]
+    return arrays
+
+
+def _curve(target: TargetRecord, arrays: dict[str, np.ndarray], folder: Path) -> Curve:
+    shape = Shape(target.out_features, target.in_features, target.bias)
+    energy = _array(arrays, f"{target.name}.energy", None, folder)
+    if not 1 <= energy.size <= components(shape):
+        raise ArtifactError(
+            f"{folder}: {target.name} has {energy.size} energies for at most {components(shape)} "
+            "components"
+        )
+    scored = f"{target.name}.score" in arrays
+    score = _array(arrays, f"{target.name}.score", energy.size, folder) if scored else None
+    return Curve(
+        name=target.name,
+        block=target.block,
+        projection=target.projection,
+        shape=shape,
+        energy=energy,
+        total=target.total,
+        irreducible=target.irreducible,
+        score=score,
+        reference=target.reference,
+    )
+
+
+def _array(
+    arrays: dict[str, np.ndarray], name: str, length: int | None, folder: Path
+) -> np.ndarray:
+    """One vector of finite numbers of the expected length."""
+    values = arrays.get(name)
+    if values is None or values.ndim != 1 or length not in (None, values.size):
+        found = "nothing" if values is None else f"shape {values.shape}"
+        raise ArtifactError(f"{folder / CURVES_FILE}: {name!r} holds {found}, expected ({length},)")
+    if values.dtype.kind != "f" or not np.isfinite(values).all():
+        raise ArtifactError(f"{folder / CURVES_FILE}: {name!r} holds numbers that are not finite")
+    return values.astype(np.float64, copy=False)
