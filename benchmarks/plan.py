@@ -3,8 +3,8 @@
     python benchmarks/plan.py
 
 224 targets of 4096 components. Spectra decay exponentially at a random speed; signed scores are
-noise in proportion to the singular values, half of them negative, as measured on real models. Writes
-`benchmarks/results/plan.json`.
+noise in proportion to the singular values, half of them negative, as measured on real models.
+Writes `benchmarks/results/plan.json`.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from heapq import heapify, heappop, heappush, heapreplace
 
 import numpy as np
 
-__all__ = ["Pool", "by_key", "by_sign", "by_two_heaps", "make_pool", "occurrences", "without"]
+__all__ = ["Pool", "by_key", "by_sign", "by_two_heaps", "make_pool", "occurrences"]
 
 
 END = -(1 << 62)
@@ -79,20 +79,6 @@ def make_pool(
         change=change[order],
         next=following[order],
         heads=place[np.append(0, ends[:-1])],
-    )
-
-
-def without(pool: Pool, targets: Sequence[int]) -> Pool:
-    """The pool less all components of some targets."""
-    stays = ~np.isin(pool.target, np.array(targets, dtype=np.int64))
-    place = np.cumsum(stays) - 1
-    following = pool.next[stays]
-    return Pool(
-        target=pool.target[stays],
-        position=pool.position[stays],
-        change=pool.change[stays],
-        next=np.where(following < 0, -1, place[following]),
-        heads=place[pool.heads[stays[pool.heads]]],
     )
 
 

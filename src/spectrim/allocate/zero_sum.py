@@ -9,12 +9,13 @@ telescope to `dense bytes - stored bytes`; the first drop that reaches the wante
 last.
 
 Differences from the authors' code. A target that ends above break-even goes back to its dense
-weight. As published (`faithful`) its drops stay in the running sum and have crowded out others;
-here the selection is repeated without such targets until none is left, which always reaches the
-budget, because they had saved nothing; targets that the order of least `|dL|` would leave above
-break-even are out from the start. What the last drop overshoots is given back to the targets
-that lost components last. Equal keys are ordered by target name and component instead of by a
-counter.
+weight; as it had saved nothing, the budget is still met, but the running sum counts drops that
+never happened. As published (`faithful`) that is where it ends. Here the sum is taken without
+them and what it lacks is redistributed: components of the targets below break-even are exchanged
+at equal bytes (`balance.py`) until the sum of what is really dropped is back at zero, and what the
+last drop overshoots goes to the targets that lost components last. No exchange takes a target
+above break-even, so none reverts later. Equal keys are ordered by target name and component
+instead of by a counter.
 
 The other keys and `ordered=False` are the selection-rule ablation of the paper.
 """
@@ -27,6 +28,7 @@ from typing import Literal
 
 import numpy as np
 
+from spectrim.allocate.balance import Balance
 from spectrim.allocate.curve import Curve, curve_values
 from spectrim.allocate.ladder import (
     Ladder,
@@ -44,7 +46,6 @@ from spectrim.allocate.removal import (
     by_two_heaps,
     make_pool,
     occurrences,
-    without,
 )
 from spectrim.errors import InputError
 
@@ -65,22 +66,14 @@ class Selection:
         positions: index of the component, int64 (drops,).
         running_sum: predicted loss change after every drop, fp64 (drops,).
         reverted: targets that are dense because their drops saved nothing.
+        kept: per target, indices of the components that survive in the end, ascending.
     """
 
     targets: np.ndarray
     positions: np.ndarray
     running_sum: np.ndarray
     reverted: tuple[int, ...]
-
-    def kept(self, curves: Sequence[Curve]) -> list[np.ndarray]:
-        """Indices of the surviving components of every target, ascending."""
-        result = []
-        for i, curve in enumerate(curves):
-            alive = np.ones(curve.rank, dtype=bool)
-            if i not in self.reverted:
-                alive[self.positions[self.targets == i]] = False
-            result.append(np.flatnonzero(alive))
-        return result
+    kept: tuple[np.ndarray, ...]
 
 
 def zero_sum(
@@ -109,10 +102,8 @@ def zero_sum(
     """
     ladders = ladders_for(curves, limits or Limits())
     selection = _select(ladders, keep, faithful, key, ordered)
-    kept = selection.kept(curves)
-    levels = np.array(
-        [x.levels_by_rank()[k.size] for x, k in zip(ladders, kept, strict=True)], dtype=np.int64
-    )
+    survivors = zip(ladders, selection.kept, strict=True)
+    levels = np.array([x.levels_by_rank()[k.size] for x, k in survivors], dtype=np.int64)
     if not faithful and ordered:
         recent = list(dict.fromkeys(selection.targets[::-1].tolist()))
         levels = spend(ladders, levels, budget_for(ladders, keep), recent)
@@ -142,7 +133,8 @@ def _select(
     if key not in KEYS:
         raise InputError(f"unknown selection key {key!r}, expected one of {', '.join(KEYS)}")
     curves = [x.curve for x in ladders]
-    goal = sum(x.dense_bytes for x in ladders) - budget_for(ladders, keep)
+    budget = budget_for(ladders, keep)
+    goal = sum(x.dense_bytes for x in ladders) - budget
     changes = [_changes(c, key) for c in curves]
     keys = [_keys(c, change, key) for c, change in zip(curves, changes, strict=True)]
     by_name = sorted(range(len(curves)), key=lambda i: curves[i].name)
@@ -150,22 +142,52 @@ def _select(
     lowest = [int(ladders[i].ranks[0]) if ordered else 0 for i in playing]
     pool = make_pool(playing, lowest, [changes[i] for i in playing], [keys[i] for i in playing])
     savings = _Savings.of(ladders)
-    reverted: set[int] = set()
+    path = _path(pool, savings, goal, key, ordered)
+    targets, positions = pool.target[path], pool.position[path]
+    reverted = savings.above_break_even(targets)
+    kept = []
+    for i, curve in enumerate(curves):
+        alive = np.ones(curve.rank, dtype=bool)
+        if i not in reverted:
+            alive[positions[targets == i]] = False
+        kept.append(np.flatnonzero(alive))
     if key == "zero_sum" and ordered and not faithful:
-        reverted = _dense_by_magnitude(pool, savings, goal)
-        pool = without(pool, sorted(reverted))
-    while True:
-        path = _path(pool, savings, goal, key, ordered)
-        above = savings.above_break_even(pool.target[path])
-        reverted |= above
-        if faithful or not above:
-            return Selection(
-                targets=pool.target[path],
-                positions=pool.position[path],
-                running_sum=np.cumsum(pool.change[path]),
-                reverted=tuple(sorted(reverted)),
-            )
-        pool = without(pool, sorted(above))
+        kept = _balanced(ladders, changes, kept, reverted, budget)
+    return Selection(
+        targets=targets,
+        positions=positions,
+        running_sum=np.cumsum(pool.change[path]),
+        reverted=tuple(sorted(reverted)),
+        kept=tuple(kept),
+    )
+
+
+def _balanced(
+    ladders: Sequence[Ladder],
+    changes: Sequence[np.ndarray],
+    kept: Sequence[np.ndarray],
+    reverted: set[int],
+    budget: int,
+) -> list[np.ndarray]:
+    """Survivors after the reverted targets' part of the sum is redistributed."""
+    ranks = [k.size for k in kept]
+    spent = sum(int(x.bytes[x.levels_by_rank()[k]]) for x, k in zip(ladders, ranks, strict=True))
+    by_name = sorted(range(len(ladders)), key=lambda i: ladders[i].curve.name)
+    cut = [i for i in by_name if i not in reverted and ranks[i] < ladders[i].curve.rank]
+    balance = Balance(
+        changes=[changes[i] for i in cut],
+        sizes=[ladders[i].bytes[ladders[i].levels_by_rank()] for i in cut],
+        ranks=[ranks[i] for i in cut],
+        lowest=[int(ladders[i].ranks[0]) for i in cut],
+        highest=[int(ladders[i].ranks[-1]) for i in cut],
+        total=float(sum(changes[i][ranks[i] :].sum() for i in cut)),
+        left=budget - spent,
+    )
+    balance.run()
+    result = list(kept)
+    for i, rank in zip(cut, balance.ranks, strict=True):
+        result[i] = np.arange(rank)
+    return result
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,26 +231,6 @@ class _Savings:
         """Targets that lost components without saving a byte."""
         counts = np.bincount(dropped, minlength=self.free.size)
         return set(np.flatnonzero((counts > 0) & (counts <= self.free)).tolist())
-
-
-def _dense_by_magnitude(pool: Pool, savings: _Savings, goal: int) -> set[int]:
-    """Targets that stay dense when the least |dL| goes first, found until none is in between.
-
-    Zero-sum drops nearly as many components of every target, so that starting without these
-    leaves few reverts, or none, to the slower heaps.
-    """
-    path = by_key(pool, ordered=True)
-    targets = pool.target[path]
-    saved = savings.at(targets, savings.components[targets] - 1 - pool.position[path])
-    dense: set[int] = set()
-    while True:
-        needed = _reach(saved, goal)
-        above = savings.above_break_even(targets[:needed])
-        if not above:
-            return dense
-        dense |= above
-        stays = ~np.isin(targets, np.array(sorted(above)))
-        targets, saved = targets[stays], saved[stays]
 
 
 def _path(pool: Pool, savings: _Savings, goal: int, key: Key, ordered: bool) -> np.ndarray:
