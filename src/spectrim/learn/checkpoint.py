@@ -1,0 +1,120 @@
+"""One file from which a training goes on as if it had never stopped: tensors, counters, identity.
+
+The file is safetensors with a JSON text in its header, written beside the old one and renamed, so
+that a kill at any moment leaves a complete checkpoint. Nothing random has to be stored: whatever
+is drawn in a training depends on the seed and the step alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from spectrim.errors import ArtifactError, InputError
+
+__all__ = ["FILE", "Checkpoint", "load_optimizer", "optimizer_tensors", "where_kept"]
+
+FILE = "learning.safetensors"
+_KEY = "state"
+
+
+@dataclass
+class Checkpoint:
+    """Where a training keeps itself.
+
+    Attributes:
+        folder: the work folder; created when something is saved.
+        identity: flat plain data that a resumed run must share, e.g. every field of its recipe.
+        every: steps between two saves.
+    """
+
+    folder: Path
+    identity: dict[str, Any]
+    every: int
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.folder / FILE
+
+    def due(self, step: int) -> bool:
+        """Whether to save after this step (1-based)."""
+        return step % self.every == 0
+
+    def save(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Replace the checkpoint; state is plain data."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        text = json.dumps({"identity": self.identity, **state})
+        plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        save_file(plain, str(partial), metadata={_KEY: text})
+        os.replace(partial, self.path)
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Tensors and state, None if there is no checkpoint.
+
+        Raises:
+            ArtifactError: the file is damaged.
+            InputError: it belongs to another run; the message names the differences.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            with safe_open(str(self.path), framework="pt") as file:
+                state = json.loads((file.metadata() or {})[_KEY])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, KeyError, ValueError, OSError) as error:
+            raise ArtifactError(
+                f"{self.path} is no checkpoint of a training ({error}); remove it to start anew"
+            ) from error
+        self._compare(state.pop("identity"))
+        return tensors, state
+
+    def _compare(self, found: dict[str, Any]) -> None:
+        here = json.loads(json.dumps(self.identity))
+        names = sorted(k for k in found.keys() | here.keys() if found.get(k) != here.get(k))
+        if names:
+            listed = "; ".join(f"{k}: {found.get(k)!r} there, {here.get(k)!r} now" for k in names)
+            raise InputError(
+                f"{self.path} belongs to another run, {len(names)} setting(s) differ: {listed}. "
+                "Resume with the same settings, or remove the folder to start anew"
+            )
+
+
+def where_kept(checkpoint: Checkpoint | None) -> str:
+    """A sentence for the end of an error message."""
+    if checkpoint is None or not checkpoint.path.exists():
+        return "There is no checkpoint to go back to"
+    return f"The last checkpoint is kept in {checkpoint.path}"
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
+    """The optimizer's state as named tensors."""
+    states = optimizer.state_dict()["state"]
+    return {
+        f"{prefix}.{index}.{name}": torch.as_tensor(value)
+        for index, entries in states.items()
+        for name, value in entries.items()
+    }
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], prefix: str
+) -> None:
+    """The inverse of `optimizer_tensors`, for an optimizer over the same parameters."""
+    states: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        head, _, rest = name.partition(".")
+        if head == prefix:
+            index, _, key = rest.partition(".")
+            states.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": states})

@@ -1,0 +1,349 @@
+"""SoCo: importance scores on the spectrum, learned in three phases (arXiv 2502.15092).
+
+    W' = U (Σ ⊙ S) Vᵀ,   y' = W' x + b + d,   min over S, d of  KL(original ‖ W')
+
+Only the scores `S = φ(θ)` and the deviation `d` are trained. No code was published; what the paper
+leaves open is decided here:
+
+explore    KL plus compression pressure, until the components with a score above the threshold fit
+           the budget.
+oscillate  KL always, pressure switched by hysteresis around the budget, so that components pruned
+           too early can come back. Ends when a full cycle leaves the kept set as it was.
+sparsify   components below the threshold are pushed to zero and, after a while there, held at
+           exactly zero; ends when hardly any is undecided.
+recover    the exact budget decides the last components; survivors and d are trained a little more.
+
+Pressure is decoupled from Adam: after its step every θ falls by `lr · min(cap, λ w / √v)`, with w
+the component's share of the cost and v Adam's second moment of the KL gradient. Added to the loss
+it would be invisible, or drown the second moment; divided by √v it still weighs costs against
+sensitivities. λ grows until the load follows a straight line to the budget.
+
+The parts can be run one by one: `selection` (scores decide, survivors stay as they were),
+`rescaling` (ranks fixed in advance), `allocation` (scores decide ranks, components in order).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.learn.checkpoint import (
+    Checkpoint,
+    load_optimizer,
+    optimizer_tensors,
+    where_kept,
+)
+from spectrim.learn.gates import GateFunction, gate_values
+from spectrim.learn.lessons import Lessons, Report
+from spectrim.learn.pruning import Gated
+from spectrim.refine.fitting import warmup_cosine
+
+__all__ = ["SocoSettings", "SocoState", "deviations", "gates_of", "learn_scores", "scores_of"]
+
+MEMORY = 0.98
+"""Decay of the running mean of scores."""
+
+SATURATION = 4.0
+"""θ stays within ± this: beyond it the sigmoid is flat and a component could not come back."""
+
+START_SHARE = 0.1
+"""λ starts at this share of the median gradient size."""
+
+HURRY = 10.0
+MOST_HURRY = 4.0
+
+
+@dataclass(frozen=True)
+class SocoSettings:
+    """How to learn scores; the recipe section `SocoLearning` explains the fields."""
+
+    keep: float
+    parts: Literal["all", "selection", "allocation"]
+    score: GateFunction
+    threshold: float
+    learning_rate: float
+    deviation_learning_rate: float
+    clip: float
+    warmup_steps: int
+    explore_steps: int
+    oscillate_steps: int
+    sparsify_steps: int
+    pressure_growth: float
+    pressure_cap: float
+    sparsity: float
+    hysteresis: float
+    settled: float
+    undecided: float
+    dead_after: int
+
+
+@dataclass
+class SocoState:
+    """Everything that changes while scores are learned.
+
+    Attributes:
+        theta: raw scores, (N,).
+        mean_score: running mean of the scores, (N,).
+        mean_square: running mean of squared gradients, (N,).
+        crossings: how often each score crossed the threshold, int32 (N,).
+        below: consecutive steps below it while sparsifying, int32 (N,).
+        dead: held at zero, boolean (N,).
+        snapshot: the kept set when pressure was last switched on, boolean (N,).
+        used: components that take part in the products, boolean (N,).
+        phase: `explore`, `oscillate`, `sparsify` or `done`.
+        phase_step: steps done in this phase.
+        step: steps done in all.
+        pressure: λ, 0 before the first gradient.
+        pressing: whether the pressure is on.
+        first_loss: of the first step with a gradient.
+        history: (step, loss, kept share).
+    """
+
+    theta: nn.Parameter
+    mean_score: Tensor
+    mean_square: Tensor
+    crossings: Tensor
+    below: Tensor
+    dead: Tensor
+    snapshot: Tensor
+    used: Tensor
+    phase: str = "explore"
+    phase_step: int = 0
+    step: int = 0
+    pressure: float = 0.0
+    pressing: bool = True
+    history: list[list[float]] = field(default_factory=list)
+
+    _TENSORS: ClassVar = (
+        "mean_score",
+        "mean_square",
+        "crossings",
+        "below",
+        "dead",
+        "snapshot",
+        "used",
+    )
+    _COUNTERS: ClassVar = ("phase", "phase_step", "step", "pressure", "pressing", "history")
+
+    @classmethod
+    def fresh(cls, gated: Gated, score: GateFunction) -> SocoState:
+        """Every score at exactly one."""
+        theta = gated.scores(score, scale=1.0, dtype=torch.float32)
+        zero = torch.zeros_like(theta.detach())
+        count = zero.to(torch.int32)
+        return cls(
+            theta=theta,
+            mean_score=zero + 1,
+            mean_square=zero.clone(),
+            crossings=count,
+            below=count.clone(),
+            dead=zero > 0,
+            snapshot=zero > 0,
+            used=zero == 0,
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """For a checkpoint."""
+        return {"theta": self.theta, **{name: getattr(self, name) for name in self._TENSORS}}
+
+    def counters(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {name: getattr(self, name) for name in self._COUNTERS}
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
+        """The inverse of the two above."""
+        for name, own in self.tensors().items():
+            own.copy_(tensors[name])
+        for name in self._COUNTERS:
+            setattr(self, name, counters[name])
+
+    def enter(self, phase: str) -> None:
+        """Go to a phase."""
+        self.phase, self.phase_step = phase, 0
+
+
+def scores_of(state: SocoState, settings: SocoSettings) -> Tensor:
+    """Scores (N,), zero where dead, without gradient."""
+    scores = gate_values(state.theta.detach(), settings.score)
+    return scores.masked_fill(state.dead, 0.0)
+
+
+def gates_of(state: SocoState, settings: SocoSettings) -> Tensor:
+    """The factors that the layers are bound to, differentiable in θ."""
+    scores = gate_values(state.theta, settings.score)
+    if settings.parts == "selection":
+        # Forward exactly 0 or 1, backward the gradient of the score.
+        hard = (scores.detach() > settings.threshold).to(scores.dtype)
+        scores = hard + (scores - scores.detach())
+    return scores.masked_fill(state.dead, 0.0)
+
+
+def deviations(gated: Gated) -> list[nn.Parameter]:
+    """The trained deviations of all layers that have one."""
+    return [x.deviation for x in gated.layers.values() if x.deviation is not None]
+
+
+def learn_scores(
+    gated: Gated,
+    lessons: Lessons,
+    settings: SocoSettings,
+    *,
+    checkpoint: Checkpoint | None = None,
+    report: Report = lambda *_: None,
+) -> SocoState:
+    """Run the three phases; the layers are left with all components and the last gates bound.
+
+    Raises:
+        NonFiniteError: the training diverged; the last checkpoint stays.
+    """
+    state = SocoState.fresh(gated, settings.score)
+    groups: list[dict[str, Any]] = [{"params": [state.theta], "lr": settings.learning_rate}]
+    if deviations(gated):
+        groups.append({"params": deviations(gated), "lr": settings.deviation_learning_rate})
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    _resume(checkpoint, gated, state, optimizer)
+    weights = gated.spans.weights(gated.costs(), gated.device)
+    whole = gated.load(torch.ones_like(state.dead))
+    total = settings.explore_steps + settings.oscillate_steps + settings.sparsify_steps
+    while state.phase != "done":
+        factor = _rate(state, settings)
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * factor
+        loss = _learn(gated, lessons, settings, state, optimizer, checkpoint)
+        kept_mask = scores_of(state, settings) > settings.threshold
+        kept = gated.kept(kept_mask)
+        _press(gated, settings, state, optimizer, weights, whole, kept_mask)
+        _next_phase(settings, state, kept, kept_mask)
+        if state.step % 10 == 0 or state.phase == "done":
+            state.history.append([state.step, loss, kept])
+            report(state.phase, state.step, total, f"loss {loss:.4f}, keep {kept:.3f}")
+        if checkpoint is not None and (checkpoint.due(state.step) or state.phase == "done"):
+            tensors = {**state.tensors(), **optimizer_tensors(optimizer, "optimizer")}
+            tensors |= {f"deviation.{i}": d for i, d in enumerate(deviations(gated))}
+            checkpoint.save(tensors, state.counters())
+    return state
+
+
+def _learn(
+    gated: Gated,
+    lessons: Lessons,
+    settings: SocoSettings,
+    state: SocoState,
+    optimizer: torch.optim.Optimizer,
+    checkpoint: Checkpoint | None,
+) -> float:
+    """One Adam step on the KL divergence; running statistics follow."""
+    optimizer.zero_grad(set_to_none=True)
+    loss = lessons.backward(state.step, "kl", lambda: gated.bind(gates_of(state, settings)))
+    state.step += 1
+    state.phase_step += 1
+    lessons.guard(math.nan, "learning_rate or pressure_cap").check(
+        loss, state.step, where_kept(checkpoint)
+    )
+    nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], settings.clip)
+    gradient = state.theta.grad
+    assert gradient is not None
+    before = scores_of(state, settings) > settings.threshold
+    optimizer.step()
+    with torch.no_grad():
+        if settings.score != "relu":
+            state.theta.clamp_(-SATURATION, SATURATION)
+        scores = scores_of(state, settings)
+        state.mean_score.mul_(MEMORY).add_(scores, alpha=1 - MEMORY)
+        state.mean_square.mul_(MEMORY).add_(gradient.square(), alpha=1 - MEMORY)
+        state.crossings += (before != (scores > settings.threshold)).to(torch.int32)
+    return loss
+
+
+@torch.no_grad()
+def _press(
+    gated: Gated,
+    settings: SocoSettings,
+    state: SocoState,
+    optimizer: torch.optim.Optimizer,
+    weights: Tensor,
+    whole: float,
+    kept: Tensor,
+) -> None:
+    """Decoupled pressure, and in the last phase the push towards zero."""
+    moment = optimizer.state[state.theta]["exp_avg_sq"].sqrt()
+    rate = optimizer.param_groups[0]["lr"]
+    if state.pressure == 0.0 and state.step > 1:
+        # The first gradient of a divergence from itself is zero: nothing to compare with yet.
+        state.pressure = START_SHARE * float(moment.median())
+    if state.pressing:
+        force = (state.pressure * weights / moment).nan_to_num(nan=0.0, posinf=settings.pressure_cap)
+        state.theta -= rate * force.clamp(max=settings.pressure_cap)
+        if state.phase == "explore":
+            share = min(1.0, state.phase_step / settings.explore_steps)
+            lag = (gated.load(kept) - (whole + share * (settings.keep - whole))) / whole
+            state.pressure *= settings.pressure_growth ** min(
+                MOST_HURRY, max(0.0, 1.0 + HURRY * lag)
+            )
+        else:
+            state.pressure *= settings.pressure_growth
+    if state.phase == "sparsify":
+        ramp = min(1.0, 2 * state.phase_step / settings.sparsify_steps)
+        low = ~kept
+        state.theta -= rate * settings.sparsity * ramp * weights.clamp(max=1.0) * low
+        state.below.copy_(torch.where(low, state.below + 1, 0))
+        state.dead |= state.below >= settings.dead_after
+        if state.phase_step % settings.dead_after == 0:
+            state.used.copy_(~state.dead)
+            gated.use(state.used)
+
+
+def _next_phase(settings: SocoSettings, state: SocoState, kept: float, mask: Tensor) -> None:
+    """Hysteresis, and the ends of phases by criterion or step limit."""
+    low, high = settings.keep * (1 - settings.hysteresis), settings.keep * (1 + settings.hysteresis)
+    if state.phase == "explore":
+        if kept <= settings.keep or state.phase_step >= settings.explore_steps:
+            state.enter("oscillate")
+            state.snapshot.copy_(mask)
+    elif state.phase == "oscillate":
+        settled = False
+        if state.pressing and kept <= low:
+            state.pressing = False
+        elif not state.pressing and kept > high:
+            state.pressing = True
+            both, either = (mask & state.snapshot).sum(), (mask | state.snapshot).sum()
+            settled = bool(both > settings.settled * either)
+            state.snapshot.copy_(mask)
+        if settled or state.phase_step >= settings.oscillate_steps:
+            state.enter("sparsify")
+    elif state.phase == "sparsify":
+        state.pressing = kept > settings.keep
+        middle = (scores_of(state, settings) > settings.threshold / 2) & ~mask
+        decided = float(middle.float().mean()) < settings.undecided
+        if decided or state.phase_step >= settings.sparsify_steps:
+            state.enter("done")
+
+
+def _rate(state: SocoState, settings: SocoSettings) -> float:
+    """Factor of the learning rates: warm-up, constant, a cosine to a tenth while sparsifying."""
+    warm = min(1.0, (state.step + 1) / max(1, settings.warmup_steps))
+    if state.phase != "sparsify":
+        return warm
+    return warm * warmup_cosine(state.phase_step, settings.sparsify_steps, warmup=0.0, final=0.1)
+
+
+def _resume(
+    checkpoint: Checkpoint | None, gated: Gated, state: SocoState, optimizer: torch.optim.Optimizer
+) -> None:
+    found = checkpoint.load() if checkpoint is not None else None
+    if found is None:
+        return
+    tensors, counters = found
+    state.restore(tensors, counters)
+    with torch.no_grad():
+        for i, d in enumerate(deviations(gated)):
+            d.copy_(tensors[f"deviation.{i}"])
+    load_optimizer(optimizer, tensors, "optimizer")
+    if not bool(state.used.all()):
+        gated.use(state.used)
