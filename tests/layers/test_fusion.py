@@ -3,13 +3,16 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
+import spectrim.storage.quantizer  # noqa: F401  (teaches transformers to load the folders)
 from architectures import tiny, windows
 from spectrim.errors import ModelError
 from spectrim.layers.fusion import FusedSlice, fuse, shared_inputs, unfuse
 from spectrim.layers.lowrank import LowRankLinear
 from spectrim.layers.packed import PackedLinear
-from spectrim.layers.swap import dense_shape, is_dense_linear, swap_in
+from spectrim.layers.swap import compressed_layers, dense_shape, is_dense_linear, swap_in
+from spectrim.storage.attach import attach
 
 KINDS = {"factored": LowRankLinear, "packed": PackedLinear}
 
@@ -113,6 +116,21 @@ def test_fused_model_saves_and_loads_like_the_unfused_one():
     del wrong[key]
     with pytest.raises(RuntimeError, match="Missing"):
         model.load_state_dict(wrong)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_folder_of_a_fused_model_loads_as_the_separate_one(kind, tmp_path):
+    model, tokens = compressed("llama", kind)
+    model.float()
+    attach(model)
+    separate = {k: v.clone() for k, v in model.state_dict().items()}
+    assert fuse(model).groups
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert {type(m) for m in compressed_layers(loaded).values()} == {KINDS[kind]}
+    assert all(torch.equal(v, separate[k]) for k, v in loaded.state_dict().items())
+    with torch.no_grad():
+        assert torch.allclose(loaded(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
 class Trio(nn.Module):
