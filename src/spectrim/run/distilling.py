@@ -70,6 +70,7 @@ def record_teacher(job: Job, step: DistillRefinement) -> Teacher:
         windows.ids,
         batch=job.batch,
         device=job.device,
+        anatomy=job.anatomy,
         folder=job.offload_streams,
     )
     hidden = replay.stream.duplicate(job.offload_streams)

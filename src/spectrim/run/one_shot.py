@@ -59,6 +59,7 @@ def cut_one_shot(job: Job, plan: Plan, outputs: Mapping[str, OutputMoments] | No
                 job.ids,
                 batch=job.batch,
                 device=job.device,
+                anatomy=job.anatomy,
                 folder=job.offload_streams,
             )
             if needs

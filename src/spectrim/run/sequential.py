@@ -70,6 +70,7 @@ class _Pass:
             job.ids,
             batch=job.batch,
             device=job.device,
+            anatomy=job.anatomy,
             folder=job.offload_streams,
         )
         self.original: Stream = self.replay.stream
