@@ -171,6 +171,7 @@ def summarize(times: dict[str, list[float]], stored: dict[str, int]) -> dict[str
             "ideal": round(ideal, 3),
             "share_of_ideal": round(speedup / ideal, 3),
             "bytes": stored[name],
+            "rounds": len(values),
         }
     for suffix in ("", "_tuned"):
         pairs = zip(times[f"packed_same_rank{suffix}"], times[f"factored{suffix}"], strict=True)
@@ -187,8 +188,11 @@ def processor() -> str:
     return names[0] if names else platform.processor()
 
 
-def hardware() -> dict[str, Any]:
+def conditions(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a reader has to know to believe or repeat a number."""
     return {
+        "keep": arguments.keep,
+        "clock": "CPU time of the one thread" if arguments.cpu_time else "wall",
         "processor": processor(),
         "cores": os.cpu_count(),
         "capability": torch.backends.cpu.get_cpu_capability(),
@@ -198,36 +202,42 @@ def hardware() -> dict[str, Any]:
     }
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    clock = time.thread_time if arguments.cpu_time else time.perf_counter
-    result: dict[str, Any] = {
-        "keep": arguments.keep,
-        "rounds": arguments.rounds,
-        "clock": "cpu time of one thread" if arguments.cpu_time else "wall",
-        "hardware": hardware(),
-        "rows": [],
-    }
+def run(arguments: argparse.Namespace) -> None:
     for block in arguments.blocks:
         for dtype in arguments.dtypes:
             built = {v: build(BLOCKS[block], v, arguments.keep, DTYPES[dtype]) for v in VARIANTS}
-            models = {v: model for v, (model, _) in built.items()}
-            stored = {v: size for v, (_, size) in built.items()}
             for phase in arguments.phases:
-                tokens = TOKENS[phase]
-                x = torch.randn(1, tokens, BLOCKS[block]["hidden"], generator=generator(1))
-                with torch.inference_mode():
-                    times = measure(
-                        models,
-                        x.to(DTYPES[dtype]),
-                        rounds=arguments.rounds,
-                        seconds=arguments.seconds,
-                        clock=clock,
-                    )
-                rows = summarize(times, stored)
                 labels = {"block": block, "dtype": dtype, "phase": phase}
-                result["rows"].append({**labels, "variants": rows})
+                facts = conditions(arguments)
+                rows = one_row(built, labels, arguments)
                 show(labels, rows)
-    return result
+                record(arguments.out, {**labels, **facts, "variants": rows})
+
+
+def one_row(
+    built: dict[str, tuple[Linears, int]], labels: dict[str, str], arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """All variants of one block in one dtype and phase."""
+    hidden = BLOCKS[labels["block"]]["hidden"]
+    x = torch.randn(1, TOKENS[labels["phase"]], hidden, generator=generator(1))
+    with torch.inference_mode():
+        times = measure(
+            {v: model for v, (model, _) in built.items()},
+            x.to(DTYPES[labels["dtype"]]),
+            rounds=arguments.rounds,
+            seconds=arguments.seconds,
+            clock=time.thread_time if arguments.cpu_time else time.perf_counter,
+        )
+    return summarize(times, {v: stored for v, (_, stored) in built.items()})
+
+
+def record(path: Path, row: dict[str, Any]) -> None:
+    """Put a row into the file, in place of an earlier one of the same block, dtype and phase."""
+    key = ("block", "dtype", "phase")
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = [r for r in rows if any(r[k] != row[k] for k in key)] + [row]
+    rows.sort(key=lambda r: [r[k] for k in key])
+    path.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
 
 
 def show(labels: dict[str, str], rows: dict[str, Any]) -> None:
@@ -253,9 +263,10 @@ def main() -> None:
     parser.add_argument("--cpu-time", action="store_true", help="one thread's CPU time, not wall")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
+    if arguments.cpu_time and arguments.threads != 1:
+        parser.error("--cpu-time counts one thread only: add --threads 1")
     torch.set_num_threads(arguments.threads)
-    result = run(arguments)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    run(arguments)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from spectrim.linalg.pivot import Packed, Side, pack, packed_side
 from spectrim.tolerances import PACKED_ERROR_SHARE
 
-__all__ = ["PackedLinear", "StorageChoice", "choose_storage", "packed_error"]
+__all__ = ["PackedLinear", "PackingDecision", "choose_storage", "packed_error"]
 
 
 class PackedLinear(nn.Module):
@@ -169,7 +169,7 @@ class PackedLinear(nn.Module):
 
 
 @dataclass(frozen=True)
-class StorageChoice:
+class PackingDecision:
     """How one target will be stored, and why.
 
     Attributes:
@@ -222,7 +222,7 @@ def choose_storage(
     truncation_error: float,
     dtype: torch.dtype,
     C: Tensor | None = None,
-) -> StorageChoice:
+) -> PackingDecision:
     """Packed storage, unless its rounding is a noticeable share of what the cut cost.
 
     Args:
@@ -239,7 +239,7 @@ def choose_storage(
     packed = pack(up, down)
     error = packed_error(packed, up, down, dtype, C=C)
     fits = error <= PACKED_ERROR_SHARE * truncation_error
-    return StorageChoice(
+    return PackingDecision(
         "packed" if fits else "factored",
         error,
         truncation_error,
