@@ -178,15 +178,78 @@ Refinement = Annotated[
 
 
 class AcipLearning(Section):
-    """ACIP: gates with an exponentially growing pressure; the order of deaths is the product."""
+    """ACIP: gates with an exponentially growing pressure; the order of deaths is the product.
+
+    Defaults are the published ones for 7B models, except where the description says `ours`. The
+    published behavior is `gate_dtype: bfloat16, weigh_by_cost: false, heal_sizes: stop,
+    heal_objective: cross_entropy` with the objective `plain`.
+    """
 
     method: Literal["acip"] = "acip"
+    stop_keep: float = Field(0.4, gt=0, lt=1, description="smallest size; pruning stops there")
+    batch: int = Field(4, ge=1, description="windows per forward pass")
+    accumulate: int = Field(1, ge=1, description="forward passes per step")
+    gate_scale: float = Field(0.02, gt=0, description="c, where gates start")
+    gate_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="ours is float32: steps of 5e-5 round away in bfloat16"
+    )
+    learning_rate: float = Field(5e-5, gt=0, description="of the gates")
+    lora_rank: int = Field(32, ge=0, description="0 trains gates alone")
+    lora_alpha: float = Field(16, gt=0)
+    lora_dropout: float = Field(0.05, ge=0, lt=1)
+    lora_learning_rate: float = Field(5e-5, gt=0)
+    clip: float | None = Field(None, gt=0, description="largest gradient norm of the corrections")
+    pressure: float = Field(1e-3, gt=0, description="λ of the first step, without `steps`")
+    pressure_growth: float = Field(1.01, gt=1)
+    pressure_every: int = Field(4, ge=1, description="steps between two growths of λ")
+    steps: int | None = Field(
+        None, ge=1, description="ours: λ follows a path that reaches the stop in about this many"
+    )
+    max_steps: int = Field(50_000, ge=1)
+    weigh_by_cost: bool = Field(True, description="ours: penalties in proportion to m + n")
+    size_every: int = Field(10, ge=1, description="steps between two tests for the stop")
+    heal_steps: int = Field(1000, ge=0)
+    heal_sizes: Literal["stop", "sampled"] = Field(
+        "sampled", description="ours: every step heals another size"
+    )
+    heal_objective: Literal["cross_entropy", "kl"] = Field(
+        "kl", description="ours: the divergence from the original model"
+    )
+    heal_learning_rate: float = Field(5e-5, gt=0)
+    heal_final_learning_rate: float = Field(0.1, ge=0, le=1, description="share of the peak")
+    heal_grid: int = Field(24, ge=1, description="sizes to sample from")
+    checkpoint_every: int = Field(100, ge=1)
 
 
 class SocoLearning(Section):
     """SoCo: importance scores on the spectrum, three phases, survivors rescaled."""
 
     method: Literal["soco"] = "soco"
+    parts: Literal["all", "selection", "rescaling", "allocation"] = Field(
+        "all", description="which effect of the scores to use"
+    )
+    score: Literal["sigmoid", "softplus", "relu"] = "sigmoid"
+    deviation: bool = Field(True, description="train d where a target has a bias to fold it into")
+    threshold: float = Field(0.5, gt=0, lt=1)
+    batch: int = Field(8, ge=1, description="windows per forward pass")
+    accumulate: int = Field(1, ge=1, description="forward passes per step")
+    learning_rate: float = Field(2e-2, gt=0, description="of the scores")
+    deviation_learning_rate: float = Field(1e-3, gt=0)
+    clip: float = Field(1.0, gt=0)
+    warmup_steps: int = Field(50, ge=0)
+    explore_steps: int = Field(500, ge=1)
+    oscillate_steps: int = Field(600, ge=0)
+    sparsify_steps: int = Field(400, ge=1)
+    recover_steps: int = Field(100, ge=0)
+    recover_learning_rate: float = Field(1e-2, gt=0)
+    pressure_growth: float = Field(1.02, gt=1, description="of λ, per step under pressure")
+    pressure_cap: float = Field(0.5, gt=0, description="largest pressure, in learning rates")
+    sparsity: float = Field(1.0, ge=0, description="push of low scores to zero, in learning rates")
+    hysteresis: float = Field(0.02, ge=0, lt=1)
+    settled: float = Field(0.99, gt=0, le=1, description="overlap of kept sets that ends phase two")
+    undecided: float = Field(0.001, ge=0, lt=1, description="share of scores that ends phase three")
+    dead_after: int = Field(20, ge=1, description="steps below the threshold, while sparsifying")
+    checkpoint_every: int = Field(100, ge=1)
 
 
 Learning = Annotated[AcipLearning | SocoLearning, Field(discriminator="method")]

@@ -8,7 +8,6 @@ is drawn in a training depends on the seed and the step alone.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +56,7 @@ class Checkpoint:
         text = json.dumps({"identity": self.identity, **state})
         plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         save_file(plain, str(partial), metadata={_KEY: text})
-        os.replace(partial, self.path)
+        partial.replace(self.path)
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Tensors and state, None if there is no checkpoint.

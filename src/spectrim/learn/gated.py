@@ -108,12 +108,12 @@ class GatedLinear(nn.Module):
 
     @property
     def out_features(self) -> int:
-        """m."""
+        """M."""
         return self.up.shape[0]
 
     @property
     def in_features(self) -> int:
-        """n."""
+        """N."""
         return self.down.shape[1]
 
     @property

@@ -58,9 +58,7 @@ class Gated:
     def scores(self, function: GateFunction, *, scale: float, dtype: torch.dtype) -> nn.Parameter:
         """A fresh vector with every gate at exactly one, (N,)."""
         start = start_value(function, scale)
-        return nn.Parameter(
-            torch.full((self.spans.total,), start, dtype=dtype, device=self.device)
-        )
+        return nn.Parameter(torch.full((self.spans.total,), start, dtype=dtype, device=self.device))
 
     def bind(self, gates: Tensor | None) -> None:
         """Give every layer its gates from a flat vector (N,); None opens them all."""

@@ -246,7 +246,9 @@ def _learn(
     lessons.guard(math.nan, "learning_rate or pressure_cap").check(
         loss, state.step, where_kept(checkpoint)
     )
-    nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], settings.clip)
+    nn.utils.clip_grad_norm_(
+        [p for g in optimizer.param_groups for p in g["params"]], settings.clip
+    )
     gradient = state.theta.grad
     assert gradient is not None
     before = scores_of(state, settings) > settings.threshold
@@ -278,7 +280,9 @@ def _press(
         # The first gradient of a divergence from itself is zero: nothing to compare with yet.
         state.pressure = START_SHARE * float(moment.median())
     if state.pressing:
-        force = (state.pressure * weights / moment).nan_to_num(nan=0.0, posinf=settings.pressure_cap)
+        force = (state.pressure * weights / moment).nan_to_num(
+            nan=0.0, posinf=settings.pressure_cap
+        )
         state.theta -= rate * force.clamp(max=settings.pressure_cap)
         if state.phase == "explore":
             share = min(1.0, state.phase_step / settings.explore_steps)
@@ -321,7 +325,7 @@ def _next_phase(settings: SocoSettings, state: SocoState, kept: float, mask: Ten
         state.pressing = kept > settings.keep
         middle = (scores_of(state, settings) > settings.threshold / 2) & ~mask
         decided = float(middle.float().mean()) < settings.undecided
-        if decided or state.phase_step >= settings.sparsify_steps:
+        if (decided and kept <= settings.keep) or state.phase_step >= settings.sparsify_steps:
             state.enter("done")
 
 

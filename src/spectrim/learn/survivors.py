@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-
 import torch
 from torch import Tensor, nn
 
@@ -62,9 +61,7 @@ class Folded:
     bias: Tensor | None
 
 
-def choose(
-    gated: Gated, state: SocoState, settings: SocoSettings
-) -> tuple[Plan, list[Tensor]]:
+def choose(gated: Gated, state: SocoState, settings: SocoSettings) -> tuple[Plan, list[Tensor]]:
     """The plan of the exact budget, and each target's surviving components.
 
     Returns:
@@ -193,5 +190,3 @@ def folded(layer: GatedLinear, scores: Tensor) -> Folded:
     if layer.deviation is not None:
         bias = layer.deviation.clone() if bias is None else bias.float() + layer.deviation
     return Folded(layer.up * root.to(layer.up), layer.down * root.to(layer.down)[:, None], bias)
-
-

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from spectrim.errors import RecipeError
 from spectrim.recipe import (
+    AcipLearning,
     Allocation,
     BlockRefinement,
     Calibration,
@@ -13,6 +14,7 @@ from spectrim.recipe import (
     Decompose,
     ProjectedGradientRefinement,
     Recipe,
+    SocoLearning,
 )
 
 __all__ = ["PRESETS", "get_recipe"]
@@ -116,6 +118,34 @@ PRESETS: dict[str, Recipe] = {
             decompose=Decompose(objective="whitened"),
             allocate=Allocation(rule="zero_sum", score="first_order"),
             refine=(ProjectedGradientRefinement(),),
+        ),
+        Recipe(
+            name="acip",
+            title="ACIP: every size from one training",
+            paper="Genzel et al., TMLR 2025, arXiv 2502.01717",
+            equation="min CE(Σ_i 1[μ_i > 0] σ_i u_i v_iᵀ + LoRA) + λ_t Σ_i w_i relu(μ_i)",
+            differences=(
+                "fp32 gates instead of bf16, whitened components, penalties by cost, exact bytes "
+                "with LoRA counted, dense targets from the base, healing at sampled sizes by KL."
+            ),
+            flow="learned",
+            keep=0.4,
+            decompose=Decompose(objective="whitened"),
+            calibration=Calibration(windows=4096, window_length=1024, batch=4),
+            learn=AcipLearning(),
+        ),
+        Recipe(
+            name="soco",
+            title="SoCo: importance scores learned on the spectrum",
+            paper="Li et al., 2025, arXiv 2502.15092",
+            equation="W' = U (Σ ⊙ S) Vᵀ,  min_{S, d} KL(original ‖ W'),  S > 1/2 kept",
+            differences=(
+                "No code was published: what the paper leaves open is ours, see the documentation. "
+                "Phases end by criterion, the budget is met exactly."
+            ),
+            flow="learned",
+            decompose=Decompose(objective="whitened"),
+            learn=SocoLearning(),
         ),
     )
 }

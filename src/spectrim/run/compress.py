@@ -9,9 +9,11 @@ from typing import Any
 from torch import nn
 
 from spectrim.allocate.plan import Plan
+from spectrim.errors import InputError
 from spectrim.recipe import Recipe
 from spectrim.run.cutting_all import choose, cut_targets
 from spectrim.run.job import Job, Progress
+from spectrim.run.learned import learn
 from spectrim.run.loading import LoadedModel
 from spectrim.run.opening import open_job, other_bytes
 from spectrim.run.refining import check_steps
@@ -19,6 +21,7 @@ from spectrim.run.reporting import build_report
 from spectrim.run.survey_key import survey_key
 from spectrim.run.texts import UserText
 from spectrim.run.whole_network import carry_out, prepare
+from spectrim.storage.elastic import Base, Elastic
 from spectrim.storage.survey_record import Survey
 
 __all__ = ["Outcome", "run_recipe"]
@@ -34,6 +37,7 @@ class Outcome:
         plan: as carried out.
         recipe: resolved.
         report: JSON-ready.
+        elastic: every size, where the recipe's training gives them all.
     """
 
     model: nn.Module
@@ -41,6 +45,7 @@ class Outcome:
     plan: Plan
     recipe: Recipe
     report: dict[str, Any]
+    elastic: Elastic | None = None
 
 
 def _needs_windows(recipe: Recipe, survey: Survey | None) -> bool:
@@ -62,6 +67,7 @@ def run_recipe(
     progress: Progress | None = None,
     offload_streams: Path | None = None,
     on_failure: str = "error",
+    work: Path | None = None,
 ) -> Outcome:
     """Compress a loaded model in place.
 
@@ -75,6 +81,7 @@ def run_recipe(
         progress: told of every block.
         offload_streams: folder for memory-mapped streams.
         on_failure: `error` or `keep-unrefined`.
+        work: folder in which a learned flow keeps checkpoints and finds them again.
 
     Raises:
         SpectrimError: anything that keeps the run from an honest result.
@@ -93,14 +100,15 @@ def run_recipe(
     model, log = job.model, job.log
     if survey is not None:
         _check_survey(loaded, job, survey)
-    choice = choose(job, plan=plan, survey=survey)
-    chosen = choice.plan
-    if any(e.rank is not None for e in chosen.entries):
+    elastic = None
+    if recipe.flow == "learned":
+        if plan is not None or survey is not None:
+            raise InputError(f"recipe {recipe.name!r} learns its ranks: it takes no plan or survey")
         steps = prepare(job)
-        chosen = cut_targets(job, choice)
+        chosen, elastic = learn(job, base=_base(loaded, job), work=work)
         carry_out(job, steps)
     else:
-        log.notes.append("every target stays dense at this keep: nothing was cut or refined")
+        chosen = _decide_and_cut(job, plan, survey)
     other = other_bytes(model, job.anatomy, loaded.stored_dtype)
     model.to(loaded.stored_dtype)
     report = build_report(
@@ -115,7 +123,30 @@ def run_recipe(
     )
     if job.windows is None and survey is not None:
         report["calibration"] = survey.facts.get("calibration")
-    return Outcome(model, loaded.tokenizer, chosen, job.recipe, report)
+    return Outcome(model, loaded.tokenizer, chosen, job.recipe, report, elastic)
+
+
+def _decide_and_cut(job: Job, plan: Plan | None, survey: Survey | None) -> Plan:
+    """One-shot and sequential flows: ranks first, then the cut, then what follows it."""
+    choice = choose(job, plan=plan, survey=survey)
+    chosen = choice.plan
+    if any(e.rank is not None for e in chosen.entries):
+        steps = prepare(job)
+        chosen = cut_targets(job, choice)
+        carry_out(job, steps)
+    else:
+        job.log.notes.append("every target stays dense at this keep: nothing was cut or refined")
+    return chosen
+
+
+def _base(loaded: LoadedModel, job: Job) -> Base:
+    """What an elastic artifact has to know of the original."""
+    return Base(
+        name=loaded.name,
+        identity=loaded.identity(),
+        dtype=str(loaded.stored_dtype).removeprefix("torch."),  # type: ignore[arg-type]
+        other_bytes=other_bytes(loaded.model, job.anatomy, loaded.stored_dtype),
+    )
 
 
 def _check_survey(loaded: LoadedModel, job: Job, survey: Survey) -> None:

@@ -1,0 +1,297 @@
+"""The elastic artifact: ordered factors and one order of components, every size by slicing.
+
+    elastic.json          targets, limits, base checkpoint with its identity; validated
+    elastic.safetensors   <target>.up (out, h), <target>.down (h, in), order.target, order.score
+    recipe.yaml, spectrim_report.json, README.md
+    base/                 the base checkpoint itself, in a self-contained artifact
+
+Only components up to break-even are stored, so that the factors never take more bytes than the
+dense targets; a target that is dense at some size comes from the base checkpoint. Adapters are
+folded into the factors as their first components.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from spectrim.allocate.budget import Shape, components
+from spectrim.allocate.curve import Curve
+from spectrim.allocate.elastic import ElasticOrder
+from spectrim.allocate.ladder import Limits
+from spectrim.errors import ArtifactError
+from spectrim.storage.atomic import new_folder
+from spectrim.storage.folder import RECIPE_FILE, REPORT_FILE
+from spectrim.storage.json_file import read_json
+
+__all__ = ["BASE_FOLDER", "Base", "Elastic", "is_elastic", "load_elastic", "save_elastic"]
+
+JSON_FILE = "elastic.json"
+TENSOR_FILE = "elastic.safetensors"
+BASE_FOLDER = "base"
+FORMAT_VERSION = 1
+
+MAX_SIDE = 2**24
+Text = Annotated[str, StringConstraints(max_length=1000)]
+Name = Annotated[
+    str, StringConstraints(pattern=r"^[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*$", max_length=400)
+]
+Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Base(_Strict):
+    """The checkpoint that the artifact was made from.
+
+    Attributes:
+        name: hub name or folder; `base` inside a self-contained artifact.
+        identity: hash of its configuration and a sample of its weights.
+        dtype: of the checkpoint, in which factors are stored and bytes are counted.
+        other_bytes: of everything that is not a target.
+        self_contained: whether it lies inside the artifact.
+    """
+
+    name: Text
+    identity: Text
+    dtype: Literal["float32", "float16", "bfloat16"]
+    other_bytes: Annotated[int, Field(ge=0)]
+    self_contained: bool = False
+
+
+class _Target(_Strict):
+    name: Name
+    block: Annotated[int, Field(ge=0)]
+    projection: Name
+    out_features: Side
+    in_features: Side
+    bias: bool
+    held: Side
+    adapters: Annotated[int, Field(ge=0, le=MAX_SIDE)]
+    least: Side
+
+
+class _Limits(_Strict):
+    floor: Annotated[float, Field(ge=0, lt=1)]
+    multiple: Side
+
+
+class _Record(_Strict):
+    kind: Literal["elastic"] = "elastic"
+    format_version: Annotated[int, Field(ge=1)] = FORMAT_VERSION
+    source: Text
+    base: Base
+    limits: _Limits
+    targets: Annotated[tuple[_Target, ...], Field(min_length=1, max_length=200_000)]
+
+
+@dataclass(frozen=True, eq=False)
+class Elastic:
+    """An artifact in memory.
+
+    Attributes:
+        order: which component goes first, and every size.
+        factors: target -> `up (out, h)`, `down (h, in)`, most important component first.
+        base: the checkpoint that dense targets and everything else come from.
+        source: what the order was made by: `acip`, `kfac`, ...
+        folder: where it lies, None while it is only in memory.
+    """
+
+    order: ElasticOrder
+    factors: Mapping[str, tuple[Tensor, Tensor]]
+    base: Base
+    source: str
+    folder: Path | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the factors."""
+        return getattr(torch, self.base.dtype)
+
+
+def is_elastic(folder: str | Path) -> bool:
+    """Whether a folder is an elastic artifact."""
+    return (Path(folder) / JSON_FILE).is_file()
+
+
+def save_elastic(
+    elastic: Elastic,
+    output: str | Path,
+    *,
+    recipe_yaml: str,
+    report: Mapping[str, Any],
+    card: str,
+    base_model: Any = None,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+) -> None:
+    """Write an artifact, completely or not at all.
+
+    Args:
+        elastic: what to write; factors are cast to the base's dtype.
+        output: a new or empty folder, or an artifact with `overwrite`.
+        recipe_yaml: the resolved recipe.
+        report: plain data.
+        card: Markdown.
+        base_model: the original `PreTrainedModel`, to be stored inside; None names it only.
+        tokenizer: stored beside the base model.
+        overwrite: replace the artifact that is there.
+
+    Raises:
+        OutputError: the destination is taken or cannot be written; nothing is left there.
+    """
+    tensors = {
+        "order.target": torch.from_numpy(elastic.order.target.astype(np.int32)),
+        "order.score": torch.from_numpy(elastic.order.score.astype(np.float32)),
+    }
+    for name, (up, down) in elastic.factors.items():
+        tensors[f"{name}.up"] = up.detach().to("cpu", elastic.dtype).contiguous()
+        tensors[f"{name}.down"] = down.detach().to("cpu", elastic.dtype).contiguous()
+    with new_folder(output, overwrite=overwrite) as folder:
+        save_file(tensors, str(folder / TENSOR_FILE), metadata={"format": "pt"})
+        record = _record(elastic, self_contained=base_model is not None)
+        (folder / JSON_FILE).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(report, indent=2, allow_nan=False)
+        (folder / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
+        (folder / RECIPE_FILE).write_text(recipe_yaml, encoding="utf-8")
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        if base_model is not None:
+            base_model.save_pretrained(folder / BASE_FOLDER)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder / BASE_FOLDER)
+
+
+def load_elastic(folder: str | Path) -> Elastic:
+    """Read and check an artifact; the base checkpoint is not touched.
+
+    Raises:
+        ArtifactError: it is damaged, contradictory or from a newer version; names what.
+    """
+    folder = Path(folder)
+    record = _read_record(folder)
+    limits = Limits(
+        dtype_bytes=getattr(torch, record.base.dtype).itemsize,
+        floor=record.limits.floor,
+        multiple=record.limits.multiple,
+    )
+    tensors = _read_tensors(folder / TENSOR_FILE)
+    factors = {}
+    for target in record.targets:
+        shapes = {
+            "up": (target.out_features, target.held),
+            "down": (target.held, target.in_features),
+        }
+        up, down = (
+            _take(tensors, f"{target.name}.{part}", shape, record.base.dtype, folder)
+            for part, shape in shapes.items()
+        )
+        factors[target.name] = (up, down)
+    removals = sum(t.held + 1 for t in record.targets)
+    order = ElasticOrder(
+        curves=tuple(_curve(t) for t in record.targets),
+        target=_take(tensors, "order.target", (removals,), "int32", folder).numpy(),
+        score=_take(tensors, "order.score", (removals,), "float32", folder).numpy(),
+        adapters=tuple(t.adapters for t in record.targets),
+        least=tuple(t.least for t in record.targets),
+        limits=limits,
+    )
+    _check(order, record, folder)
+    return Elastic(order, factors, record.base, record.source, folder)
+
+
+def _record(elastic: Elastic, *, self_contained: bool) -> _Record:
+    order = elastic.order
+    rows = zip(order.curves, order.held, order.adapters, order.least, strict=True)
+    return _Record(
+        source=elastic.source,
+        base=elastic.base.model_copy(update={"self_contained": self_contained}),
+        limits=_Limits(floor=order.limits.floor, multiple=order.limits.multiple),
+        targets=tuple(
+            _Target(
+                name=curve.name,
+                block=curve.block,
+                projection=curve.projection,
+                out_features=curve.shape.out_features,
+                in_features=curve.shape.in_features,
+                bias=curve.shape.bias,
+                held=held,
+                adapters=adapters,
+                least=least,
+            )
+            for curve, held, adapters, least in rows
+        ),
+    )
+
+
+def _read_record(folder: Path) -> _Record:
+    data = read_json(folder / JSON_FILE)
+    version = data.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise ArtifactError(
+            f"{folder} has format_version {version}, this spectrim reads up to {FORMAT_VERSION}; "
+            "upgrade spectrim"
+        )
+    try:
+        return _Record.model_validate_json(json.dumps(data))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part)[:80] for part in first["loc"]) or "top level"
+        raise ArtifactError(f"{folder / JSON_FILE}: {where}: {first['msg']}") from error
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from error
+
+
+def _take(
+    tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], dtype: str, folder: Path
+) -> Tensor:
+    found = tensors.get(name)
+    if found is None or found.shape != shape or found.dtype != getattr(torch, dtype):
+        what = "absent" if found is None else f"{tuple(found.shape)} {found.dtype}"
+        raise ArtifactError(f"{folder / TENSOR_FILE}: {name} is {what}, expected {shape} {dtype}")
+    return found
+
+
+def _curve(target: _Target) -> Curve:
+    return Curve(
+        target.name,
+        target.block,
+        target.projection,
+        Shape(target.out_features, target.in_features, target.bias),
+        energy=np.ones(target.held + 1),
+    )
+
+
+def _check(order: ElasticOrder, record: _Record, folder: Path) -> None:
+    """What the schema cannot say: counts that have to agree with one another."""
+    names = [t.name for t in record.targets]
+    if len(set(names)) != len(names):
+        raise ArtifactError(f"{folder / JSON_FILE}: a target is named twice")
+    inside = (order.target >= 0) & (order.target < len(names))
+    counts = np.bincount(order.target[inside], minlength=len(names))
+    for target, curve, count in zip(record.targets, order.curves, counts, strict=True):
+        most = components(curve.shape)
+        if count != target.held + 1 or target.held > most or target.least > target.held:
+            raise ArtifactError(
+                f"{folder}: {target.name} holds {target.held} of at most {most} components, its "
+                f"least rank is {target.least} and the order removes {count}: these do not agree"
+            )
+    if np.isnan(order.score).any():
+        raise ArtifactError(f"{folder / TENSOR_FILE}: order.score holds NaN")
