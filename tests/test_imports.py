@@ -21,6 +21,7 @@ FLOORS = (
     {"recipes"},
     {"run"},
     {"api"},
+    {"studies"},
     {"demo"},
     {"cli"},
     {"__main__", "registration"},
@@ -28,7 +29,7 @@ FLOORS = (
 FLOOR_OF = {room: height for height, floor in enumerate(FLOORS) for room in floor}
 
 # Recipes are data that only the upper floors read; the rooms below get plain values.
-READERS_OF_RECIPES = {"recipe", "recipes", "run", "api", "demo", "cli"}
+READERS_OF_RECIPES = {"recipe", "recipes", "run", "api", "studies", "demo", "cli"}
 
 # The package itself offers the public names, so it may look anywhere, lazily.
 PACKAGE = "__init__"

@@ -12,13 +12,16 @@ import typer
 
 from spectrim import __version__
 from spectrim.cli import (
+    compare,
     compress,
+    curve,
     demo,
     evaluate,
     export,
     inspect,
     plan,
     recipes,
+    report,
     resize,
     survey,
 )
@@ -67,6 +70,9 @@ app.command()(export.export)
 app.command()(survey.survey)
 app.command()(plan.plan)
 app.command()(resize.resize)
+app.command()(curve.curve)
+app.command()(compare.compare)
+app.command()(report.report)
 app.command()(demo.demo)
 app.add_typer(recipes.app, name="recipes")
 

@@ -16,18 +16,19 @@ from spectrim.evaluate.perplexity import perplexity
 from spectrim.run.loading import LoadedModel, load_model
 from spectrim.run.texts import UserText
 
-__all__ = ["evaluate_model"]
+__all__ = ["evaluate_model", "evaluation_windows_of"]
 
 LITERATURE_WINDOW = 2048
 DEFAULT_TEXT = "wikitext2"
 
 
-def _windows(
+def evaluation_windows_of(
     loaded: LoadedModel,
     text: UserText,
     window_length: int | Literal["max"] | None,
     max_tokens: int | None,
 ) -> Windows:
+    """Windows to measure a model on; the literature's text and length where nothing is given."""
     if isinstance(text, torch.Tensor):
         return given_windows(text, tokenizer=loaded.tokenizer)
     if loaded.tokenizer is None:
@@ -101,7 +102,7 @@ def evaluate_model(
         "perplexity": {},
     }
     for name in names:
-        windows = _windows(loaded, name, window_length, max_tokens)
+        windows = evaluation_windows_of(loaded, name, window_length, max_tokens)
         label = name if isinstance(name, str) else windows.sources[0]
         result["perplexity"][label] = perplexity(loaded.model, windows, batch=batch).record()
         if reference is not None:

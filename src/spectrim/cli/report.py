@@ -1,0 +1,84 @@
+"""`spectrim report`: one self-contained HTML page about a result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spectrim.cli import options, study
+
+__all__ = ["report"]
+
+
+def report(
+    folder: Annotated[
+        Path, typer.Argument(metavar="OUT", help="A folder that `spectrim compress` wrote.")
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="FILE", help="HTML file to write.")
+    ] = Path("report.html"),
+    against: options.Against = None,
+    others: Annotated[
+        list[Path] | None,
+        typer.Option("--with", metavar="OUT", help="Another result to follow along depth."),
+    ] = None,
+    curve: Annotated[
+        Path | None,
+        typer.Option("--curve", metavar="DIR", help="What `spectrim curve` wrote."),
+    ] = None,
+    survey: Annotated[
+        Path | None,
+        typer.Option("--survey", metavar="DIR", help="What `spectrim survey` wrote: spectra."),
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option("--text", metavar="SOURCE", help="Text to measure on, with --against."),
+    ] = None,
+    window_length: options.WindowLength = None,
+    max_tokens: study.MaxTokens = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", metavar="TEXT", help="Continued by both models."),
+    ] = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace FILE if it exists.")
+    ] = False,
+    trust_remote_code: options.TrustRemoteCode = False,
+    verbose: options.Verbose = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Write a page with figures, tables, protocol and recipe of OUT.
+
+    With --against, the dense model is measured beside it, both are followed along depth, and both
+    continue a prompt. The page needs no network and no other file.
+    """
+    from spectrim.cli.session import session
+
+    with session(verbose=verbose, quiet=quiet, output=output):
+        from spectrim import studies
+
+        studies.report(
+            folder,
+            output=output,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            **options.given(
+                against=against,
+                others=others or None,
+                curve=curve,
+                survey=survey,
+                text=text,
+                window_length=window_length,
+                max_tokens=max_tokens,
+                prompts=prompt or None,
+                device=device,
+                dtype=dtype,
+            ),
+        )
+    from spectrim.cli.render import print_facts
+
+    print_facts({"output": output})

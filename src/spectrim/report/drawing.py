@@ -1,0 +1,149 @@
+"""How every figure looks: readable in black and white, on white and on black, at any width.
+
+Series differ by line style and marker, not only by color. Figures are drawn with a transparent
+background in one placeholder ink, which becomes the text color of the page around the SVG.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spectrim.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+
+__all__ = ["INK", "logarithmic", "new_figure", "save_figure", "series_styles", "svg_text"]
+
+INK = "#0a0b0c"
+"""Stands for the text color; no other mark uses it."""
+
+_LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
+# Okabe and Ito's colors without yellow and black: told apart by color-blind readers, and with
+# enough contrast on white and on black.
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+
+_SETTINGS = {
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": "#8a8a8a",
+    "grid.alpha": 0.35,
+    "grid.linewidth": 0.6,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    "legend.frameon": False,
+    "legend.fontsize": 10,
+    "font.family": "DejaVu Sans",
+    "font.size": 11,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 6,
+    "svg.fonttype": "path",
+    "mathtext.default": "regular",
+    # Names come from files and may hold a dollar sign, which must not start a formula.
+    "text.parse_math": False,
+}
+
+
+@contextmanager
+def new_figure(*, width: float = 5.6, height: float = 3.7, **grid: Any) -> Iterator[Any]:
+    """A figure and its axes in our style; the style ends with the block.
+
+    Args:
+        width: inches.
+        height: inches.
+        **grid: passed to `Figure.subplots`.
+
+    Yields:
+        The figure and what `subplots` returned.
+
+    Raises:
+        MissingExtraError: matplotlib is absent.
+    """
+    try:
+        import matplotlib as mpl
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("matplotlib", "plot", "drawing figures") from error
+    with mpl.rc_context({**mpl.rcParamsDefault, **_SETTINGS}):
+        # A bare figure has no window behind it, so no display and no state is touched.
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure, figure.subplots(**grid)
+
+
+def series_styles(count: int) -> list[dict[str, Any]]:
+    """Line style, marker and color of each of `count` series; each alone tells them apart."""
+    return [
+        {
+            "linestyle": _LINES[i % len(_LINES)],
+            "marker": _MARKERS[i % len(_MARKERS)],
+            "color": _COLORS[i % len(_COLORS)],
+            "markerfacecolor": _COLORS[i % len(_COLORS)] if i % 2 == 0 else "none",
+        }
+        for i in range(count)
+    ]
+
+
+def logarithmic(axis: Axis) -> None:
+    """A logarithmic axis with plain numbers: the usual powers need the formulas we switched off."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=7))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def svg_text(figure: Figure, *, name: str, label: str) -> str:
+    """The figure as an SVG element to put into a page.
+
+    Args:
+        figure: drawn inside `new_figure`.
+        name: unique on the page; ids of several figures would clash otherwise.
+        label: what the picture shows, for readers who do not see it.
+    """
+    import matplotlib as mpl
+
+    out = io.StringIO()
+    with mpl.rc_context({**_SETTINGS, "svg.hashsalt": name}):
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    svg = out.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r"url\(#", f"url(#{name}-", svg)
+    svg = re.sub(r'href="#', f'href="#{name}-', svg)
+    svg = svg.replace(INK, "currentColor")
+    # The page decides how wide it is.
+    svg = re.sub(r'(<svg\b[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg\b[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{_attribute(label)}"', 1)
+
+
+def _attribute(text: str) -> str:
+    from html import escape
+
+    return escape(text, quote=True)
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a PNG or SVG on white, for papers and READMEs."""
+    import matplotlib as mpl
+
+    with mpl.rc_context({**_SETTINGS, "svg.hashsalt": Path(path).stem}):
+        metadata = {"Date": None} if Path(path).suffix == ".svg" else None
+        figure.savefig(path, dpi=160, facecolor="white", metadata=metadata)

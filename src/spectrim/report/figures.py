@@ -1,0 +1,214 @@
+"""The figures: rate-distortion curve, kept fractions, spectra, errors, distortion along depth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from spectrim.evaluate.curve import CurvePoint, lower_hull
+from spectrim.evaluate.distortion import BLOCK, Distortion
+from spectrim.report.drawing import INK, logarithmic, series_styles
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = [
+    "draw_curve",
+    "draw_depth",
+    "draw_errors",
+    "draw_heat_map",
+    "draw_spectra",
+    "group_by_recipe",
+]
+
+_LOG_SPAN = 20.0
+"""Axes become logarithmic when the largest value exceeds the smallest by this factor."""
+
+
+def group_by_recipe(points: Sequence[CurvePoint]) -> dict[str, list[CurvePoint]]:
+    """Points of each recipe, by rising rate; recipes in order of appearance."""
+    groups: dict[str, list[CurvePoint]] = {}
+    for point in points:
+        groups.setdefault(point.recipe, []).append(point)
+    return {name: sorted(g, key=lambda p: p.bits_per_weight) for name, g in groups.items()}
+
+
+def draw_curve(axes: Axes, points: Sequence[CurvePoint], *, measure: str = "excess") -> None:
+    """Distortion against rate, one line per recipe, with the lower convex hull.
+
+    Args:
+        axes: to draw on.
+        points: measured.
+        measure: `excess` (nats per token above dense, with its interval) or `kl`.
+    """
+    groups = group_by_recipe(points)
+    for (name, group), style in zip(groups.items(), series_styles(len(groups)), strict=True):
+        x = [p.bits_per_weight for p in group]
+        y = [getattr(p, measure) for p in group]
+        axes.plot(x, y, label=name, **style)
+        bars = [_interval(p, measure) for p in group]
+        for rate, interval in zip(x, bars, strict=True):
+            if interval is not None:
+                axes.plot([rate, rate], interval, color=style["color"], linewidth=1, marker="_")
+    hull = lower_hull((p.bits_per_weight, getattr(p, measure)) for p in points)
+    axes.plot(
+        [r for r, _ in hull],
+        [d for _, d in hull],
+        color=INK,
+        linewidth=5,
+        alpha=0.16,
+        label="lower convex hull",
+        zorder=1,
+    )
+    values = [getattr(p, measure) for p in points]
+    _maybe_log(axes, values)
+    axes.set_xlabel("rate: bits per original target weight")
+    axes.set_ylabel(
+        "nats per token above dense" if measure == "excess" else "KL to dense, nats per token"
+    )
+    axes.legend()
+
+
+def _interval(point: CurvePoint, measure: str) -> tuple[float, float] | None:
+    if measure == "excess":
+        if point.excess_low is None or point.excess_high is None:
+            return None
+        return point.excess_low, point.excess_high
+    if point.kl_error is None:
+        return None
+    return point.kl - 1.96 * point.kl_error, point.kl + 1.96 * point.kl_error
+
+
+def draw_heat_map(axes: Axes, kept: Mapping[tuple[int, str], float]) -> None:
+    """Kept fraction of every target, blocks down and projections across; darker keeps more.
+
+    Args:
+        axes: to draw on.
+        kept: (block, projection) -> fraction of its bytes.
+    """
+    import numpy as np
+
+    blocks = sorted({block for block, _ in kept})
+    projections = list(dict.fromkeys(projection for _, projection in kept))
+    table = np.full((len(blocks), len(projections)), math.nan)
+    for (block, projection), value in kept.items():
+        table[blocks.index(block), projections.index(projection)] = value
+    columns, rows = (np.arange(size + 1) - 0.5 for size in (len(projections), len(blocks)))
+    # A mesh stays vectors, where an image would embed a bitmap.
+    axes.pcolormesh(columns, rows, np.ma.masked_invalid(table), cmap="Blues", vmin=0, vmax=1.15)
+    axes.invert_yaxis()
+    axes.grid(visible=False)
+    axes.set_xticks(range(len(projections)), [_short(p) for p in projections], rotation=30)
+    for label in axes.get_xticklabels():
+        label.set_horizontalalignment("right")
+        label.set_rotation_mode("anchor")
+    step = max(1, len(blocks) // 24)
+    axes.set_yticks(range(0, len(blocks), step), [str(b) for b in blocks[::step]])
+    axes.set_ylabel("block")
+    if len(blocks) <= 40:
+        for row in range(len(blocks)):
+            for column in range(len(projections)):
+                value = table[row, column]
+                if not math.isnan(value):
+                    # The cell's own color decides, not the page's, so neither ink is currentColor.
+                    color = "#ffffff" if value > 0.6 else "#111111"
+                    words = f"{value:.0%}"
+                    axes.text(column, row, words, ha="center", va="center", color=color, fontsize=9)
+
+
+def draw_spectra(
+    axes: Axes, spectra: Mapping[str, Sequence[float]], cuts: Mapping[str, int | None]
+):
+    """Relative error that remains after k components, with a mark where each target was cut.
+
+    Args:
+        axes: to draw on.
+        spectra: name -> energies of the ordered components.
+        cuts: name -> rank, None where the target stayed dense.
+    """
+    for (name, energies), style in zip(spectra.items(), series_styles(len(spectra)), strict=True):
+        remaining = _remaining(energies)
+        x = [k / len(energies) for k in range(len(remaining))]
+        plain = {key: style[key] for key in ("linestyle", "color")}
+        axes.plot(x, remaining, label=_short(name, 3), **plain)
+        rank = cuts.get(name)
+        if rank is not None and rank < len(remaining):
+            marks = {key: style[key] for key in ("marker", "color", "markerfacecolor")}
+            axes.plot([x[rank]], [remaining[rank]], linestyle="none", **marks)
+    logarithmic(axes.yaxis)
+    axes.set_xlabel("share of components kept")
+    axes.set_ylabel("relative error that remains")
+    axes.legend(fontsize=9)
+
+
+def _remaining(energies: Sequence[float]) -> list[float]:
+    """Energy after k components over all energy, for k = 0 to the last that leaves something."""
+    total = math.fsum(energies)
+    tail, result = total, []
+    for energy in energies:
+        result.append(tail / total if total > 0 else math.nan)
+        tail -= energy
+    return [max(value, 1e-12) for value in result]
+
+
+def draw_errors(axes: Axes, errors: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+    """Measured against predicted relative error of every target, one marker per projection.
+
+    Args:
+        axes: to draw on.
+        errors: projection -> (predicted, measured) of its targets; zeros are left out.
+    """
+    shown = {name: [(p, m) for p, m in pairs if p > 0 and m > 0] for name, pairs in errors.items()}
+    shown = {name: pairs for name, pairs in shown.items() if pairs}
+    for (name, pairs), style in zip(shown.items(), series_styles(len(shown)), strict=True):
+        marks = {key: style[key] for key in ("marker", "color", "markerfacecolor")}
+        axes.plot(
+            [p for p, _ in pairs],
+            [m for _, m in pairs],
+            linestyle="none",
+            label=_short(name),
+            **marks,
+        )
+    values = [value for pairs in shown.values() for pair in pairs for value in pair]
+    if values:
+        ends = [min(values), max(values)]
+        axes.plot(ends, ends, color=INK, linewidth=1, linestyle=":", label="as predicted")
+    logarithmic(axes.xaxis)
+    logarithmic(axes.yaxis)
+    axes.set_xlabel("predicted relative error")
+    axes.set_ylabel("measured relative error")
+    axes.legend(fontsize=9)
+
+
+def draw_depth(axes: Axes, found: Sequence[Distortion], *, measure: str) -> None:
+    """One measure of the block outputs along depth, one line per model.
+
+    Args:
+        axes: to draw on.
+        found: of one or several models; projections are left out.
+        measure: `mse`, `relative` or `cosine`.
+    """
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for one in found:
+        if one.projection == BLOCK:
+            lines.setdefault(one.model, []).append((one.block, getattr(one, measure)))
+    for (name, line), style in zip(lines.items(), series_styles(len(lines)), strict=True):
+        axes.plot([b for b, _ in line], [value for _, value in line], label=name, **style)
+    _maybe_log(axes, [value for line in lines.values() for _, value in line])
+    axes.set_xlabel("block")
+    words = {"mse": "mean squared error", "relative": "relative error", "cosine": "cosine distance"}
+    axes.set_ylabel(words[measure])
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if len(lines) > 1:
+        axes.legend()
+
+
+def _maybe_log(axes: Axes, values: Sequence[float]) -> None:
+    if values and min(values) > 0 and max(values) > _LOG_SPAN * min(values):
+        logarithmic(axes.yaxis)
+
+
+def _short(name: Any, parts: int = 1) -> str:
+    """The last parts of a module path."""
+    return ".".join(str(name).split(".")[-parts:])

@@ -1,0 +1,181 @@
+"""One self-contained HTML page: no script, no network, figures as inline SVG.
+
+Everything that comes from a file is escaped by the template engine; only our own SVG is not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+from spectrim import __version__
+from spectrim.allocate.budget import format_bytes
+from spectrim.errors import MissingExtraError
+from spectrim.evaluate.distortion import distortion_rows
+from spectrim.report.content import PageContent
+from spectrim.report.pictures import pictures_of
+
+__all__ = ["render_page"]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text; the first `words` columns are words, the others numbers."""
+
+    headers: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    words: int = 1
+
+
+def render_page(content: PageContent) -> str:
+    """The page as text.
+
+    Raises:
+        MissingExtraError: jinja2 or matplotlib is absent.
+    """
+    try:
+        import jinja2
+        from markupsafe import Markup
+    except ImportError as error:
+        raise MissingExtraError("jinja2", "plot", "writing the HTML report") from error
+    source = files("spectrim.report").joinpath("page.html.j2").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    report = content.report
+    return environment.from_string(source).render(
+        title=f"{report['model']} at keep {number(report['keep']['achieved'])}",
+        version=__version__,
+        summary=_summary(content),
+        evaluation=_evaluation_table(content.evaluations),
+        pictures=[(p, Markup(p.svg)) for p in pictures_of(content)],  # noqa: S704
+        depth=_depth_table(content),
+        targets=_target_table(report["targets"]),
+        protocol=_protocol(content),
+        notes=[str(note) for note in report["notes"]],
+        left_alone=[(str(k), str(v)) for k, v in report["left_alone"].items()],
+        seconds=[(str(k), number(v)) for k, v in report["seconds"].items()],
+        environment=[(str(k), str(v)) for k, v in report["environment"].items()],
+        recipe=content.recipe_yaml,
+        samples=_samples(content),
+    )
+
+
+def number(value: Any) -> str:
+    """A number with four digits; a dash for what is unknown."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return "–" if value is None else str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _pair(pair: Mapping[str, int]) -> str:
+    return f"{format_bytes(pair['stored'])} of {format_bytes(pair['dense'])}"
+
+
+def _summary(content: PageContent) -> list[tuple[str, str]]:
+    report, keep = content.report, content.report["keep"]
+    dense = sum(1 for t in report["targets"] if t.get("rank") is None)
+    facts = [
+        ("recipe", str(report["recipe"]["name"])),
+        ("keep", f"{number(keep['achieved'])} (asked for {number(keep['asked'])})"),
+        ("target layers", _pair(keep["target_bytes"])),
+        ("whole model", f"{_pair(keep['model_bytes'])}, {keep['whole_model']:.1%}"),
+        ("targets", f"{len(report['targets'])}, {dense} left dense"),
+        ("ranks chosen by", str(report["rule"])),
+    ]
+    if isinstance(report.get("predicted_loss"), int | float):
+        facts.append(("predicted loss", number(report["predicted_loss"])))
+    facts.append(("time", f"{sum(_finite(report['seconds'].values())):.0f} s"))
+    if isinstance(report.get("peak_memory_bytes"), int):
+        facts.append(("peak memory", format_bytes(report["peak_memory_bytes"])))
+    return facts
+
+
+def _finite(values: Any) -> list[float]:
+    return [v for v in values if isinstance(v, int | float) and math.isfinite(v)]
+
+
+def _protocol(content: PageContent) -> list[tuple[str, str]]:
+    calibration = content.report.get("calibration")
+    facts = [("calibration", "no data")]
+    if isinstance(calibration, Mapping):
+        facts = [(f"calibration {k}", _words(v)) for k, v in calibration.items()]
+    for record in content.evaluations[:1]:
+        for text, measured in record["perplexity"].items():
+            facts += [(f"{text} {k}", _words(v)) for k, v in measured["protocol"].items()]
+    return facts
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(_words(v) for v in value)
+    return number(value)
+
+
+def _evaluation_table(evaluations: Sequence[Mapping[str, Any]]) -> Table | None:
+    if not evaluations:
+        return None
+    rows = []
+    for record in evaluations:
+        for text, measured in record["perplexity"].items():
+            compared = record.get("agreement", {}).get(text, {})
+            rows.append(
+                (
+                    str(record["model"]),
+                    str(text),
+                    _with_error(measured["perplexity"], measured["standard_error"]),
+                    number(measured["nll"]),
+                    _with_error(compared.get("kl"), compared.get("kl_standard_error")),
+                    f"{compared['top1']:.1%}" if "top1" in compared else "–",
+                    number(record["parameters"]),
+                )
+            )
+    headers = ("model", "text", "perplexity", "nats/token", "KL to dense", "same top", "parameters")
+    return Table(headers, tuple(rows), words=2)
+
+
+def _with_error(value: Any, error: Any) -> str:
+    return number(value) if error is None else f"{number(value)} ± {error:.2g}"
+
+
+def _target_table(targets: Sequence[Mapping[str, Any]]) -> Table:
+    rows = []
+    for t in targets:
+        storage = t["storage"] if t["weights"] == "native" else f"{t['storage']} {t['weights']}"
+        rows.append(
+            (
+                t["name"],
+                "×".join(str(side) for side in t["shape"]),
+                number(t.get("rank")),
+                storage,
+                format_bytes(t["bytes"]),
+                f"{t['kept']:.1%}",
+                number(t.get("predicted_error")),
+                number(t.get("measured_error")),
+                number(t.get("damping")),
+            )
+        )
+    headers = (
+        *("target", "shape", "rank", "storage", "bytes", "kept"),
+        *("predicted error", "measured error", "damping"),
+    )
+    return Table(headers, tuple(rows))
+
+
+def _depth_table(content: PageContent) -> Table | None:
+    rows = distortion_rows(content.depth)
+    if not rows:
+        return None
+    headers = tuple(rows[0])
+    cells = tuple(tuple(number(row.get(h)) for h in headers) for row in rows)
+    return Table(headers, cells, words=2)
+
+
+def _samples(content: PageContent) -> list[tuple[str, list[tuple[str, str]]]]:
+    prompts: dict[str, list[tuple[str, str]]] = {}
+    for sample in content.samples:
+        prompts.setdefault(sample.prompt, []).append((sample.model, sample.continuation))
+    return list(prompts.items())

@@ -1,0 +1,187 @@
+"""Recipes side by side at equal sizes: one table with uncertainty, seconds and honest peak memory.
+
+Every compression runs in a process of its own, since the peak memory of one run cannot be told
+from what earlier ones left behind. What is measured is the saved result, as its user loads it.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spectrim.errors import InputError, SpectrimError
+from spectrim.evaluate.bootstrap import perplexity_difference
+from spectrim.evaluate.curve import CurvePoint
+from spectrim.evaluate.perplexity import Perplexity
+from spectrim.recipe import Recipe
+from spectrim.run.job import Progress, Silent
+from spectrim.run.loading import load_model
+from spectrim.run.measuring import Measured, PointStore, Reference, Size
+from spectrim.run.reporting import environment
+from spectrim.storage.json_file import read_json
+
+__all__ = ["Comparison", "Entry", "compare_recipes"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row: a point and how it stands to the best of its size.
+
+    Attributes:
+        point: the numbers.
+        best: whether its perplexity is the lowest of its size.
+        within_noise: whether its loss cannot be told from the best one's by a paired bootstrap
+            (95 %); None where there are too few windows to say.
+    """
+
+    point: CurvePoint
+    best: bool
+    within_noise: bool | None
+
+    def record(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return {**self.point.record(), "best": self.best, "within_noise": self.within_noise}
+
+
+@dataclass
+class Comparison:
+    """The table.
+
+    Attributes:
+        dense: numbers and protocol of the dense model.
+        entries: sizes outermost, recipes in the order asked for.
+        failed: `recipe keep` -> the error that its run ended with.
+    """
+
+    dense: dict[str, Any]
+    entries: list[Entry] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return {
+            "format_version": 1,
+            "dense": self.dense,
+            "entries": [entry.record() for entry in self.entries],
+            "failed": self.failed,
+            "environment": environment(),
+        }
+
+
+def compare_recipes(
+    reference: Reference,
+    recipes: Sequence[Recipe],
+    keeps: Sequence[float],
+    *,
+    options: Sequence[str] = (),
+    store: PointStore | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Run every recipe at every size, each in its own process, and compare the results.
+
+    A run that fails is named with its error and the others go on.
+
+    Args:
+        reference: the dense model, loaded by name or from a folder.
+        recipes: resolved, calibration text included.
+        keeps: sizes, fractions in (0, 1].
+        options: further options of `spectrim compress`, e.g. a device.
+        store: finished runs.
+        progress: told of every run.
+
+    Raises:
+        InputError: the model is an object, which no other process can load; every run failed.
+    """
+    store, progress = store or PointStore(None), progress or Silent()
+    found: dict[float, list[Measured]] = {keep: [] for keep in keeps}
+    table = Comparison(reference.dense_record())
+    stage = "compare"
+    progress.start(stage, len(recipes) * len(keeps))
+    for keep in keeps:
+        for recipe in (r.with_changes(keep=keep) for r in recipes):
+            note = f"{recipe.name} {keep:g}"
+            try:
+                found[keep].append(_run(reference, recipe, options, store))
+            except SpectrimError as error:
+                table.failed[note] = str(error)
+            progress.advance(stage, note)
+    progress.finish(stage)
+    for runs in found.values():
+        table.entries += _ranked(runs, reference)
+    if not table.entries:
+        name, reason = next(iter(table.failed.items()))
+        raise InputError(f"no run succeeded; {name} was the first: {reason}")
+    return table
+
+
+def _run(
+    reference: Reference, recipe: Recipe, options: Sequence[str], store: PointStore
+) -> Measured:
+    key = store.key(recipe, reference, None, alone=True)
+    known = store.find(key)
+    if known is not None:
+        return known
+    with tempfile.TemporaryDirectory(prefix="spectrim-compare-") as scratch:
+        output = Path(scratch) / "result"
+        _compress_alone(reference.loaded.name, recipe, output, options)
+        report = read_json(output / "spectrim_report.json")
+        loaded = load_model(
+            output,
+            device=next(reference.loaded.model.parameters()).device,
+            dtype=next(reference.loaded.model.parameters()).dtype,
+        )
+        measured = reference.measure(
+            loaded.model,
+            Size.from_report(report, alone=True),
+            recipe=recipe.name,
+            seconds=sum(report["seconds"].values()),
+        )
+    store.keep(key, measured)
+    return measured
+
+
+def _compress_alone(model: str, recipe: Recipe, output: Path, options: Sequence[str]) -> None:
+    """`spectrim compress` in its own process; its error line becomes an error here."""
+    settings = output.with_name("recipe.yaml")
+    settings.write_text(recipe.to_yaml(), encoding="utf-8")
+    command = [sys.executable, "-m", "spectrim", "compress", model, "--recipe", str(settings)]
+    command += ["--output", str(output), "--quiet", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise InputError(lines[-1].removeprefix("error: "))
+
+
+def _ranked(runs: Sequence[Measured], reference: Reference) -> list[Entry]:
+    if not runs:
+        return []
+    best = min(runs, key=lambda run: run.point.nll)
+    return [
+        Entry(run.point, run is best, run is best or _within_noise(run, best, reference))
+        for run in runs
+    ]
+
+
+def _within_noise(run: Measured, best: Measured, reference: Reference) -> bool | None:
+    if len(run.per_window_nll) < 2:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    pair = (_as_perplexity(one, reference) for one in (run, best))
+    return perplexity_difference(*pair, generator=generator).within_noise
+
+
+def _as_perplexity(run: Measured, reference: Reference) -> Perplexity:
+    return Perplexity(
+        nll=run.point.nll,
+        tokens=reference.perplexity.tokens,
+        perplexity=run.point.perplexity,
+        per_window_nll=torch.tensor(run.per_window_nll, dtype=torch.float64),
+        protocol=reference.perplexity.protocol,
+    )

@@ -1,0 +1,124 @@
+"""Gather what a report page shows: the folder's own record and, beside the dense model, more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spectrim.errors import InputError, TextError
+from spectrim.evaluate.agreement import agreement
+from spectrim.evaluate.distortion import distortion_by_depth
+from spectrim.evaluate.perplexity import perplexity
+from spectrim.evaluate.samples import continuations
+from spectrim.report.content import PageContent, read_curve_file, read_result
+from spectrim.run.evaluating import evaluation_windows_of
+from spectrim.run.loading import LoadedModel, load_model
+from spectrim.run.texts import UserText
+from spectrim.storage.survey_file import load_survey
+
+__all__ = ["PROMPTS", "gather_page"]
+
+PROMPTS = ("The old house stood at the end of the lane, and",)
+_DEPTH_WINDOWS = 8
+
+
+def gather_page(
+    folder: str | Path,
+    *,
+    against: str | Path | None = None,
+    others: Sequence[str | Path] = (),
+    curve: str | Path | None = None,
+    survey: str | Path | None = None,
+    text: UserText = None,
+    window_length: int | None = None,
+    max_tokens: int | None = None,
+    prompts: Sequence[str] = PROMPTS,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    trust_remote_code: bool = False,
+) -> PageContent:
+    """Everything for the page of one result.
+
+    Args:
+        folder: a result folder.
+        against: the dense model; with it both are measured, followed along depth and sampled.
+        others: further results to draw along depth.
+        curve: folder or file that `spectrim curve` wrote.
+        survey: folder that `spectrim survey` wrote, for spectra.
+        text: to measure on, wikitext2 if not given.
+        window_length: tokens per window.
+        max_tokens: score at most this many.
+        prompts: to be continued by both models.
+        device: `auto` or a torch device.
+        dtype: `auto` is fp32 on a CPU.
+        trust_remote_code: run code that comes with the checkpoint.
+
+    Raises:
+        SpectrimError: something that was asked for cannot be read or measured.
+    """
+    content = read_result(folder)
+    if curve is not None:
+        content = replace(content, curve=read_curve_file(curve))
+    if survey is not None:
+        content = replace(content, spectra=_spectra(survey))
+    if against is None:
+        if others:
+            raise InputError("drawing other results along depth needs the dense model: against")
+        return content
+    options: dict[str, Any] = {
+        "device": device,
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code,
+    }
+    dense = load_model(against, **options)
+    models = {_label(name): load_model(name, **options) for name in (folder, *others)}
+    if len(models) <= len(others):
+        raise InputError(f"two results have the same folder name, one of {', '.join(models)}")
+    windows = evaluation_windows_of(dense, text, window_length, max_tokens)
+    source = windows.sources[0]
+    evaluations = []
+    for name, loaded in {_label(against): dense, **models}.items():
+        record: dict[str, Any] = {
+            "model": name,
+            "parameters": sum(p.numel() for p in loaded.model.parameters()),
+            "perplexity": {source: perplexity(loaded.model, windows).record()},
+        }
+        if loaded is not dense:
+            record["agreement"] = {source: agreement(dense.model, loaded.model, windows).record()}
+        evaluations.append(record)
+    return replace(
+        content,
+        evaluations=evaluations,
+        depth=distortion_by_depth(
+            dense.model,
+            {name: loaded.model for name, loaded in models.items()},
+            windows.take(min(_DEPTH_WINDOWS, len(windows))),
+        ),
+        samples=_samples(dense, {"dense": dense, **models}, prompts),
+    )
+
+
+def _label(name: str | Path) -> str:
+    """What a model is called in tables: the last part of its path."""
+    return Path(name).name or str(name)
+
+
+def _samples(dense: LoadedModel, models: dict[str, LoadedModel], prompts: Sequence[str]):
+    if dense.tokenizer is None:
+        return ()
+    empty = [prompt for prompt in prompts if not prompt.strip()]
+    if empty:
+        raise TextError("a prompt is empty; give at least one word")
+    return continuations(
+        {name: loaded.model for name, loaded in models.items()}, dense.tokenizer, list(prompts)
+    )
+
+
+def _spectra(folder: str | Path) -> dict[str, list[float]]:
+    """Energies of every target of a survey, by target."""
+    survey = load_survey(folder)
+    return {c.name: [float(e) for e in c.energy] for c in survey.curves if c.energy is not None}

@@ -1,0 +1,193 @@
+"""The page holds what it was given, escaped, with figures, and reaches for nothing outside."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from spectrim.errors import ArtifactError
+from spectrim.evaluate.curve import CurvePoint
+from spectrim.evaluate.distortion import BLOCK, Distortion
+from spectrim.evaluate.samples import Sample
+from spectrim.report.content import (
+    PageContent,
+    block_and_projection,
+    read_curve_file,
+    read_result,
+)
+from spectrim.report.page import render_page
+
+NASTY = "<script>alert('1')</script>&\"$x^2$"
+
+
+def target(block, projection, kept):
+    return {
+        "name": f"model.layers.{block}.{projection}",
+        "shape": [40, 54],
+        "rank": 7,
+        "storage": "factored",
+        "weights": "native",
+        "bytes": int(4320 * kept),
+        "dense_bytes": 4320,
+        "kept": kept,
+        "predicted_error": 0.1 * kept,
+        "measured_error": 0.11 * kept,
+        "damping": 0.0,
+    }
+
+
+def report(name="a model"):
+    projections = ("self_attn.q_proj", "mlp.up_proj")
+    return {
+        "model": name,
+        "recipe": {"name": name, "hash": "0" * 64},
+        "keep": {
+            "asked": 0.6,
+            "achieved": 0.5987,
+            "whole_model": 0.7,
+            "target_bytes": {"dense": 17280, "stored": 10368},
+            "model_bytes": {"dense": 30000, "stored": 23000},
+        },
+        "rule": "uniform",
+        "predicted_loss": None,
+        "targets": [target(b, p, 0.4 + 0.2 * b) for b in range(3) for p in projections],
+        "blocks": {},
+        "notes": [name],
+        "seconds": {"compress": 2.5},
+        "environment": {"torch": "2"},
+        "left_alone": {"model.layers.0.router": name},
+        "calibration": {"windows": 4, "sources": [name]},
+        "peak_memory_bytes": 10**9,
+    }
+
+
+def point(recipe, bits):
+    return CurvePoint(
+        recipe=recipe,
+        keep=bits / 16,
+        achieved=bits / 16,
+        target_bytes=1000,
+        model_bytes=2000,
+        bits_per_weight=bits,
+        nll=3.0,
+        perplexity=20.0,
+        excess=1 / bits,
+        excess_low=0.9 / bits,
+        excess_high=1.1 / bits,
+        kl=1 / bits,
+        kl_error=0.01,
+        top1=0.8,
+        seconds=1.0,
+    )
+
+
+def full(name="a model"):
+    return PageContent(
+        report=report(name),
+        recipe_yaml=f"name: {name}\n",
+        curve=[point(recipe, bits) for recipe in (name, "other") for bits in (4.0, 8.0, 12.0)],
+        spectra={t["name"]: [1 / (k + 1) ** 2 for k in range(40)] for t in report()["targets"]},
+        depth=[
+            Distortion(m, b, p, 0.1 * (b + 1), 0.2, 0.01)
+            for m in (name, "other")
+            for b in range(3)
+            for p in ("mlp.up_proj", BLOCK)
+        ],
+        evaluations=[
+            {
+                "model": name,
+                "parameters": 12345,
+                "perplexity": {
+                    "text": {
+                        "perplexity": 20.5,
+                        "standard_error": None,
+                        "nll": 3.0,
+                        "protocol": {"windows": 3},
+                    }
+                },
+            }
+        ],
+        samples=[Sample("dense", name, name, ()), Sample("compressed", name, "words", ())],
+    )
+
+
+class Reader(HTMLParser):
+    """Collects tags, ids, text and every address that the page would load."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.ids, self.links, self.text = [], [], [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value)
+            if name in ("href", "src", "xlink:href", "data", "srcset"):
+                self.links.append(value)
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_the_page_is_complete_and_loads_nothing():
+    html = render_page(full())
+    page = Reader(html)
+    assert page.tags.count("figure") == page.tags.count("svg") == 7
+    assert all(link.startswith("#") for link in page.links)
+    assert not re.search(r"url\((?!#)|@import", html)
+    assert {link[1:] for link in page.links} <= set(page.ids)
+    assert len(page.ids) == len(set(page.ids))
+    assert "prefers-color-scheme: dark" in html
+    words = " ".join(page.text)
+    for expected in ("0.5987", "20.5", "model.layers.2.mlp.up_proj", "1.00 GB", "name: a model"):
+        assert expected in words
+
+
+def test_what_comes_from_files_is_escaped():
+    page = Reader(render_page(full(NASTY)))
+    assert "script" not in page.tags
+    assert any(NASTY in text for text in page.text)
+
+
+def test_a_bare_report_is_enough():
+    html = render_page(PageContent(report=report()))
+    assert Reader(html).tags.count("svg") == 2
+
+
+def test_equal_content_gives_equal_bytes():
+    assert render_page(full()) == render_page(full())
+
+
+def test_a_folder_is_read_and_damage_is_named(tmp_path):
+    (tmp_path / "spectrim_report.json").write_text(json.dumps(report()))
+    (tmp_path / "recipe.yaml").write_text("name: x\n")
+    content = read_result(tmp_path)
+    assert content.recipe_yaml == "name: x\n"
+    broken = report()
+    broken["targets"][1]["kept"] = "much"
+    (tmp_path / "spectrim_report.json").write_text(json.dumps(broken))
+    with pytest.raises(ArtifactError, match=r"targets\[1\]\.kept is str"):
+        read_result(tmp_path)
+    del broken["keep"]["achieved"]
+    (tmp_path / "spectrim_report.json").write_text(json.dumps(broken))
+    with pytest.raises(ArtifactError, match=r"keep\.achieved is NoneType"):
+        read_result(tmp_path)
+
+
+def test_a_curve_file_is_read_and_others_are_refused(tmp_path):
+    path = tmp_path / "curve.json"
+    path.write_text(json.dumps({"points": [point("a", 4.0).record()]}))
+    assert read_curve_file(tmp_path) == read_curve_file(path) == [point("a", 4.0)]
+    path.write_text(json.dumps({"points": 3}))
+    with pytest.raises(ArtifactError, match="list of points"):
+        read_curve_file(path)
+
+
+def test_names_become_places():
+    assert block_and_projection("model.layers.3.mlp.experts.2.up") == (3, "mlp.experts.2.up")
+    assert block_and_projection("lm_head") == (0, "lm_head")
