@@ -14,12 +14,14 @@ from spectrim.recipe import Recipe
 from spectrim.run.job import Job
 
 
-def make_job(name="llama", *, count=24, dtype=torch.float64, seed=0, model=None, **recipe):
+def make_job(
+    name="llama", *, count=24, length=12, dtype=torch.float64, data_seed=0, model=None, **recipe
+):
     """A job on a tiny model with random windows; keyword arguments are the recipe's fields."""
     job_fields = {k: recipe.pop(k) for k in ("offload_streams", "on_failure") if k in recipe}
     model = (model or tiny(name)[0]).to(dtype)
     recipe = {"flow": "sequential", "keep": 0.5, "calibration": {"batch": 8}, **recipe}
-    ids = windows(count, seed=seed)
+    ids = windows(count, length, seed=data_seed)
     return Job(
         model=model,
         anatomy=trace(model, ids[:1]),
