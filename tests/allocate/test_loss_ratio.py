@@ -45,7 +45,7 @@ def test_larger_errors_keep_more():
     assert [ranks[n] for n in by_error] == sorted(ranks[n] for n in by_error)
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(0, 5), st.integers(20, 100), st.sampled_from([0.0, 0.3]))
 def test_budget_is_met_within_one_step(seed, percent, floor):
     curves, keep, limits = survey(seed), percent / 100, Limits(floor=floor)
@@ -60,6 +60,7 @@ def test_budget_is_met_within_one_step(seed, percent, floor):
     assert -1e-6 <= left < min(open_steps, default=dense)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.floats(0.1, 9), st.floats(0.1, 1), st.floats(1, 9)), min_size=1),
     st.floats(0, 1.2),

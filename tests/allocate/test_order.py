@@ -43,7 +43,7 @@ def sorted_plainly(curves, keys):
     return order
 
 
-@settings(max_examples=15)
+@settings(max_examples=15, deadline=None)
 @given(st.integers(0, 99), st.booleans())
 def test_order_takes_the_least_important_tail(seed, ties):
     curves = survey(seed)
@@ -74,7 +74,7 @@ def test_without_spectral_order_keys_alone_decide():
     assert (np.diff(keys[0][0].numpy()[kept]) <= 0).all()
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(
     st.integers(0, 99),
     st.integers(10, 100),
@@ -96,7 +96,7 @@ def test_budget_is_met_within_one_component(seed, percent, storage, multiple, re
             assert entry.rank <= break_even(curve.shape)
 
 
-@settings(max_examples=10)
+@settings(max_examples=10, deadline=None)
 @given(st.integers(0, 99), st.sampled_from(["factored", "packed"]))
 def test_sizes_are_nested(seed, storage):
     curves, limits = survey(seed), Limits(storage=storage)

@@ -24,7 +24,7 @@ def sizes_for(allowed):
     return total, chosen
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(tables, st.sampled_from([0.45, 0.6, 0.75, 0.9, 1.0]))
 def test_bisection_finds_what_trying_every_cut_finds(table, keep):
     dense, _ = sizes_for([])
@@ -39,7 +39,7 @@ def test_bisection_finds_what_trying_every_cut_finds(table, keep):
     assert "12 sensitivities" in plan.notes[0]
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(tables, st.sampled_from([0.45, 0.6, 0.75, 0.9]))
 def test_filling_stays_within_the_budget_and_one_step(table, keep):
     plan = sensitivity(CURVES, keep=keep, table=table)

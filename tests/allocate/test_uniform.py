@@ -140,3 +140,10 @@ def test_impossible_limits_and_names_are_refused():
         Limits(multiple=0)
     with pytest.raises(InputError, match="unique"):
         uniform([llama()[0]] * 2, keep=0.5)
+
+
+def test_ranks_that_padding_makes_pointless_are_left_out():
+    curves = [Curve("a", 0, "a", Shape(96, 64))]
+    for storage in ("factored", "packed", "auto"):
+        (ladder,) = ladders_for(curves, Limits(storage=storage, weights="int4"))
+        assert (ladder.bytes[1:] > ladder.bytes[:-1]).all()

@@ -81,7 +81,7 @@ def published(curves, keep, floor=0.0):
     return rank, sums
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(0, 99), st.integers(20, 99), st.sampled_from([0.0, 0.3]), st.booleans())
 def test_faithful_ranks_are_those_of_two_plain_heaps(seed, percent, floor, ties):
     curves, keep = survey(seed, ties=ties), percent / 100
@@ -94,7 +94,7 @@ def test_faithful_ranks_are_those_of_two_plain_heaps(seed, percent, floor, ties)
         assert entry.rank == (expected if expected <= break_even(curve.shape) else None)
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(0, 99), st.integers(20, 99))
 def test_running_sum_stays_within_the_largest_drop(seed, percent):
     selection = select(survey(seed), keep=percent / 100, faithful=True)
@@ -108,7 +108,7 @@ def test_running_sum_stays_within_the_largest_drop(seed, percent):
         assert abs(mine) <= largest + 1e-12
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(
     st.integers(0, 99),
     st.integers(20, 100),
@@ -134,7 +134,7 @@ def test_budget_is_met_and_nothing_lies_above_break_even(seed, percent, key, sto
         assert all(e.rank is None for e in plan.entries)
 
 
-@settings(max_examples=15)
+@settings(max_examples=15, deadline=None)
 @given(st.integers(0, 99), st.sampled_from([0.5, 0.7, 0.9]), st.randoms(use_true_random=False))
 def test_order_of_targets_does_not_matter(seed, keep, random):
     curves = survey(seed, ties=True)
@@ -190,7 +190,7 @@ def dropped_sum(curves, kept):
     )
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(0, 99), st.integers(30, 95))
 def test_what_reverted_targets_leave_of_the_sum_is_redistributed(seed, percent):
     curves, keep = survey(seed), percent / 100

@@ -102,9 +102,10 @@ def bytes_by_rank(
     weights: Weights = "native",
     dtype_bytes: int = 2,
 ) -> np.ndarray:
-    """`layer_bytes` for every rank at once, int64 of shape (min(m, n) + 1,), non-decreasing.
+    """`layer_bytes` for every rank at once, int64 of shape (min(m, n) + 1,).
 
-    Entry 0 is what the formula gives for rank 0 (bias and order), a rank that no layer has.
+    It grows with rank, but for packed int4, whose padding can let a larger rank take less. Entry
+    0 is what the formula gives for rank 0 (bias and order), a rank that no layer has.
     """
     ranks = np.arange(components(shape) + 1, dtype=np.int64)
     return _stored_bytes(shape, ranks, storage, weights, dtype_bytes)
@@ -260,11 +261,15 @@ def _stored_bytes(
     bias = m * dtype_bytes if shape.bias else 0
     if storage == "dense":
         return _matrix_bytes(m, n, weights, dtype_bytes) + bias + 0 * rank
-    first = _matrix_bytes(rank, n, weights, dtype_bytes)
     if storage == "factored":
-        return first + _matrix_bytes(m, rank, weights, dtype_bytes) + bias
-    order = ORDER_BYTES * components(shape)
-    return first + _matrix_bytes(m - rank, rank, weights, dtype_bytes) + order + bias
+        matrices = ((m, rank), (rank, n))
+    elif m <= n:
+        matrices = ((rank, n), (m - rank, rank))
+    else:
+        matrices = ((m, rank), (rank, n - rank))
+    order = ORDER_BYTES * components(shape) if storage == "packed" else 0
+    first, second = (_matrix_bytes(*x, weights, dtype_bytes) for x in matrices)
+    return first + second + order + bias
 
 
 def _matrix_bytes(rows, columns, weights: Weights, dtype_bytes: int):
@@ -280,8 +285,9 @@ def _matrix_bytes(rows, columns, weights: Weights, dtype_bytes: int):
 def _largest_rank(
     shape: Shape, budget: int, storage: Storage, weights: Weights, dtype_bytes: int
 ) -> int:
-    """Largest rank in 0..min(m, n) with bytes <= budget (bytes never fall with rank)."""
+    """Largest rank in 0..min(m, n) with bytes <= budget."""
     if storage == "dense":
         raise BudgetError("dense storage has no rank")
     by_rank = bytes_by_rank(shape, storage=storage, weights=weights, dtype_bytes=dtype_bytes)
-    return max(0, int(np.searchsorted(by_rank, budget, side="right")) - 1)
+    # No search: padding to whole int4 groups can make a larger rank the smaller one.
+    return int(np.flatnonzero(by_rank <= budget)[-1:].sum())

@@ -68,7 +68,7 @@ class Ladder:
     Attributes:
         curve: the target.
         ranks: allowed ranks, int64 (levels - 1,); the last level is the dense layer.
-        bytes: of every level, int64 (levels,), non-decreasing.
+        bytes: of every level, int64 (levels,), ascending.
         which: index of each rank's storage among those that the limits allow, (levels - 1,).
         limits: what the ladder was built for.
     """
@@ -220,6 +220,9 @@ def _ladder(curve: Curve, limits: Limits) -> Ladder:
     lowest = -(-lowest // limits.multiple) * limits.multiple
     ranks = np.arange(lowest, curve.rank + 1, limits.multiple, dtype=np.int64)
     ranks = ranks[cheapest[ranks] < dense]
+    # A rank is not worth having where a larger one takes no more bytes (int4 padding).
+    later = np.append(np.minimum.accumulate(cheapest[ranks][::-1])[::-1][1:], dense)[: ranks.size]
+    ranks = ranks[cheapest[ranks] < later]
     return Ladder(
         curve=curve,
         ranks=ranks,
