@@ -20,7 +20,7 @@ from spectrim.model.capture import first_tensor
 from spectrim.moments.accumulate import MomentAccumulator, reduction_dtype
 from spectrim.moments.moments import Moments, OutputMoments
 
-__all__ = ["ComponentScores", "GradientPass", "gradient_pass"]
+__all__ = ["ComponentScores", "GradientPass", "gradient_pass", "summed_loss"]
 
 
 @dataclass
@@ -70,6 +70,7 @@ class _TargetSums:
         self.fisher_out = zeros(m) if "fisher" in needs else None
         self.gradient = zeros(m, n) if "gradient" in needs else None
         self.factors = None
+        self.halves = self.squares = None
         if factors is not None:
             self.factors = tuple(f.to(device) for f in factors)
             r = self.factors[0].shape[1]
@@ -78,11 +79,6 @@ class _TargetSums:
 
     def add(self, x: Tensor, g: Tensor) -> None:
         """Add one batch: inputs x (B, T, in) and gradients g (B, T, out) of the summed loss."""
-        if not bool(torch.isfinite(g).all()):
-            raise NonFiniteError(
-                f"non-finite gradient at {self.target.name}: lower the window length or use "
-                "--dtype float32"
-            )
         for b in range(x.shape[0]):
             self._add_window(x[b], g[b])
 
@@ -101,12 +97,21 @@ class _TargetSums:
                 self.fisher_out += squares.sum(1)
             if self.gradient is not None:
                 self.gradient += whole.double()
-        if self.factors is not None:
+        if self.factors is not None and self.halves is not None and self.squares is not None:
             up, down = (f.to(work) for f in self.factors)
             change = -((g @ up) * (x @ down.mT)).sum(0).double()
             self.halves[self.windows % 2] += change
             self.squares += change.square()
         self.windows += 1
+
+    def check(self) -> None:
+        """Refuse sums that a NaN or infinite gradient has entered; once, since it never leaves."""
+        sums = (self.G, self.fisher_in, self.gradient, self.squares)
+        if not all(bool(torch.isfinite(s).all()) for s in sums if s is not None):
+            raise NonFiniteError(
+                f"non-finite gradient at {self.target.name}: lower the window length or use "
+                "--dtype float32"
+            )
 
     def outputs(self) -> OutputMoments:
         return OutputMoments(
@@ -115,6 +120,7 @@ class _TargetSums:
 
     def scores(self, tokens: int) -> ComponentScores:
         """In nats of the mean loss per token: sums over `tokens`, squares per window."""
+        assert self.halves is not None and self.squares is not None
         per_window = tokens / self.windows
         return ComponentScores(
             first=self.halves.sum(0) / tokens,
@@ -198,8 +204,9 @@ def _only_activations_need_gradients(model: nn.Module) -> Iterator[None]:
 
 
 def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Summed next-token cross-entropy in nats, fp32: position t predicts token t + 1, once."""
-    flat = logits[:, :-1].float().reshape(-1, logits.shape[-1])
+    """Summed next-token cross-entropy in nats, fp32 or better: t predicts t + 1, once."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    flat = logits[:, :-1].to(wide).reshape(-1, logits.shape[-1])
     return nn.functional.cross_entropy(flat, labels[:, 1:].reshape(-1), reduction="sum")
 
 
@@ -276,6 +283,8 @@ def gradient_pass(
             result.loss += float(loss.detach())
             result.tokens += chunk.shape[0] * (chunk.shape[1] - 1)
             on_batch(chunk.shape[0])
+    for found in sums.values():
+        found.check()
     result.outputs = {name: s.outputs() for name, s in sums.items()}
     result.inputs = {name: a.moments() for name, a in accumulators.items()}
     if factors:
