@@ -1,0 +1,210 @@
+"""The training loop keeps the best state, masters do what half precision cannot."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from spectrim.errors import InputError, NonFiniteError
+from spectrim.refine.fitting import (
+    FitSettings,
+    fit,
+    frozen,
+    hold_out,
+    master_weights,
+    warmup_cosine,
+)
+
+SETTINGS = {
+    "steps": 40,
+    "judge_every": 4,
+    "batch": 4,
+    "micro_batch": 4,
+    "learning_rate": 0.05,
+    "final_learning_rate": 0.1,
+    "weight_decay": 0.0,
+    "warmup": 0.1,
+    "clip": 1.0,
+}
+
+
+class Regression:
+    """A linear map to be found from windows of random vectors."""
+
+    def __init__(self, dtype=torch.float32):
+        g = torch.Generator().manual_seed(0)
+        self.x = torch.randn(16, 3, 5, generator=g)
+        self.y = self.x @ torch.randn(5, 2, generator=g)
+        self.weight = nn.Parameter(torch.zeros(5, 2, dtype=dtype))
+        self.train, self.held = hold_out(16, 0.25)
+
+    def loss_of(self, rows):
+        found = self.x[rows] @ self.weight.float()
+        return (found - self.y[rows]).square().mean()
+
+    def judge(self):
+        with torch.no_grad():
+            return float(self.loss_of(self.held))
+
+    def fit(self, judged=True, **changes):
+        return fit(
+            "the map",
+            [self.weight],
+            self.loss_of,
+            self.judge if judged else None,
+            self.train,
+            FitSettings(**{**SETTINGS, **changes}),
+            tokens_per_window=3,
+        )
+
+
+def test_schedule():
+    rates = [warmup_cosine(i, 100, warmup=0.1, final=0.1) for i in range(101)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert max(rates) == pytest.approx(1.0)
+    assert all(a >= b for a, b in itertools.pairwise(rates[9:]))
+    assert rates[55] == pytest.approx(0.1 + 0.9 * 0.5)
+    assert rates[100] == pytest.approx(0.1)
+    assert warmup_cosine(0, 1, warmup=0.0, final=0.0) == 1.0
+
+
+@pytest.mark.parametrize(("windows", "share", "held"), [(8, 0.125, 1), (9, 0.5, 4), (2, 0.01, 1)])
+def test_held_out_windows_are_spread_and_disjoint(windows, share, held):
+    train, kept = hold_out(windows, share)
+    assert len(kept) == held
+    assert sorted([*train.tolist(), *kept.tolist()]) == list(range(windows))
+
+
+def test_nothing_is_held_out_unless_asked():
+    train, held = hold_out(3, 0.0)
+    assert train.tolist() == [0, 1, 2] and not len(held)
+
+
+@pytest.mark.parametrize("windows", [1, 2])
+def test_too_few_windows_are_refused(windows):
+    with pytest.raises(InputError, match=rf"{windows} calibration window"):
+        hold_out(windows, 0.9)
+
+
+def test_training_finds_the_map_and_reports_what_it_judged():
+    problem = Regression()
+    before = problem.judge()
+    result = problem.fit()
+    assert result.before == before
+    assert result.after == problem.judge() == min(loss for _, loss in result.history)
+    assert result.after < 0.2 * before
+    assert [step for step, _ in result.history] == list(range(0, 41, 4))
+    assert result.selected and result.tokens_per_second > 0
+
+
+def test_the_best_judged_state_is_kept_and_not_the_last():
+    problem = Regression()
+    losses = iter([5.0, 4.0, 1.0, 2.0, 3.0])
+    seen = []
+
+    def judge():
+        seen.append(problem.weight.detach().clone())
+        return next(losses)
+
+    problem.judge = judge
+    result = problem.fit(steps=16)
+    assert (result.step, result.before, result.after) == (8, 5.0, 1.0)
+    assert torch.equal(problem.weight, seen[2])
+
+
+def test_the_untouched_state_is_kept_where_training_only_hurts():
+    problem = Regression()
+    problem.weight.data.copy_(
+        torch.linalg.lstsq(problem.x.flatten(0, 1), problem.y.flatten(0, 1)).solution
+    )
+    start = problem.weight.detach().clone()
+    result = problem.fit(learning_rate=3.0)
+    assert result.step == 0 and result.after == result.before
+    assert torch.equal(problem.weight, start)
+
+
+def test_without_judgement_the_last_state_is_kept():
+    problem = Regression()
+    result = problem.fit(judged=False)
+    assert not result.selected and result.step == 40 and not result.history
+    assert 0 < result.after < result.before and math.isfinite(result.before)
+
+
+def test_small_passes_add_up_to_the_batch():
+    one, other = Regression(), Regression()
+    one.fit()
+    other.fit(micro_batch=3)
+    torch.testing.assert_close(one.weight, other.weight)
+
+
+@pytest.mark.parametrize("moment", ["loss", "gradient", "judgement", "inside"])
+def test_divergence_restores_and_names(moment):
+    problem, calls = Regression(), []
+    plain_loss, plain_judge = problem.loss_of, problem.judge
+    start = problem.weight.detach().clone()
+
+    def loss_of(rows):
+        calls.append(1)
+        loss = plain_loss(rows)
+        if len(calls) < 12 or not torch.is_grad_enabled():
+            return loss
+        if moment == "inside":
+            raise NonFiniteError("a block overflowed")
+        if moment == "gradient":
+            return loss + (problem.weight * 0).sum().sqrt()
+        return loss * (math.nan if moment == "loss" else 1)
+
+    problem.loss_of = loss_of
+    if moment == "judgement":
+        problem.judge = lambda: plain_judge() if len(calls) < 12 else math.inf
+    message = r"refinement of the map diverged at step \d+ of 40.*learning_rate"
+    with pytest.raises(NonFiniteError, match=message):
+        problem.fit()
+    assert torch.equal(problem.weight, start)
+
+
+def test_a_broken_start_is_not_blamed_on_the_rate():
+    problem = Regression()
+    problem.judge = lambda: math.nan
+    with pytest.raises(NonFiniteError, match="broken before its training"):
+        problem.fit()
+
+
+def test_masters_accumulate_what_bf16_loses():
+    weight = nn.Parameter(torch.ones(4, dtype=torch.bfloat16), requires_grad=False)
+    with master_weights([weight]) as as_stored:
+        assert weight.dtype == torch.float32 and weight.requires_grad
+        for _ in range(100):
+            weight.data += 1e-4
+            with as_stored():
+                stored = weight.detach().clone()
+            torch.testing.assert_close(stored, weight.detach().bfloat16().float(), rtol=0, atol=0)
+    assert weight.dtype == torch.bfloat16 and not weight.requires_grad
+    assert float(weight[0].detach()) == 1.0078125  # 1.01 in bf16
+    direct = torch.ones(4, dtype=torch.bfloat16)
+    for _ in range(100):
+        direct += 1e-4
+    assert float(direct[0]) == 1.0
+
+
+def test_fp64_is_not_narrowed():
+    weight = nn.Parameter(torch.full((2,), 1 / 3, dtype=torch.float64))
+    with master_weights([weight]):
+        assert weight.dtype == torch.float64
+    assert float(weight[0].detach()) == 1 / 3
+
+
+def test_frozen_parameters_thaw_even_after_an_error():
+    one = nn.Parameter(torch.zeros(2))
+    other = nn.Parameter(torch.zeros(2), requires_grad=False)
+
+    def failing():
+        with frozen([one, other]):
+            assert not one.requires_grad
+            raise LookupError
+
+    with pytest.raises(LookupError):
+        failing()
+    assert one.requires_grad and not other.requires_grad
