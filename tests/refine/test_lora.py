@@ -19,7 +19,7 @@ from spectrim.refine.lora import LoraTraining, next_token_loss, require_peft
 from spectrim.run.one_shot import cut_one_shot
 from spectrim.run.whole_network import carry_out, prepare
 
-STEP = {"step": "lora", "rank": 2, "batch": 8, "epochs": 6, "learning_rate": 2e-2}
+STEP = {"step": "lora", "rank": 2, "batch": 8, "epochs": 6, "learning_rate": 5e-3}
 
 
 def recovered(name="llama", *, step=STEP, count=32, **recipe):
@@ -75,7 +75,7 @@ def test_a_missing_package_names_the_extra_before_anything_is_cut(monkeypatch):
         require_peft()
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_recovery_lowers_the_loss_on_fresh_text(name):
     pytest.importorskip("peft")
     job, unrefined, fresh = recovered(name)
@@ -106,7 +106,7 @@ def test_only_the_factor_is_changed_by_a_low_rank_update(factor):
 
 def test_a_stage_that_hurts_is_not_merged():
     pytest.importorskip("peft")
-    job, unrefined, _ = recovered(step={**STEP, "learning_rate": 30.0, "epochs": 1})
+    job, unrefined, _ = recovered(step={**STEP, "learning_rate": 1.0, "epochs": 1})
     assert not moved(job, unrefined)
 
 
@@ -137,4 +137,4 @@ def test_divergence_leaves_the_factors(monkeypatch):
         recovered(step=wild)
     job, unrefined, _ = recovered(step=wild, on_failure="keep-unrefined")
     assert not moved(job, unrefined)
-    assert all(math.isfinite(float(p.abs().max())) for p in job.model.parameters())
+    assert all(math.isfinite(float(p.detach().abs().max())) for p in job.model.parameters())

@@ -55,9 +55,10 @@ def cut_layer(
     if balance:
         up, down = balanced(up, down)
     weight = read_weight(original)
-    return LowRankLinear.from_factors(
+    layer = LowRankLinear.from_factors(
         up, down, read_bias(original), dtype=weight.dtype, device=weight.device
     )
+    return layer.train(original.training)
 
 
 def measured_error(W: Tensor, layer: LowRankLinear, moments: Moments | None) -> float:

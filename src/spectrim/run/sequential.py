@@ -122,7 +122,7 @@ def _updated(
         up, down, read_bias(original), dtype=weight.dtype, device=weight.device
     )
     facts["measured_error"] = measured_error(weight, updated, moments)
-    return updated
+    return updated.train(original.training)
 
 
 def _cut_block(state: _Pass, plan: Plan, block: Block) -> tuple[nn.Module, Stream]:
