@@ -69,12 +69,17 @@ def backward_pass(
 
 
 def output_moments(job: Job) -> dict[str, OutputMoments]:
-    """Gradient moments of every target if the recipe's objective needs them, else nothing."""
+    """Gradient moments of every target if the recipe's objective needs them, else nothing.
+
+    They belong to the original model; what a survey has gathered already is used again.
+    """
     choice = job.recipe.decompose
     if not OBJECTIVES[choice.objective].needs & {"G", "fisher"}:
         return {}
-    with job.log.timed("gradients"):
-        return backward_pass(job, choice).outputs
+    if job.outputs is None:
+        with job.log.timed("gradients"):
+            job.outputs = backward_pass(job, choice).outputs
+    return job.outputs
 
 
 def _is_large(model: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from spectrim.data.windows import Windows
 from spectrim.model.anatomy import Anatomy
+from spectrim.moments.moments import OutputMoments
 from spectrim.recipe import Recipe
 
 __all__ = ["Job", "Progress", "RunLog", "Silent"]
@@ -90,7 +91,8 @@ class Job:
         progress: told of every block.
         log: gathers the report.
         offload_streams: folder for memory-mapped streams, None for memory.
-        on_failure: `error`, `keep-dense` or `keep-unrefined`.
+        on_failure: `error` or `keep-unrefined`.
+        outputs: gradient moments of the original model, once a pass has gathered them.
         dtype_bytes: of one number as stored, for budgets.
     """
 
@@ -103,6 +105,7 @@ class Job:
     log: RunLog = field(default_factory=RunLog)
     offload_streams: Path | None = None
     on_failure: str = "error"
+    outputs: dict[str, OutputMoments] | None = None
     dtype_bytes: int = 2
 
     @property

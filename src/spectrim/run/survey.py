@@ -44,6 +44,8 @@ COMPONENT_SCORES = frozenset({"first_order", "second_order", "kfac"})
 REFERENCE_SHARE = 0.1
 """Measured KL is taken at this share of a target's break-even rank."""
 
+_UNSHIFTED = {"shifted": "whitened", "anchored": "whitened", "anchored_kfac": "kfac"}
+
 MEASURED_WINDOWS = 8
 UNSTABLE = 0.6
 """Share of agreeing signs below which a reader should not believe signed scores."""
@@ -52,11 +54,11 @@ UNSTABLE = 0.6
 def surveyed_choice(choice: Decompose) -> Decompose:
     """The objective to survey for: on the original stream nothing is shifted yet.
 
-    With `x' = x` the shift-aware and the anchored objective are the input-aware one.
+    With `x' = x` the shift-aware and the anchored objective are the input-aware one, and the
+    anchored double-sided one is the double-sided one.
     """
-    if choice.objective in ("shifted", "anchored"):
-        return choice.model_copy(update={"objective": "whitened"})
-    return choice
+    unshifted = _UNSHIFTED.get(choice.objective, choice.objective)
+    return choice.model_copy(update={"objective": unshifted})
 
 
 def make_survey(
@@ -81,8 +83,10 @@ def make_survey(
         SpectrimError: statistics or scores that are not finite; names the target.
     """
     wanted = frozenset(needed_scores(job.recipe.allocate) if scores is None else scores)
-    found = _Found(wanted, full=bool(wanted & COMPONENT_SCORES))
     choice = surveyed_choice(job.recipe.decompose)
+    # Energies of the objective kfac are K-FAC losses already: no component is scored for them.
+    scored = wanted & COMPONENT_SCORES - ({"kfac"} if choice.objective == "kfac" else set())
+    found = _Found(wanted, full=bool(scored))
     if choice.objective != job.recipe.decompose.objective:
         found.notes.append(
             f"the survey used the objective {choice.objective}, which is "
@@ -90,7 +94,7 @@ def make_survey(
         )
     with job.log.timed("survey"):
         _decompose_all(job, choice, found, weight_of)
-    if wanted & COMPONENT_SCORES:
+    if scored:
         with job.log.timed("scores"):
             _score_components(job, choice, found)
     limits = _limits(job)
@@ -158,6 +162,7 @@ def _blocks(
     """Every block with its groups' input moments and its targets' output moments."""
     if OBJECTIVES[choice.objective].needs & {"G", "fisher"}:
         gathered = backward_pass(job, choice, input_needs=input_needs)
+        job.outputs = gathered.outputs
         for block in job.anatomy.blocks:
             inputs = [gathered.inputs.get(g.targets[0].name) for g in block.groups]
             yield block, inputs, gathered.outputs
@@ -197,13 +202,18 @@ def _decompose_all(
                     else read_weight(get_module(job.model, target.name))
                 )
                 found_all = decompose_target(target, W, choice, moments, outputs.get(target.name))
-                _keep(found, shapes[target.name], found_all, moments, limits)
+                _keep(found, shapes[target.name], found_all, moments, limits, choice.objective)
         job.progress.advance(stage, block.name)
     job.progress.finish(stage)
 
 
 def _keep(
-    found: _Found, bare: Curve, whole: Decomposition, moments: Moments | None, limits: Limits
+    found: _Found,
+    bare: Curve,
+    whole: Decomposition,
+    moments: Moments | None,
+    limits: Limits,
+    objective: str,
 ) -> None:
     """Note one target's spectrum and, in fp32, as many of its components as are still needed."""
     rank = whole.rank if found.full else min(largest_rank(bare.shape, limits), whole.rank)
@@ -214,6 +224,8 @@ def _keep(
         found.spread[bare.name] = ((whole.down @ means) * whole.down).sum(1)
     if whole.damping:
         found.damping[bare.name] = whole.damping
+    if "kfac" in found.wanted and objective == "kfac":
+        _note_loss(found, "kfac", bare.name, whole.energy)
     found.curves.append(
         replace(
             bare,
@@ -227,7 +239,6 @@ def _keep(
 def _score_components(job: Job, choice: Decompose, found: _Found) -> None:
     """One backward pass over some windows gives the scores of all components of all targets."""
     windows = min(job.recipe.allocate.gradient_windows, job.ids.shape[0])
-    # Energies of the objective kfac are K-FAC losses already.
     weigh = "kfac" in found.wanted and choice.objective != "kfac"
     result = backward_pass(
         job,
@@ -253,8 +264,6 @@ def _score_components(job: Job, choice: Decompose, found: _Found) -> None:
             gain = ((output.G / output.tokens) @ up * up).sum(0)
             spread = found.spread[curve.name].to(gain)
             _note_loss(found, "kfac", curve.name, 0.5 * gain * spread)
-        elif "kfac" in found.wanted:
-            _note_loss(found, "kfac", curve.name, torch.as_tensor(curve.energy))
     _note_stability(found, windows)
 
 
