@@ -28,6 +28,10 @@ def compress(
         Path | None,
         typer.Option("--plan", metavar="FILE", help="Ranks from `spectrim plan -o FILE`."),
     ] = None,
+    survey: Annotated[
+        Path | None,
+        typer.Option("--survey", metavar="DIR", help="Ranks and decompositions from a survey."),
+    ] = None,
     storage: Annotated[
         str | None, typer.Option("--storage", help="factored, packed or auto.")
     ] = None,
@@ -73,6 +77,7 @@ def compress(
                 device=device,
                 dtype=dtype,
                 plan=plan,
+                survey=survey,
                 storage=storage,
                 weights=weights,
                 offload_streams=offload_streams,

@@ -20,7 +20,14 @@ def plan(
     size: options.Size = None,
     rule: Annotated[
         str | None,
-        typer.Option("--rule", help="uniform, loss_ratio, zero_sum or knapsack."),
+        typer.Option("--rule", help="uniform, loss_ratio, sensitivity, zero_sum or knapsack."),
+    ] = None,
+    score: Annotated[
+        str | None,
+        typer.Option(
+            "--score",
+            help="What knapsack minimizes: energy, first_order, second_order, kfac or measured.",
+        ),
     ] = None,
     floor: Annotated[
         float | None,
@@ -48,14 +55,17 @@ def plan(
     if output is not None and output.exists() and not overwrite:
         raise OutputError(f"{output} exists; choose another FILE or say --overwrite")
     with session(verbose=verbose, quiet=as_json, output=output):
-        from spectrim import api
+        # Not through the interface module: that one imports torch, which takes longer than a plan.
+        from spectrim.run.replanning import plan_record, replan
 
-        made = api.plan(
+        made = replan(
             survey,
-            **options.given(keep=keep, size=size, rule=rule, floor=floor, multiple=multiple),
+            **options.given(
+                keep=keep, size=size, rule=rule, score=score, floor=floor, multiple=multiple
+            ),
         )
         if output is not None:
-            write_json(made.to_json(), output)
+            write_json(plan_record(made, survey), output)
     from spectrim.cli.render import print_json
     from spectrim.cli.summary import print_heat_map, print_plan_summary, print_ranks
 

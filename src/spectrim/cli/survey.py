@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
 from spectrim.cli import options
 
 __all__ = ["survey"]
@@ -14,6 +18,14 @@ def survey(
     text: options.Text = None,
     windows: options.Windows = None,
     window_length: options.WindowLength = None,
+    scores: Annotated[
+        str | None,
+        typer.Option(
+            "--scores",
+            metavar="NAMES",
+            help="first_order, second_order, kfac, measured, table; default the first two.",
+        ),
+    ] = None,
     seed: options.Seed = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -31,7 +43,7 @@ def survey(
     with session(verbose=verbose, quiet=quiet, output=output) as progress:
         from spectrim import api
 
-        api.survey(
+        made = api.survey(
             model,
             output=output,
             overwrite=overwrite,
@@ -42,11 +54,23 @@ def survey(
                 text=text,
                 windows=windows,
                 window_length=window_length,
+                scores=None if scores is None else [s.strip() for s in scores.split(",")],
                 seed=seed,
                 device=device,
                 dtype=dtype,
             ),
         )
+    from spectrim.cli.progress import format_seconds
     from spectrim.cli.render import print_facts
 
-    print_facts({"output": output, "next": f"spectrim plan {output} --keep 0.6"})
+    print_facts(
+        {
+            "model": made.model_name,
+            "targets": len(made.curves),
+            "scores": ", ".join(made.scores),
+            "time": format_seconds(sum(made.facts["seconds"].values())),
+            "notes": "; ".join(made.notes) or None,
+            "output": output,
+            "next": f"spectrim plan {output} --keep 0.6",
+        }
+    )

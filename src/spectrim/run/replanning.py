@@ -1,0 +1,60 @@
+"""Plans from a survey on disk, and plan files that remember their survey. No torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from spectrim.allocate.budget import parse_size
+from spectrim.allocate.plan import Plan
+from spectrim.errors import InputError
+from spectrim.run.planning import plan_from_survey
+from spectrim.storage.survey_file import is_survey, load_survey
+from spectrim.storage.survey_record import Survey
+
+__all__ = ["plan_record", "read_plan", "replan"]
+
+
+def replan(
+    survey: Survey | str | Path,
+    *,
+    keep: float | None = None,
+    size: str | int | None = None,
+    rule: str | None = None,
+    score: str | None = None,
+    floor: float | None = None,
+    multiple: int | None = None,
+) -> Plan:
+    """Ranks for any size from a survey in memory or on disk; see `plan_from_survey`."""
+    return plan_from_survey(
+        survey if isinstance(survey, Survey) else load_survey(survey),
+        keep=keep,
+        size=parse_size(size) if isinstance(size, str) else size,
+        rule=rule,
+        score=score,
+        floor=floor,
+        multiple=multiple,
+    )
+
+
+def plan_record(plan: Plan, survey: str | Path) -> dict[str, Any]:
+    """A plan as JSON-ready data that says which survey has its decompositions."""
+    return {**plan.to_json(), "survey": str(Path(survey).resolve())}
+
+
+def read_plan(path: str | Path) -> tuple[Plan, Survey | None]:
+    """A plan file, and its survey where that still lies where it was.
+
+    Raises:
+        InputError: the file is not a plan.
+        ArtifactError: the survey is damaged.
+    """
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        plan, folder = Plan.from_json(data), data.get("survey")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is not a plan written by `spectrim plan`: {error}") from error
+    if isinstance(folder, str) and is_survey(folder):
+        return plan, load_survey(folder)
+    return plan, None

@@ -1,0 +1,93 @@
+"""A survey that can be kept: made from a loaded model, with its key; and a model cut from one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+
+from spectrim.errors import InputError
+from spectrim.recipe import Recipe
+from spectrim.run.compress import Outcome, run_recipe
+from spectrim.run.job import Progress
+from spectrim.run.loading import LoadedModel
+from spectrim.run.opening import open_job, other_bytes
+from spectrim.run.planning import TABLE, needed_scores, plan_from_survey
+from spectrim.run.survey import make_survey, surveyed_choice
+from spectrim.run.survey_key import survey_key
+from spectrim.run.texts import UserText
+from spectrim.storage.survey_record import Survey
+
+__all__ = ["DEFAULT_SCORES", "cut_survey", "survey_model"]
+
+DEFAULT_SCORES = ("first_order", "second_order")
+"""One backward pass over a few windows gives both; every rule can then be planned."""
+
+SCORES = (*DEFAULT_SCORES, "kfac", "measured", TABLE)
+
+
+def survey_model(
+    loaded: LoadedModel,
+    recipe: Recipe,
+    *,
+    text: UserText = None,
+    scores: Collection[str] | None = None,
+    progress: Progress | None = None,
+    offload_streams: Path | None = None,
+) -> Survey:
+    """Survey a loaded model, which stays as it is.
+
+    Args:
+        loaded: the model.
+        recipe: objective, calibration and default rule.
+        text: the user's calibration text, None for the recipe's.
+        scores: any of `first_order`, `second_order`, `kfac`, `measured`, `table`; by default the
+            first two and what the recipe's rule needs.
+        progress: told of every step.
+        offload_streams: folder for memory-mapped streams.
+
+    Raises:
+        InputError: an unknown score.
+        SpectrimError: an unfit model or text, or statistics that are not finite.
+    """
+    wanted = set(DEFAULT_SCORES) if scores is None else set(scores)
+    wanted |= needed_scores(recipe.allocate)
+    unknown = sorted(wanted - set(SCORES))
+    if unknown:
+        raise InputError(f"unknown score {unknown[0]!r}; a survey can hold {', '.join(SCORES)}")
+    job = open_job(loaded, recipe, text=text, progress=progress, offload_streams=offload_streams)
+    key = survey_key(loaded, job.recipe, job.windows)
+    made = make_survey(job, scores=wanted)
+    return replace(
+        made,
+        key=key,
+        model_name=loaded.name,
+        other_bytes=other_bytes(loaded.model, job.anatomy, loaded.stored_dtype),
+    )
+
+
+def cut_survey(
+    loaded: LoadedModel,
+    survey: Survey,
+    *,
+    keep: float | None = None,
+    size: int | None = None,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Cut a surveyed model to a size by the survey's rule, without text or decompositions.
+
+    Raises:
+        ArtifactError: the survey is of another model.
+        BudgetError: the size is out of reach.
+    """
+    plan = plan_from_survey(survey, keep=keep, size=size)
+    # What follows the cut in the recipe would need text: a resized model is a plain one-shot cut.
+    recipe = Recipe.model_validate(survey.recipe)
+    recipe = recipe.with_changes(
+        keep=plan.keep,
+        flow="one-shot",
+        decompose=surveyed_choice(recipe.decompose).model_dump(),
+        refine=[],
+        learn=None,
+    )
+    return run_recipe(loaded, recipe, plan=plan, survey=survey, progress=progress)
