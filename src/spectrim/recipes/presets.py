@@ -16,19 +16,23 @@ from spectrim.recipe import (
     Recipe,
     SocoLearning,
 )
+from spectrim.recipes.default import OURS
 
 __all__ = ["PRESETS", "get_recipe"]
 
 _PUBLISHED = Allocation(rule="uniform")
+_LITERATURE = Calibration(text="wikitext2")
 
 PRESETS: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
+        *OURS,
         Recipe(
             name="svd",
             title="Plain truncated SVD",
             paper="Eckart and Young, 1936",
             equation="min ‖W − W'‖_F  subject to rank W' ≤ k",
+            calibration=_LITERATURE,
             decompose=Decompose(objective="plain"),
             allocate=_PUBLISHED,
         ),
@@ -41,6 +45,7 @@ PRESETS: dict[str, Recipe] = {
                 "Gradients of the unshifted next-token loss accumulated in fp32 or better; the "
                 "widely used code shifts the labels twice and lets fp16 gradients underflow."
             ),
+            calibration=_LITERATURE,
             decompose=Decompose(objective="fisher"),
             allocate=_PUBLISHED,
         ),
@@ -55,7 +60,7 @@ PRESETS: dict[str, Recipe] = {
             ),
             decompose=Decompose(objective="activation", alpha=0.5),
             allocate=Allocation(rule="sensitivity", score="measured"),
-            calibration=Calibration(windows=32),
+            calibration=Calibration(text="wikitext2", windows=32),
         ),
         Recipe(
             name="svd-llm",
@@ -66,6 +71,7 @@ PRESETS: dict[str, Recipe] = {
                 "Inverse-free form of the same optimum, fp64 moments, relative instead of absolute "
                 "jitter, grouped-query models, ordinary Hugging Face folders."
             ),
+            calibration=_LITERATURE,
             decompose=Decompose(objective="whitened"),
             allocate=_PUBLISHED,
         ),
@@ -76,6 +82,7 @@ PRESETS: dict[str, Recipe] = {
             equation="B = W C' Aᵀ (A C' Aᵀ)⁻¹ on the inputs of the compressed network",
             differences="Ridge relative to the mean diagonal; all windows instead of sixteen.",
             flow="sequential",
+            calibration=_LITERATURE,
             decompose=Decompose(objective="whitened"),
             allocate=_PUBLISHED,
             refine=(ClosedFormRefinement(),),
@@ -89,6 +96,7 @@ PRESETS: dict[str, Recipe] = {
                 "No code was published. The logarithm is guarded, shares are clipped, and a target "
                 "above break-even stays dense."
             ),
+            calibration=_LITERATURE,
             decompose=Decompose(objective="whitened"),
             allocate=Allocation(rule="loss_ratio"),
         ),
@@ -102,6 +110,7 @@ PRESETS: dict[str, Recipe] = {
                 "epoch is chosen on held-out windows; the authors train bf16 weights in place."
             ),
             flow="sequential",
+            calibration=_LITERATURE,
             decompose=Decompose(objective="anchored"),
             allocate=_PUBLISHED,
             refine=(BlockRefinement(),),
@@ -115,6 +124,7 @@ PRESETS: dict[str, Recipe] = {
                 "Scores from 32 windows instead of one, one shared backward per stage, fp32 "
                 "merges, relative ridge; targets that would revert to dense hand their share back."
             ),
+            calibration=_LITERATURE,
             decompose=Decompose(objective="whitened"),
             allocate=Allocation(rule="zero_sum", score="first_order"),
             refine=(ProjectedGradientRefinement(),),
@@ -144,6 +154,7 @@ PRESETS: dict[str, Recipe] = {
                 "Phases end by criterion, the budget is met exactly."
             ),
             flow="learned",
+            calibration=_LITERATURE,
             decompose=Decompose(objective="whitened"),
             learn=SocoLearning(),
         ),
