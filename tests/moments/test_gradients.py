@@ -1,9 +1,9 @@
-"""Gradient statistics against autograd on the weights themselves, and against finite differences."""
+"""Gradient statistics against autograd on the weights, and against finite differences."""
 
 import pytest
 import torch
-from architectures import tiny, windows
 
+from architectures import tiny, windows
 from spectrim.errors import NonFiniteError
 from spectrim.model.tracing import trace
 from spectrim.model.weights import get_module, read_weight, write_weight
