@@ -141,7 +141,7 @@ PRESETS: dict[str, Recipe] = {
             flow="learned",
             keep=0.4,
             decompose=Decompose(objective="whitened"),
-            calibration=Calibration(windows=4096, window_length=1024, batch=4),
+            calibration=Calibration(text="c4", windows=4096, window_length=1024, batch=4),
             learn=AcipLearning(),
         ),
         Recipe(
