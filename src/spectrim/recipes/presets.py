@@ -12,6 +12,7 @@ from spectrim.recipe import (
     Calibration,
     ClosedFormRefinement,
     Decompose,
+    LoraRefinement,
     ProjectedGradientRefinement,
     Recipe,
     SocoLearning,
@@ -22,6 +23,11 @@ __all__ = ["PRESETS", "get_recipe"]
 
 _PUBLISHED = Allocation(rule="uniform")
 _LITERATURE = Calibration(text="wikitext2")
+_FLOORS = (
+    " Ranks are floor(keep m n / (m + n)) as published, and what rounding down leaves over is "
+    "spent on further components; allocate.fill: false leaves it unspent."
+)
+
 
 PRESETS: dict[str, Recipe] = {
     recipe.name: recipe
@@ -32,6 +38,7 @@ PRESETS: dict[str, Recipe] = {
             title="Plain truncated SVD",
             paper="Eckart and Young, 1936",
             equation="min ‖W − W'‖_F  subject to rank W' ≤ k",
+            differences="None: a baseline without data." + _FLOORS,
             calibration=_LITERATURE,
             decompose=Decompose(objective="plain"),
             allocate=_PUBLISHED,
@@ -42,8 +49,10 @@ PRESETS: dict[str, Recipe] = {
             paper="Hsu et al., ICLR 2022, arXiv 2207.00112",
             equation="min Σ_ij F_j (W − W')²_ij,  F_j = Σ_i E[(∂L/∂W_ij)²]",
             differences=(
-                "Gradients of the unshifted next-token loss accumulated in fp32 or better; the "
-                "widely used code shifts the labels twice and lets fp16 gradients underflow."
+                "Gradients of the next-token loss of all calibration windows, squared per window "
+                "and summed in fp64; the widely used code lets fp16 gradients underflow, raises "
+                "the root to a further power and puts an absolute floor under it. The paper "
+                "weighs a fine-tuning loss, here it is the language-model loss." + _FLOORS
             ),
             calibration=_LITERATURE,
             decompose=Decompose(objective="fisher"),
@@ -56,7 +65,12 @@ PRESETS: dict[str, Recipe] = {
             equation="min ‖(W − W') S‖_F,  S = diag(mean |x|)^α, α = 0.5",
             differences=(
                 "Exact SVD instead of randomised SVD without oversampling; a numerical failure is "
-                "an error, never a random layer; the search's last step is applied as found."
+                "an error, never a random layer; no absolute floor under the scale. The search "
+                "tries the published candidates 0.4 to 0.9 on every target of the blocks (the "
+                "output head stays dense) and applies the largest feasible cut, theirs the last "
+                "one it looked at; bytes that the coarse candidates leave over go to the most "
+                "sensitive targets (allocate.fill: false is the published rule). Without "
+                "evaluations: allocate.score: energy."
             ),
             decompose=Decompose(objective="activation", alpha=0.5),
             allocate=Allocation(rule="sensitivity", score="measured"),
@@ -69,7 +83,7 @@ PRESETS: dict[str, Recipe] = {
             equation="min ‖(W − W') X‖_F;  B = U_k, A = U_kᵀ W, U_k = eigvec(W C Wᵀ)",
             differences=(
                 "Inverse-free form of the same optimum, fp64 moments, relative instead of absolute "
-                "jitter, grouped-query models, ordinary Hugging Face folders."
+                "jitter, grouped-query models, ordinary Hugging Face folders." + _FLOORS
             ),
             calibration=_LITERATURE,
             decompose=Decompose(objective="whitened"),
@@ -80,7 +94,12 @@ PRESETS: dict[str, Recipe] = {
             title="SVD-LLM with the layer-wise closed-form update",
             paper="Wang et al., arXiv 2403.07378 v1-v4",
             equation="B = W C' Aᵀ (A C' Aᵀ)⁻¹ on the inputs of the compressed network",
-            differences="Ridge relative to the mean diagonal; all windows instead of sixteen.",
+            differences=(
+                "All windows instead of sixteen; every group sees the inputs that the compressed "
+                "groups before it give, theirs sees those of the dense block; moments and one "
+                "Cholesky solve instead of lstsq on stored activations, ridge relative to the mean "
+                "diagonal." + _FLOORS
+            ),
             flow="sequential",
             calibration=_LITERATURE,
             decompose=Decompose(objective="whitened"),
@@ -88,13 +107,31 @@ PRESETS: dict[str, Recipe] = {
             refine=(ClosedFormRefinement(),),
         ),
         Recipe(
+            name="svd-llm-lora",
+            title="SVD-LLM with sequential low-rank recovery",
+            paper="Wang et al., ICLR 2025, arXiv 2403.07378",
+            equation="min CE(F + (α/r) P Q) over small P, Q: F all A, merged, then F all B",
+            differences=(
+                "Trains on the calibration text, whatever it is, instead of 50,000 instructions; "
+                "an epoch that does not help held-out windows is not merged; seeded order, cosine "
+                "decay instead of linear, warm-up capped at a tenth of the steps. Needs the extra "
+                "`lora`." + _FLOORS
+            ),
+            calibration=_LITERATURE,
+            decompose=Decompose(objective="whitened"),
+            allocate=_PUBLISHED,
+            refine=(LoraRefinement(),),
+        ),
+        Recipe(
             name="svd-llm-v2",
             title="SVD-LLM V2: heterogeneous ranks from truncation losses",
             paper="Wang et al., NAACL 2025, arXiv 2503.12340",
             equation="removed share of a target ∝ 1 / log(truncation loss), per projection type",
             differences=(
-                "No code was published. The logarithm is guarded, shares are clipped, and a target "
-                "above break-even stays dense."
+                "No code was published. Losses are over unnormalised sums, as the paper's sizes "
+                "imply; the logarithm is of e + loss, a share never exceeds 0.98 and is weighted "
+                "by bytes where shapes differ, and a target above break-even stays dense. Its "
+                "truncation shares the optimum of svd-llm, so only the ranks differ."
             ),
             calibration=_LITERATURE,
             decompose=Decompose(objective="whitened"),
@@ -106,8 +143,11 @@ PRESETS: dict[str, Recipe] = {
             paper="Sinha and Fleuret, 2026, arXiv 2604.02119",
             equation="min ‖W X − W' X'‖_F;  then min_θ ‖block(X) − block'(X'; θ)‖²",
             differences=(
-                "Inverse-free factors, fp32 master weights, balanced factors before training, the "
-                "epoch is chosen on held-out windows; the authors train bf16 weights in place."
+                "Inverse-free factors, a ridge toward W instead of toward zero, fp32 master "
+                "weights and balanced factors in training, the epoch is chosen on held-out "
+                "windows, the untouched block included; the authors train bf16 weights in place "
+                "and keep the last epoch. Forwards are resumed at every group, not restarted."
+                + _FLOORS
             ),
             flow="sequential",
             calibration=_LITERATURE,
