@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,36 @@ from torch import nn
 
 from spectrim.allocate.budget import parse_size
 from spectrim.allocate.plan import Plan
-from spectrim.errors import BudgetError, InputError
+from spectrim.errors import BudgetError, InputError, RecipeError
 from spectrim.recipe import Recipe
-from spectrim.recipes import get_recipe
+from spectrim.recipes import DEFAULT_RECIPE, EFFORTS, get_recipe
 from spectrim.run.compress import Outcome, run_recipe
+from spectrim.run.elastic import ElasticModel, open_elastic
 from spectrim.run.evaluating import evaluate_model
 from spectrim.run.job import Progress
 from spectrim.run.loading import load_model
+from spectrim.run.replanning import read_plan, replan
+from spectrim.run.resizing import settle_outcome
 from spectrim.run.saving import save_outcome
+from spectrim.run.surveying import cut_survey, survey_model
 from spectrim.run.texts import UserText
 from spectrim.storage.atomic import check_output
+from spectrim.storage.survey_file import is_survey, load_survey, save_survey
+from spectrim.storage.survey_record import Survey
 
-__all__ = ["Result", "compress", "evaluate", "export", "inspect", "resolve_recipe"]
-
-DEFAULT_RECIPE = "svd-llm"
+__all__ = [
+    "ElasticModel",
+    "Result",
+    "compress",
+    "evaluate",
+    "export",
+    "inspect",
+    "load_elastic",
+    "plan",
+    "resize",
+    "resolve_recipe",
+    "survey",
+]
 
 
 @dataclass
@@ -44,12 +61,16 @@ def resolve_recipe(
     window_length: int | None = None,
     storage: str | None = None,
     weights: str | None = None,
+    effort: str | None = None,
 ) -> Recipe:
     """A recipe with the user's changes, validated.
 
     Raises:
-        RecipeError: an unknown recipe or a value outside its range.
+        RecipeError: an unknown recipe, a value outside its range, or an effort for a recipe that
+            has none.
     """
+    if effort is not None:
+        recipe = _recipe_at(effort, recipe)
     chosen = get_recipe(recipe)
     if keep is not None and not 0 < keep <= 1:
         raise BudgetError(f"keep is {keep}; it is a fraction in (0, 1], for example 0.6")
@@ -72,6 +93,14 @@ def resolve_recipe(
     return chosen.with_changes(**changes)
 
 
+def _recipe_at(effort: str, recipe: str | Path | Recipe) -> str:
+    if effort not in EFFORTS:
+        raise RecipeError(f"unknown effort {effort!r}; use {', '.join(EFFORTS)}")
+    if recipe != DEFAULT_RECIPE:
+        raise RecipeError(f"effort is for the recipe {DEFAULT_RECIPE!r} only, not for {recipe}")
+    return EFFORTS[effort]
+
+
 def compress(
     model: str | Path | nn.Module,
     *,
@@ -87,11 +116,15 @@ def compress(
     output: str | Path | None = None,
     overwrite: bool = False,
     plan: Plan | str | Path | None = None,
+    survey: Survey | str | Path | None = None,
     storage: str | None = None,
     weights: str | None = None,
+    effort: str | None = None,
     tokenizer: Any = None,
     offload_streams: str | Path | None = None,
     on_failure: str = "error",
+    work: str | Path | None = None,
+    self_contained: bool = False,
     progress: Progress | None = None,
     trust_remote_code: bool = False,
 ) -> Result:
@@ -112,12 +145,18 @@ def compress(
             stored in the checkpoint's dtype.
         output: folder to write; it must not exist or be empty.
         overwrite: replace an existing output folder.
-        plan: ranks to use instead of the recipe's rule: a `Plan` or its JSON file.
+        plan: ranks to use instead of the recipe's rule: a `Plan`, or the file that `spectrim plan`
+            wrote, which also says where the survey with the decompositions lies.
+        survey: of this model: gives the ranks and, to a one-shot flow, the decompositions.
         storage: `factored`, `packed` or `auto`.
         weights: `native`, `int8` or `int4`.
+        effort: `fast` (training-free), `balanced` (and block refinement) or `thorough` (and
+            distillation), of the default recipe.
         tokenizer: for model objects.
         offload_streams: folder for hidden states that should not be held in memory.
         on_failure: `error`, or `keep-unrefined` to keep a block whose refinement diverged.
+        work: folder for the checkpoints of a learned recipe; a run that finds one there goes on.
+        self_contained: include the base checkpoint in an elastic artifact.
         progress: told of stages and steps.
         trust_remote_code: run code that comes with the checkpoint.
 
@@ -137,6 +176,7 @@ def compress(
         window_length=window_length,
         storage=storage,
         weights=weights,
+        effort=effort,
     )
     if output is not None:
         check_output(output, overwrite=overwrite)
@@ -148,16 +188,170 @@ def compress(
         tokenizer=tokenizer,
         trust_remote_code=trust_remote_code,
     )
+    chosen, surveyed = _read_plan(plan)
+    if survey is not None:
+        surveyed = survey if isinstance(survey, Survey) else load_survey(survey)
     outcome = run_recipe(
         loaded,
         resolved,
         text=None if isinstance(text, (str, Path)) else text,
         size=goal,
-        plan=_read_plan(plan),
+        plan=chosen,
+        survey=surveyed,
         progress=progress,
         offload_streams=None if offload_streams is None else Path(offload_streams),
         on_failure=on_failure,
+        work=None if work is None else Path(work),
     )
+    result = Result(**vars(outcome))
+    if output is not None:
+        original = loaded.name if self_contained else None
+        save_outcome(result, output, overwrite=overwrite, original=original)
+        result.output = Path(output)
+    return result
+
+
+def _read_plan(plan: Plan | str | Path | None) -> tuple[Plan | None, Survey | None]:
+    if plan is None or isinstance(plan, Plan):
+        return plan, None
+    return read_plan(plan)
+
+
+def survey(
+    model: str | Path | nn.Module,
+    *,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    recipe: str | Path | Recipe = DEFAULT_RECIPE,
+    text: UserText = None,
+    windows: int | None = None,
+    window_length: int | None = None,
+    scores: Collection[str] | None = None,
+    seed: int | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    tokenizer: Any = None,
+    offload_streams: str | Path | None = None,
+    progress: Progress | None = None,
+    trust_remote_code: bool = False,
+) -> Survey:
+    """Measure a model once, for any number of plans; the model stays as it is.
+
+    Args:
+        model: a hub name, a folder, or a loaded causal language model.
+        output: folder to write the survey to.
+        overwrite: replace an existing survey there.
+        recipe: says objective, calibration and the rule that plans use by default.
+        text: calibration text, as for `compress`.
+        windows: number of calibration windows.
+        window_length: tokens per window.
+        scores: any of `first_order`, `second_order`, `kfac`, `measured`, and `table` for measured
+            sensitivities; by default the first two and what the recipe's rule needs.
+        seed: of everything random.
+        device: `auto`, or a torch device.
+        dtype: to work in.
+        tokenizer: for model objects.
+        offload_streams: folder for hidden states that should not be held in memory.
+        progress: told of stages and steps.
+        trust_remote_code: run code that comes with the checkpoint.
+
+    Raises:
+        SpectrimError: every refusal; nothing is left half-written.
+    """
+    resolved = resolve_recipe(
+        recipe, seed=seed, text=text, windows=windows, window_length=window_length
+    )
+    if output is not None:
+        check_output(output, overwrite=overwrite)
+    made = survey_model(
+        load_model(
+            model,
+            device=device,
+            dtype=dtype,
+            tokenizer=tokenizer,
+            trust_remote_code=trust_remote_code,
+        ),
+        resolved,
+        text=None if isinstance(text, (str, Path)) else text,
+        scores=scores,
+        progress=progress,
+        offload_streams=None if offload_streams is None else Path(offload_streams),
+    )
+    if output is not None:
+        save_survey(made, output, overwrite=overwrite)
+    return made
+
+
+def plan(survey: Survey | str | Path, **options: Any) -> Plan:
+    """Ranks for any size from a survey, in about a second; see `run.replanning.replan`.
+
+    Args:
+        survey: in memory, or its folder.
+        options: keep or size; rule, score, floor and multiple in place of the recipe's.
+
+    Raises:
+        BudgetError: out of reach; names what can be reached.
+        InputError: the survey lacks what the rule needs.
+    """
+    return replan(survey, **options)
+
+
+def load_elastic(
+    artifact: str | Path,
+    *,
+    base: str | Path | nn.Module | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    score: str | None = None,
+    trust_remote_code: bool = False,
+) -> ElasticModel:
+    """A model whose `.resize(keep)` is instant and reversible; see `run.elastic.open_elastic`.
+
+    Raises:
+        ArtifactError: a damaged artifact, or a base model that is not the recorded one.
+    """
+    return open_elastic(
+        artifact,
+        base=base,
+        device=device,
+        dtype=dtype,
+        score=score,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def resize(
+    artifact: str | Path,
+    *,
+    output: str | Path | None = None,
+    keep: float | None = None,
+    size: str | int | None = None,
+    overwrite: bool = False,
+    **options: Any,
+) -> Result:
+    """Another size from an elastic artifact or a survey, in seconds and without data.
+
+    Args:
+        artifact: the folder.
+        output: where to write an ordinary Hugging Face folder.
+        keep: fraction of the target bytes.
+        size: instead of keep, of the whole checkpoint: bytes or "2.1GB".
+        overwrite: replace an existing output folder.
+        options: of `load_elastic`. A survey is cut by its recipe's rule, or by the given score.
+
+    Raises:
+        BudgetError: below the smallest size that the artifact reaches; names it.
+        ArtifactError: a damaged artifact, or another base model.
+    """
+    if (keep is None) == (size is None):
+        raise BudgetError("give either a keep or a size")
+    if output is not None:
+        check_output(output, overwrite=overwrite)
+    if is_survey(artifact):
+        outcome = _resize_survey(load_survey(artifact), keep=keep, size=size, **options)
+    else:
+        opened = load_elastic(artifact, **options)
+        outcome = settle_outcome(opened, artifact, keep=keep, size=size)
     result = Result(**vars(outcome))
     if output is not None:
         save_outcome(result, output, overwrite=overwrite)
@@ -165,15 +359,23 @@ def compress(
     return result
 
 
-def _read_plan(plan: Plan | str | Path | None) -> Plan | None:
-    if plan is None or isinstance(plan, Plan):
-        return plan
-    import json
-
-    try:
-        return Plan.from_json(json.loads(Path(plan).read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{plan} is not a plan written by `spectrim plan`: {error}") from error
+def _resize_survey(
+    surveyed: Survey,
+    *,
+    keep: float | None,
+    size: str | int | None,
+    base: str | Path | nn.Module | None = None,
+    score: str | None = None,
+    **options: Any,
+) -> Outcome:
+    """A surveyed model at one size: the survey's decompositions in the base model's place."""
+    return cut_survey(
+        load_model(surveyed.model_name if base is None else base, **options),
+        surveyed,
+        keep=keep,
+        size=parse_size(size) if isinstance(size, str) else size,
+        score=score,
+    )
 
 
 def evaluate(model: str | Path | nn.Module, **options: Any) -> dict[str, Any]:

@@ -243,7 +243,7 @@ class SocoLearning(Section):
     recover_steps: int = Field(100, ge=0)
     recover_learning_rate: float = Field(1e-2, gt=0)
     pressure_growth: float = Field(1.02, gt=1, description="of λ, per step under pressure")
-    pressure_cap: float = Field(0.5, gt=0, description="largest pressure, in learning rates")
+    pressure_cap: float = Field(2.0, gt=0, description="largest pressure, in learning rates")
     sparsity: float = Field(1.0, ge=0, description="push of low scores to zero, in learning rates")
     hysteresis: float = Field(0.02, ge=0, lt=1)
     settled: float = Field(0.99, gt=0, le=1, description="overlap of kept sets that ends phase two")

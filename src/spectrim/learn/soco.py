@@ -16,7 +16,8 @@ recover    the exact budget decides the last components; survivors and d are tra
 Pressure is decoupled from Adam: after its step every θ falls by `lr · min(cap, λ w / √v)`, with w
 the component's share of the cost and v Adam's second moment of the KL gradient. Added to the loss
 it would be invisible, or drown the second moment; divided by √v it still weighs costs against
-sensitivities. λ grows until the load follows a straight line to the budget.
+sensitivities. λ is a strength times the median of √v, since gradients of a divergence from itself
+start at zero; the strength grows until the load follows a straight line to the budget.
 
 The parts can be run one by one: `selection` (scores decide, survivors stay as they were),
 `rescaling` (ranks fixed in advance), `allocation` (scores decide ranks, components in order).
@@ -49,9 +50,6 @@ MEMORY = 0.98
 
 SATURATION = 4.0
 """θ stays within ± this: beyond it the sigmoid is flat and a component could not come back."""
-
-START_SHARE = 0.1
-"""λ starts at this share of the median gradient size."""
 
 HURRY = 10.0
 MOST_HURRY = 4.0
@@ -97,7 +95,7 @@ class SocoState:
         phase: `explore`, `oscillate`, `sparsify` or `done`.
         phase_step: steps done in this phase.
         step: steps done in all.
-        pressure: λ, 0 before the first gradient.
+        pressure: strength of the pressure, λ over the median of √v.
         pressing: whether the pressure is on.
         first_loss: of the first step with a gradient.
         history: (step, loss, kept share).
@@ -114,7 +112,7 @@ class SocoState:
     phase: str = "explore"
     phase_step: int = 0
     step: int = 0
-    pressure: float = 0.0
+    pressure: float = 0.5
     pressing: bool = True
     history: list[list[float]] = field(default_factory=list)
 
@@ -276,13 +274,10 @@ def _press(
     """Decoupled pressure, and in the last phase the push towards zero."""
     moment = optimizer.state[state.theta]["exp_avg_sq"].sqrt()
     rate = optimizer.param_groups[0]["lr"]
-    if state.pressure == 0.0 and state.step > 1:
-        # The first gradient of a divergence from itself is zero: nothing to compare with yet.
-        state.pressure = START_SHARE * float(moment.median())
     if state.pressing:
-        force = (state.pressure * weights / moment).nan_to_num(
-            nan=0.0, posinf=settings.pressure_cap
-        )
+        # Median over what is kept: the dead have no gradients. Before the first one it is 0 / 0.
+        scale = moment[kept].median() if bool(kept.any()) else moment.median()
+        force = (state.pressure * scale * weights / moment).nan_to_num(nan=state.pressure)
         state.theta -= rate * force.clamp(max=settings.pressure_cap)
         if state.phase == "explore":
             share = min(1.0, state.phase_step / settings.explore_steps)

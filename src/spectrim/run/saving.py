@@ -6,6 +6,7 @@ from pathlib import Path
 
 from spectrim.allocate.budget import format_bytes
 from spectrim.run.compress import Outcome
+from spectrim.run.saving_elastic import save_elastic_outcome
 from spectrim.storage.attach import attach
 from spectrim.storage.card import model_card
 from spectrim.storage.folder import save_model
@@ -14,13 +15,30 @@ from spectrim.storage.table import Provenance
 __all__ = ["save_outcome"]
 
 
-def save_outcome(outcome: Outcome, output: str | Path, *, overwrite: bool = False) -> None:
+def save_outcome(
+    outcome: Outcome,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    original: str | Path | None = None,
+) -> None:
     """Write the compressed model as a Hugging Face folder; the report gains the recounted bytes.
+
+    An outcome with an elastic artifact is written as that: every size instead of one.
+
+    Args:
+        outcome: of a run.
+        output: the folder.
+        overwrite: replace what is there.
+        original: the base checkpoint, to be included in an elastic artifact.
 
     Raises:
         OutputError: the destination is taken or cannot be written; nothing is left there.
     """
     recipe, report = outcome.recipe, outcome.report
+    if outcome.elastic is not None:
+        save_elastic_outcome(outcome, output, overwrite=overwrite, original=original)
+        return
     attach(
         outcome.model,
         left_dense=[e.name for e in outcome.plan.entries if e.rank is None],

@@ -153,8 +153,9 @@ def save_elastic(
         OutputError: the destination is taken or cannot be written; nothing is left there.
     """
     tensors = {
-        "order.target": torch.from_numpy(elastic.order.target.astype(np.int32)),
-        "order.score": torch.from_numpy(elastic.order.score.astype(np.float32)),
+        "order.target": torch.from_numpy(elastic.order.target).to(_index(len(elastic.factors))),
+        # The order itself is exact; scores only explain it, and four bytes a component are many.
+        "order.score": torch.from_numpy(elastic.order.score).to(torch.bfloat16),
     }
     for name, (up, down) in elastic.factors.items():
         tensors[f"{name}.up"] = up.detach().to("cpu", elastic.dtype).contiguous()
@@ -198,17 +199,23 @@ def load_elastic(folder: str | Path) -> Elastic:
             for part, shape in shapes.items()
         )
         factors[target.name] = (up, down)
+    index = str(_index(len(record.targets))).removeprefix("torch.")
     removals = sum(t.held + 1 for t in record.targets)
     order = ElasticOrder(
         curves=tuple(_curve(t) for t in record.targets),
-        target=_take(tensors, "order.target", (removals,), "int32", folder).numpy(),
-        score=_take(tensors, "order.score", (removals,), "float32", folder).numpy(),
+        target=_take(tensors, "order.target", (removals,), index, folder).int().numpy(),
+        score=_take(tensors, "order.score", (removals,), "bfloat16", folder).float().numpy(),
         adapters=tuple(t.adapters for t in record.targets),
         least=tuple(t.least for t in record.targets),
         limits=limits,
     )
     _check(order, record, folder)
     return Elastic(order, factors, record.base, record.source, folder)
+
+
+def _index(targets: int) -> torch.dtype:
+    """The smallest integers that count the targets."""
+    return torch.int16 if targets <= torch.iinfo(torch.int16).max else torch.int32
 
 
 def _record(elastic: Elastic, *, self_contained: bool) -> _Record:
