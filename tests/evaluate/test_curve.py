@@ -51,7 +51,7 @@ def test_sizes_as_people_write_them():
 
 @pytest.mark.parametrize("text", ["", "a", "0.9..", "1.2", "0..0.5", "0.9..0.3:0", "0.5,-1"])
 def test_what_is_no_size_is_refused(text):
-    with pytest.raises(InputError, match="no sizes|no fraction"):
+    with pytest.raises(InputError, match=r"no sizes|no fraction"):
         parse_keeps(text)
 
 

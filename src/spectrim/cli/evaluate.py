@@ -1,7 +1,8 @@
-"""`spectrim evaluate`: perplexity with its protocol, parameters and bytes of one or more models."""
+"""`spectrim evaluate`: perplexity, agreement, zero-shot tasks and bytes of one or more models."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -34,6 +35,21 @@ def evaluate(
     batch: Annotated[
         int | None, typer.Option("--batch", metavar="N", help="Windows per forward pass.")
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            "--tasks",
+            metavar="A,B,...",
+            help="Zero-shot tasks of lm-eval by name, literature (seven tasks), or offline.",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="N", help="Questions per task.")
+    ] = None,
+    task_folders: Annotated[
+        list[Path] | None,
+        typer.Option("--task-folder", metavar="DIR", help="lm-eval task files of your own."),
+    ] = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -61,11 +77,13 @@ def evaluate(
         ]
     from spectrim.cli.render import print_json
     from spectrim.cli.results import print_evaluations
+    from spectrim.cli.study import print_tasks
 
     if as_json:
         print_json(results)
     else:
         print_evaluations(results)
+        print_tasks(results)
 
 
 def as_length(words: str | None) -> int | str | None:

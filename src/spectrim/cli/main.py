@@ -19,6 +19,7 @@ from spectrim.cli import (
     evaluate,
     export,
     inspect,
+    lm_eval,
     plan,
     recipes,
     report,
@@ -73,6 +74,14 @@ app.command()(resize.resize)
 app.command()(curve.curve)
 app.command()(compare.compare)
 app.command()(report.report)
+app.command(
+    "lm-eval",
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    },
+)(lm_eval.lm_eval)
 app.command()(demo.demo)
 app.add_typer(recipes.app, name="recipes")
 

@@ -23,6 +23,7 @@ __all__ = [
     "names",
     "print_comparison",
     "print_curve",
+    "print_tasks",
 ]
 
 Recipes = Annotated[
@@ -134,3 +135,32 @@ def print_comparison(record: dict[str, Any], output: Path | None) -> None:
         "bootstrap over windows; every recipe ran in its own process"
     )
     print_facts({**{f"failed {n}": why for n, why in record["failed"].items()}, "output": output})
+
+
+def print_tasks(results: list[dict[str, Any]]) -> None:
+    """Print accuracies of zero-shot tasks, tasks down and models across, and what was skipped."""
+    from spectrim.cli.render import print_note, print_table
+
+    found = [(r["model"], r["zero_shot"]) for r in results if "zero_shot" in r]
+    names = list(dict.fromkeys(name for _, record in found for name in record["tasks"]))
+    if names:
+        rows = [
+            (name, *(accuracy_words(record["tasks"].get(name)) for _, record in found))
+            for name in names
+        ]
+        means = [
+            {"accuracy": r["mean"], "standard_error": r["mean_standard_error"]} for _, r in found
+        ]
+        rows.append(("mean", *(accuracy_words(mean) for mean in means)))
+        print_table(("accuracy", *(name for name, _ in found)), rows, title="zero-shot tasks")
+    for reason in dict.fromkeys(why for _, r in found for why in r["skipped"].values()):
+        print_note(f"skipped: {reason}")
+
+
+def accuracy_words(task: dict[str, Any] | None) -> str:
+    """An accuracy with its standard error, in percent."""
+    if task is None or task["accuracy"] is None:
+        return "-"
+    error = task["standard_error"]
+    words = f"{100 * task['accuracy']:.1f}"
+    return words if error is None else f"{words} ± {100 * error:.1f}"

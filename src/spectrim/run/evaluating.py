@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from spectrim.data.windows import Windows, evaluation_windows, given_windows, lo
 from spectrim.errors import TextError
 from spectrim.evaluate.agreement import agreement
 from spectrim.evaluate.perplexity import perplexity
+from spectrim.evaluate.zero_shot import zero_shot
 from spectrim.run.loading import LoadedModel, load_model
 from spectrim.run.texts import UserText
 
@@ -71,6 +73,9 @@ def evaluate_model(
     dtype: str | torch.dtype = "auto",
     tokenizer: Any = None,
     trust_remote_code: bool = False,
+    tasks: str | Sequence[str] = (),
+    limit: int | None = None,
+    task_folders: Sequence[str | Path] = (),
 ) -> dict[str, Any]:
     """Perplexity on every text, parameters and bytes; with `against` also agreement with it.
 
@@ -85,9 +90,12 @@ def evaluate_model(
         dtype: `auto` is fp32 on a CPU.
         tokenizer: for model objects.
         trust_remote_code: run code that comes with the checkpoint.
+        tasks: zero-shot tasks by name, or `literature` or `offline`; see `evaluate.zero_shot`.
+        limit: questions per task, None for all.
+        task_folders: task files of the user's own.
 
     Raises:
-        SpectrimError: unknown text, non-finite losses, unloadable models.
+        SpectrimError: unknown text or task, non-finite losses, unloadable models.
     """
     options = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     loaded = load_model(model, tokenizer=tokenizer, **options)
@@ -109,4 +117,15 @@ def evaluate_model(
             result.setdefault("agreement", {})[label] = agreement(
                 reference.model, loaded.model, windows, batch=batch
             ).record()
+    if isinstance(tasks, str):
+        tasks = [part.strip() for part in tasks.split(",") if part.strip()]
+    if tasks:
+        result["zero_shot"] = zero_shot(
+            loaded.model,
+            loaded.tokenizer,
+            tasks,
+            limit=limit,
+            batch=batch,
+            task_folders=task_folders,
+        ).record()
     return result
