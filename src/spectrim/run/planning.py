@@ -6,6 +6,7 @@ Planning from a saved survey takes about a second, so nothing here imports torch
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from spectrim.allocate.budget import Shape, budget_bytes, keep_for_size, layer_bytes
@@ -14,6 +15,7 @@ from spectrim.allocate.ladder import Limits, ladders_for, smallest_keep
 from spectrim.allocate.plan import Plan
 from spectrim.allocate.rules import allocate
 from spectrim.allocate.sensitivity import CANDIDATES
+from spectrim.allocate.zero_sum import zero_sum
 from spectrim.errors import BudgetError, InputError
 from spectrim.recipe import Allocation, Recipe
 
@@ -32,6 +34,9 @@ __all__ = [
     "plan_limits",
     "shape_curves",
 ]
+
+STABLE_SIGNS = 0.75
+"""Least share of agreeing signs at which zero-sum believes them; noise gives a half."""
 
 TABLE = "table"
 """Stands beside the scores for ASVD's measured sensitivities."""
@@ -111,6 +116,8 @@ def make_plan(
             "the survey holds no measured sensitivities; survey with the recipe asvd, or predict "
             "them from spectra with score energy"
         )
+    if rule.rule == "zero_sum" and survey is not None:
+        return _zero_sum(recipe, survey, plan_limits(recipe, dtype_bytes))
     return allocate(
         curves or [],
         rule.rule,
@@ -118,9 +125,32 @@ def make_plan(
         limits=plan_limits(recipe, dtype_bytes),
         score=rule.score,
         fill=rule.fill,
-        faithful=rule.faithful,
         table=table if rule.score == "measured" else None,
     )
+
+
+def _zero_sum(recipe: Recipe, survey: Survey, limits: Limits) -> Plan:
+    """ZS-SVD's selection, without signs where signs are noise.
+
+    Balancing a sum whose terms have random signs only forces large components out; the least
+    `|dL|` first is then the better half of the rule. `faithful` selects as published.
+    """
+    stability = survey.sign_stability
+    unsigned = not recipe.allocate.faithful and stability is not None and stability < STABLE_SIGNS
+    plan = zero_sum(
+        survey.curves,
+        keep=recipe.keep,
+        limits=limits,
+        faithful=recipe.allocate.faithful,
+        key="magnitude" if unsigned else "zero_sum",
+    )
+    if not unsigned:
+        return plan
+    note = (
+        f"signs agree between the halves of the gradient windows for {stability:.0%} of the "
+        "components only, so the smallest |dL| goes first whatever its sign"
+    )
+    return replace(plan, notes=(*plan.notes, note))
 
 
 def plan_from_survey(

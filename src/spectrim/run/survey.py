@@ -47,8 +47,7 @@ REFERENCE_SHARE = 0.1
 _UNSHIFTED = {"shifted": "whitened", "anchored": "whitened", "anchored_kfac": "kfac"}
 
 MEASURED_WINDOWS = 8
-UNSTABLE = 0.6
-"""Share of agreeing signs below which a reader should not believe signed scores."""
+"""Windows behind measured KL."""
 
 
 def surveyed_choice(choice: Decompose) -> Decompose:
@@ -276,13 +275,10 @@ def _note_loss(found: _Found, score: str, name: str, components: Tensor) -> None
 
 def _note_stability(found: _Found, windows: int) -> None:
     agreeing = float(np.mean(list(found.stability.values())))
-    note = (
+    found.notes.append(
         f"signs of first-order scores agree between the halves of {windows} windows for "
-        f"{agreeing:.0%} of the components"
+        f"{agreeing:.0%} of the components (half is noise)"
     )
-    if agreeing < UNSTABLE and "first_order" in found.wanted:
-        note += "; at about half of them a sign is noise: more gradient windows help"
-    found.notes.append(note)
 
 
 def _with_references(job: Job, found: _Found, limits: Limits) -> list[Curve]:

@@ -72,15 +72,19 @@ def cut_survey(
     *,
     keep: float | None = None,
     size: int | None = None,
+    score: str | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
     """Cut a surveyed model to a size by the survey's rule, without text or decompositions.
+
+    With a score, ranks are those of the knapsack that minimizes it.
 
     Raises:
         ArtifactError: the survey is of another model.
         BudgetError: the size is out of reach.
     """
-    plan = plan_from_survey(survey, keep=keep, size=size)
+    rule = None if score is None else "knapsack"
+    plan = plan_from_survey(survey, keep=keep, size=size, rule=rule, score=score)
     # What follows the cut in the recipe would need text: a resized model is a plain one-shot cut.
     recipe = Recipe.model_validate(survey.recipe)
     recipe = recipe.with_changes(
