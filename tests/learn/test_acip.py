@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from architectures import windows
+from architectures import tiny, windows
 from gated_cases import gated_model, lessons_of
 from spectrim.errors import BudgetError, NonFiniteError
 from spectrim.learn.acip import PruningSettings, prune
@@ -89,7 +89,7 @@ def test_training_reaches_its_stop_and_counts_deaths(trained):
 
 
 def test_the_smallest_size_is_the_trained_end(trained):
-    _, gated, pruned, order, masked = trained
+    _, _, _, order, masked = trained
     plan = order.plan(order.smallest_keep)
     for entry, alive in zip(plan.entries, masked, strict=True):
         rank = int(alive.sum()) + 1
@@ -145,9 +145,6 @@ def gated_spans(gated):
 def test_keep_one_is_the_original_exactly(trained):
     model, gated, _, order, _ = trained
     apply_plan(gated, order.plan(1.0))
-    original, _ = gated_model()
-    from architectures import tiny
-
     with torch.no_grad():
         assert torch.equal(model(windows(2)).logits, tiny("llama")[0](windows(2)).logits)
 

@@ -88,13 +88,11 @@ def test_the_budget_is_met_within_one_component(whole):
 
 
 def test_survivors_keep_their_scores_and_fold_into_plain_factors(whole):
-    model, gated, _, plan, kept, scores, _ = whole
+    model, gated, _, plan, _, scores, _ = whole
     ids = windows(2)
     with torch.no_grad():
         expected = model(ids).logits
-    for (name, layer), part, entry in zip(
-        gated.layers.items(), scores, plan.entries, strict=True
-    ):
+    for (name, layer), part, entry in zip(gated.layers.items(), scores, plan.entries, strict=True):
         if entry.rank is None:
             continue
         result = folded(layer, part)
@@ -123,7 +121,7 @@ def test_the_deviation_folds_into_the_bias():
 
 
 def test_selection_alone_has_gates_of_zero_and_one():
-    model, gated, lessons, settings, state = learned("selection")
+    _, gated, lessons, settings, state = learned("selection")
     gates = gates_of(state, settings)
     assert set(gates.detach().tolist()) <= {0.0, 1.0}
     assert gates.requires_grad
@@ -143,11 +141,11 @@ def test_allocation_alone_keeps_leading_components():
 
 
 def test_rescaling_alone_trains_scores_of_a_uniform_plan():
-    model, gated, lessons, expected = prepared()
+    _, gated, lessons, _ = prepared()
     plan, kept = fixed_choice(gated, 0.5)
     rows = torch.arange(8)
     recovery = RecoverySettings(**{**RECOVERY, "steps": 12})
-    scores, losses = recover(gated, plan, kept, None, lessons, recovery)
+    scores, _ = recover(gated, plan, kept, None, lessons, recovery)
     after = lessons.measure(rows, "kl")
     gated.bind(None)
     assert after < lessons.measure(rows, "kl")
