@@ -1,0 +1,217 @@
+"""Laws that hold for every recipe, present and future, on a tiny model with few windows.
+
+A recipe is made quick by small numbers in its own fields; what it does stays the same. Each
+preset is carried out once, saved and loaded; other sizes are carried out without saving.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from architectures import tiny, windows
+from jobs import logits, same_state
+from spectrim.data.self_text import sample_windows
+from spectrim.layers.swap import compressed_layers
+from spectrim.recipe import Recipe
+from spectrim.recipes import PRESETS
+from spectrim.run.compress import Outcome, run_recipe
+from spectrim.run.loading import load_model
+from spectrim.run.saving import save_outcome
+
+ARCHITECTURE = "qwen2"  # a llama whose queries, keys and values have biases
+KEEP = 0.6
+OTHER_KEEPS = (0.8, 0.95)
+
+QUICK_STEPS = {
+    "closed_form": {},
+    "projected_gradient": {"stages": 2},
+    "block": {"epochs": 2, "batch": 4},
+    "distill": {"steps": 4, "evaluate_every": 2, "batch": 4},
+    "lora": {"epochs": 1, "batch": 4, "rank": 2},
+}
+QUICK_LEARNING = {
+    "acip": {
+        "stop_keep": 0.5,
+        "learning_rate": 3e-3,
+        "lora_learning_rate": 2e-3,
+        "lora_rank": 2,
+        "clip": 1.0,
+        "pressure_growth": 1.3,
+        "pressure_every": 1,
+        "steps": 16,
+        "max_steps": 40,
+        "size_every": 1,
+        "heal_steps": 4,
+        "heal_grid": 3,
+    },
+    "soco": {
+        "warmup_steps": 2,
+        "explore_steps": 6,
+        "oscillate_steps": 6,
+        "sparsify_steps": 6,
+        "recover_steps": 2,
+    },
+}
+TRAINS_BIASES = {"block", "distill"}
+
+
+def quick(recipe: Recipe, keep: float) -> Recipe:
+    data = recipe.model_dump(mode="json")
+    data["keep"] = keep
+    data["calibration"] |= {"text": "self", "windows": 16, "window_length": 12, "batch": 8}
+    data["allocate"] |= {"gradient_windows": 4}
+    for step in data["refine"]:
+        step |= QUICK_STEPS[step["step"]]
+        if step.get("windows") is not None:
+            step["windows"] = 4
+    if data["learn"] is not None:
+        data["learn"] |= QUICK_LEARNING[data["learn"]["method"]]
+    return Recipe.model_validate(data)
+
+
+def original():
+    return tiny(ARCHITECTURE)[0]
+
+
+@cache
+def text():
+    """What the recipes call `self`, sampled once for all of them."""
+    return sample_windows(original(), windows=16, window_length=12, seed=0).ids
+
+
+def carry_out(recipe: Recipe) -> Outcome:
+    if any(step.step == "lora" for step in recipe.refine):
+        pytest.importorskip("peft")
+    outcome = run_recipe(load_model(original()), recipe, text=text())
+    # The artifact of every size has laws of its own; here it is one model of the asked size.
+    return dataclasses.replace(outcome, elastic=None)
+
+
+@dataclass
+class Saved:
+    outcome: Outcome
+    folder: Path
+
+
+@pytest.fixture(scope="module", params=list(PRESETS))
+def saved(request, tmp_path_factory):
+    """A preset's result at one size, in memory and as a folder."""
+    outcome = carry_out(quick(PRESETS[request.param], KEEP))
+    folder = tmp_path_factory.mktemp(request.param) / "result"
+    save_outcome(outcome, folder)
+    return Saved(outcome, folder)
+
+
+def target_bytes_on_disk(folder, names):
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 (a handle, not a mapping)
+                if any(key.startswith(f"{name}.") for name in names):
+                    tensor = tensors.get_tensor(key)
+                    total += tensor.numel() * tensor.element_size()
+    return total
+
+
+def test_keep_is_met_within_one_component_and_is_that_of_the_files(saved):
+    plan, keep = saved.outcome.plan, saved.outcome.report["keep"]
+    dense = sum(e.dense_bytes for e in plan.entries)
+    shapes = {t["name"]: t["shape"] for t in saved.outcome.report["targets"]}
+    component = max(4 * sum(shape) for shape in shapes.values())
+    assert keep["asked"] == KEEP
+    assert 0 <= KEEP - keep["achieved"] <= component / dense
+    stored = target_bytes_on_disk(saved.folder, [e.name for e in plan.entries])
+    assert stored == keep["target_bytes"]["stored"] == sum(e.bytes for e in plan.entries)
+    assert dense == keep["target_bytes"]["dense"]
+    assert keep["achieved"] == stored / dense
+
+
+def test_loading_gives_the_same_model(saved):
+    loaded = AutoModelForCausalLM.from_pretrained(saved.folder).eval()
+    ids = windows(3, 12, seed=9)
+    assert compressed_layers(loaded)
+    assert torch.equal(logits(loaded, ids), logits(saved.outcome.model, ids))
+
+
+def test_the_stored_recipe_gives_the_same_bytes_again(saved):
+    recipe = Recipe.from_file(saved.folder / "recipe.yaml")
+    assert recipe == saved.outcome.recipe
+    assert recipe.hash() == saved.outcome.report["recipe"]["hash"]
+    again = carry_out(recipe)
+    assert again.report["recipe"] == saved.outcome.report["recipe"]
+    assert again.plan == saved.outcome.plan
+    # Saving attaches a configuration, never values.
+    assert same_state(again.model, saved.outcome.model)
+
+
+def test_the_report_is_whole_and_finite(saved):
+    for report in (
+        saved.outcome.report,
+        json.loads((saved.folder / "spectrim_report.json").read_text(encoding="utf-8")),
+    ):
+        json.dumps(report, allow_nan=False)
+        assert report.keys() >= {
+            "format_version", "model", "recipe", "keep", "rule", "predicted_loss", "targets",
+            "blocks", "network", "left_alone", "calibration", "seconds", "peak_memory_bytes",
+            "notes", "environment",
+        }  # fmt: skip
+        assert {t["name"] for t in report["targets"]} == {
+            e.name for e in saved.outcome.plan.entries
+        }
+        for target in report["targets"]:
+            assert target["bytes"] <= target["dense_bytes"]
+            if target["rank"] is not None and PRESETS[report["recipe"]["name"]].learn is None:
+                assert 0 <= target["predicted_error"] <= 1
+                assert target.get("measured_error", 0.0) >= 0
+        assert sum(report["seconds"].values()) > 0
+
+
+def test_what_is_no_target_stays(saved):
+    """Embeddings, final norm and head always; norms and biases unless the recipe trains them."""
+    recipe = saved.outcome.recipe
+    trained = recipe.learn is not None or any(s.step in TRAINS_BIASES for s in recipe.refine)
+    before, after = original().state_dict(), saved.outcome.model.state_dict()
+    weights = {f"{e.name}.weight" for e in saved.outcome.plan.entries}
+    for name, value in before.items():
+        if name in weights or (trained and ".layers." in name):
+            continue
+        where = name
+        if name.endswith(".bias") and name not in after:
+            target = name.removesuffix(".bias")
+            where = next(n for n in after if n.startswith(f"{target}.") and n.endswith("bias"))
+        assert torch.equal(after[where], value), name
+
+
+def everything_dense(name):
+    """A recipe's name, marked where keep 1 is not wired yet."""
+    if PRESETS[name].learn is None or PRESETS[name].learn.method != "soco":
+        return name
+    reason = "SoCo's recovery trains survivors even where every target stays dense"
+    return pytest.param(name, marks=pytest.mark.xfail(strict=False, reason=reason))
+
+
+@pytest.mark.parametrize("name", map(everything_dense, PRESETS))
+def test_keep_one_is_the_original(name):
+    outcome = carry_out(quick(PRESETS[name], 1.0))
+    ids = windows(3, 12, seed=9)
+    assert torch.equal(logits(outcome.model, ids), logits(original(), ids))
+    assert outcome.report["keep"]["achieved"] == 1.0
+
+
+def test_error_falls_with_keep(saved):
+    ids = text()
+    expected = logits(original(), ids)
+    errors = {KEEP: (logits(saved.outcome.model, ids) - expected).square().mean()}
+    for keep in OTHER_KEEPS:
+        outcome = carry_out(quick(PRESETS[saved.outcome.recipe.name], keep))
+        errors[keep] = (logits(outcome.model, ids) - expected).square().mean()
+    ordered = [float(errors[keep]) for keep in sorted(errors)]
+    assert ordered == sorted(ordered, reverse=True)
+    assert ordered[-1] < 0.7 * ordered[0]
