@@ -46,6 +46,16 @@ def compress(
         str | None,
         typer.Option("--on-failure", help="error, or keep-unrefined for a block that diverges."),
     ] = None,
+    work: Annotated[
+        Path | None,
+        typer.Option(
+            "--work", metavar="DIR", help="Checkpoints of acip and soco; resumes what is there."
+        ),
+    ] = None,
+    self_contained: Annotated[
+        bool,
+        typer.Option("--self-contained", help="Include the base model in an elastic artifact."),
+    ] = False,
     overwrite: options.Overwrite = False,
     trust_remote_code: options.TrustRemoteCode = False,
     verbose: options.Verbose = False,
@@ -54,6 +64,7 @@ def compress(
     """Compress MODEL and save the result to OUT.
 
     OUT is an ordinary Hugging Face folder with a model card, the complete recipe and a report.
+    With the recipe acip it is an elastic artifact, which `spectrim resize` cuts to any size.
     """
     from spectrim.cli.session import session
 
@@ -65,6 +76,7 @@ def compress(
             output=output,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
+            self_contained=self_contained,
             progress=progress,
             **options.given(
                 keep=keep,
@@ -82,6 +94,7 @@ def compress(
                 weights=weights,
                 offload_streams=offload_streams,
                 on_failure=on_failure,
+                work=work,
             ),
         )
     from spectrim.cli.results import print_compression

@@ -26,6 +26,16 @@ def save_elastic_outcome(
         ModelError: the original cannot be loaded.
     """
     assert outcome.elastic is not None
+    order, other = outcome.elastic.order, outcome.elastic.base.other_bytes
+    outcome.report["elastic"] = {
+        "smallest_keep": order.smallest_keep,
+        "smallest_bytes": order.smallest_bytes + other,
+        "largest_bytes": order.dense_bytes + other,
+    }
+    outcome.report["notes"].append(
+        f"written as an elastic artifact: `spectrim resize` gives every keep from "
+        f"{order.smallest_keep:.4f} to 1"
+    )
     base = None if original is None else load_model(original, device="cpu", dtype="auto")
     save_elastic(
         outcome.elastic,
