@@ -180,7 +180,7 @@ def test_no_name_is_renamed_wrongly():
     dense = [n for n in names if n not in storages]
     others = [f"vision.{n}.weight" for n in storages] + [f"{n}.weight_scale" for n in storages]
     others += [f"{n}.weight.absmax" for n in storages] + ["lm_head.weight", "model.norm.weight"]
-    forward = renamings(storages, "model")
+    forward = renamings({name: (kind, "native") for name, kind in storages.items()}, "model")
     backward = [r.reverse_transform() for r in forward[::-1]]
     intended = {"factored": "up.weight", "packed": "basis.weight"}
 

@@ -27,6 +27,7 @@ import numpy as np
 
 from spectrim.allocate.plan import Storage, Weights
 from spectrim.errors import BudgetError
+from spectrim.layers.layout import INT4_GROUP
 
 __all__ = [
     "INT4_GROUP",
@@ -43,9 +44,6 @@ __all__ = [
     "parse_size",
     "rank_for",
 ]
-
-INT4_GROUP = 32
-"""Numbers that share one scale and zero point in int4 storage."""
 
 INT8_SCALE_BYTES = 4
 INT4_GROUP_BYTES = 4

@@ -203,7 +203,7 @@ def unfuse(model: nn.Module) -> int:
     count = 0
     for layer in compressed_layers(model).values():
         child = _reader_name(layer)
-        fused = getattr(layer, child)
+        fused = getattr(layer, child, None)
         if isinstance(fused, FusedSlice):
             own = nn.Linear(fused.in_features, fused.out_features, bias=False, device="meta")
             own.weight = nn.Parameter(

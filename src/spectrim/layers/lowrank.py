@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from spectrim.layers.quantized import wide_weight
+
 __all__ = ["LowRankLinear"]
 
 
@@ -24,6 +26,7 @@ class LowRankLinear(nn.Module):
 
     is_compressed_layer = True
     storage = "factored"
+    weights = "native"
 
     def __init__(
         self,
@@ -97,8 +100,7 @@ class LowRankLinear(nn.Module):
 
     def dense_weight(self) -> Tensor:
         """The (out, in) matrix that the layer stands for, multiplied in fp32 or better."""
-        wide = torch.promote_types(self.up.weight.dtype, torch.float32)
-        return self.up.weight.detach().to(wide) @ self.down.weight.detach().to(wide)
+        return wide_weight(self.up) @ wide_weight(self.down)
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""

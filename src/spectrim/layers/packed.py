@@ -15,12 +15,14 @@ noise would matter.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from spectrim.layers.quantized import wide_weight
 from spectrim.linalg.pivot import Packed, Side, pack, packed_side
 from spectrim.tolerances import PACKED_ERROR_SHARE
 
@@ -41,6 +43,7 @@ class PackedLinear(nn.Module):
 
     is_compressed_layer = True
     storage = "packed"
+    weights = "native"
     order: Tensor
 
     def __init__(
@@ -158,7 +161,12 @@ class PackedLinear(nn.Module):
 
     def dense_weight(self) -> Tensor:
         """The (out, in) matrix that the layer stands for, multiplied in fp32 or better."""
-        return self.packed().to(torch.promote_types(self.weight.dtype, torch.float32)).product()
+        parts = replace(
+            self.packed(),
+            basis=wide_weight(self.basis),
+            coefficients=wide_weight(self.coefficients),
+        )
+        return parts.product()
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
@@ -198,9 +206,15 @@ class PackingDecision:
 
 
 def packed_error(
-    packed: Packed, up: Tensor, down: Tensor, dtype: torch.dtype, *, C: Tensor | None = None
+    packed: Packed,
+    up: Tensor,
+    down: Tensor,
+    dtype: torch.dtype,
+    *,
+    C: Tensor | None = None,
+    rounding: Callable[[Tensor], Tensor] | None = None,
 ) -> float:
-    """Relative error of the packed parts rounded to `dtype`, against the exact product.
+    """Relative error of the packed parts as they are stored, against the exact product.
 
     Args:
         packed: the parts in fp64.
@@ -209,9 +223,16 @@ def packed_error(
         dtype: the storage dtype.
         C: second moment of the inputs, (n, n), any scale; the error is then that of the outputs,
             `‖E X‖ / ‖B A X‖`, otherwise that of the weight, in Frobenius norms.
+        rounding: what storing does to each matrix, fp64 to fp64; None rounds to `dtype`.
     """
     exact = up.double() @ down.double()
-    error = packed.to(dtype).to(torch.float64).product() - exact
+    if rounding is None:
+        stored = packed.to(dtype).to(torch.float64)
+    else:
+        stored = replace(
+            packed, basis=rounding(packed.basis), coefficients=rounding(packed.coefficients)
+        )
+    error = stored.product() - exact
     scale = _norm(exact, C)
     return float(_norm(error, C) / scale) if scale > 0 else 0.0
 
@@ -222,6 +243,7 @@ def choose_storage(
     truncation_error: float,
     dtype: torch.dtype,
     C: Tensor | None = None,
+    rounding: Callable[[Tensor], Tensor] | None = None,
 ) -> PackingDecision:
     """Packed storage, unless its rounding is a noticeable share of what the cut cost.
 
@@ -232,12 +254,13 @@ def choose_storage(
             `‖(W - B A) X‖ / ‖W X‖`; the weight's own where `C` is None.
         dtype: the storage dtype.
         C: second moment of the inputs (n, n), any scale.
+        rounding: what storing does to each matrix, where it is not a rounding to `dtype`.
 
     Returns:
         The choice with both errors; a refusal carries a note for the report.
     """
     packed = pack(up, down)
-    error = packed_error(packed, up, down, dtype, C=C)
+    error = packed_error(packed, up, down, dtype, C=C, rounding=rounding)
     fits = error <= PACKED_ERROR_SHARE * truncation_error
     return PackingDecision(
         "packed" if fits else "factored",

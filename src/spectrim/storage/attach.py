@@ -44,21 +44,35 @@ def table_of(model: Any, *, previous: Table) -> Table:
         relative = relative_name(model, name)
         known = previous.layers.get(relative)
         # A layer that was refitted keeps unknown keys of its entry only if it is still the same.
-        if known is None or (known.rank, known.storage) != (layer.rank, layer.storage):
-            known = LayerEntry(rank=layer.rank, storage=layer.storage)
+        entry = _entry(layer)
+        if known is None or any(getattr(known, f) != getattr(entry, f) for f in _ENTRY_FIELDS):
+            known = entry
         layers[relative] = known
     return previous.model_copy(update={"layers": layers})
+
+
+_ENTRY_FIELDS = ("rank", "storage", "weights", "shape")
+
+
+def _entry(layer: Any) -> LayerEntry:
+    native = layer.weights == "native"
+    return LayerEntry(
+        rank=layer.rank,
+        storage=layer.storage,
+        weights=layer.weights,
+        shape=None if native else (layer.out_features, layer.in_features),
+    )
 
 
 def check_storable(layer: Any, name: str) -> None:
     """Refuse a rank at which a loader without spectrim could take a factor for the dense weight.
 
-    That happens only where the stored tensor has the dense shape: a full-rank layer, which costs
-    more than the dense weight and is better left dense.
+    That happens only where the stored tensor has the dense shape: a full-rank layer in native
+    numbers, which costs more than the dense weight and is better left dense.
     """
     out_features, in_features = layer.out_features, layer.in_features
-    layout = layout_of(layer.storage)
-    stored = layout.shapes(out_features, in_features, layer.rank)[layout.weight_key]
+    layout = layout_of(layer.storage, layer.weights)
+    stored = layout.shapes(out_features, in_features, layer.rank or 0)[layout.weight_key]
     if stored in {(out_features, in_features), (in_features, out_features)}:
         raise ModelError(
             f"{name} has rank {layer.rank} of {min(out_features, in_features)}: a full-rank layer "

@@ -36,7 +36,7 @@ class StoredTarget:
         out_features: m.
         in_features: n.
         bias: whether a bias is stored.
-        dtype: of the stored weight, e.g. `BF16`.
+        dtype: of the model's own numbers, e.g. `BF16`; of the stored matrices if those are native.
         bytes: stored bytes, bias included.
         dense_bytes: bytes of the dense layer in the same dtype, bias included.
     """
@@ -142,7 +142,7 @@ def inspect_folder(path: str | Path) -> FolderInspection:
             tensors[name] = entry
     targets: list[StoredTarget] = []
     if table is not None:
-        finder = _Finder(folder, tensors)
+        finder = _Finder(folder, tensors, _native_dtype(config, tensors))
         targets += [finder.compressed(name, entry) for name, entry in table.layers.items()]
         targets += [finder.dense(name) for name in table.left_dense]
     sizes = {file.name: file.stat().st_size for file in files}
@@ -180,12 +180,36 @@ def checkpoint_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
+_DTYPE_WORDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
+
+
+def _native_dtype(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> str:
+    """The dtype of the model's own numbers, as safetensors spells it."""
+    text = config.get("text_config")
+    nested = text if isinstance(text, dict) else {}
+    stated = next(
+        (c[k] for c in (config, nested) for k in ("dtype", "torch_dtype") if c.get(k)), None
+    )
+    if stated in _DTYPE_WORDS:
+        return _DTYPE_WORDS[stated]
+    floats = [e.dtype for e in tensors.values() if e.dtype in _DTYPE_WORDS.values()]
+    return max(sorted(set(floats)), key=floats.count, default="F32")
+
+
+def _stated(entry: LayerEntry) -> tuple[int, int, int]:
+    """(out, in, rank) from the configuration, with rank 0 for a layer that was not cut."""
+    if entry.shape is None:
+        raise ValueError("an entry with integer weights has a shape, see parse_table")
+    return (*entry.shape, entry.rank or 0)
+
+
 class _Finder:
     """Looks up layers, named relative to the base model, among the tensors of a folder."""
 
-    def __init__(self, folder: Path, tensors: Mapping[str, TensorEntry]):
+    def __init__(self, folder: Path, tensors: Mapping[str, TensorEntry], native: str):
         self.folder = folder
         self.tensors = tensors
+        self.native = native
         self.paths: dict[str, str] = {}
         for key in sorted(tensors, key=len, reverse=True):
             path, _, last = key.rpartition(".")
@@ -196,37 +220,40 @@ class _Finder:
 
     def compressed(self, name: str, entry: LayerEntry) -> StoredTarget:
         """A compressed layer, its shapes checked against rank and storage."""
-        layout = layout_of(entry.storage)
+        layout = layout_of(entry.storage, entry.weights)
         path = self._path(name)
         keys = layout.tensors(1, 1, 1, bias=False)
+        integers = entry.weights != "native"
         found = {key: self._tensor(f"{path}.{layout.disk_key(key)}", name) for key in keys}
         shapes = {layout.disk_key(key): tensor.shape for key, tensor in found.items()}
         bias = self.tensors.get(f"{path}.bias")
         weight = found[layout.weight_key]
         try:
-            m, n, rank = layout.dimensions(shapes)
+            m, n, rank = _stated(entry) if integers else layout.dimensions(shapes)
         except ValueError:
             m, n, rank = 0, 0, 0
-        if rank != entry.rank or any(
+        if rank != (entry.rank or 0) or any(
             found[key].shape != shape for key, shape in layout.shapes(m, n, rank).items()
         ):
             listed = ", ".join(f"{key} {list(shape)}" for key, shape in shapes.items())
             raise ArtifactError(
                 f"{self.folder / weight.file}: the tensors of {path} ({listed}) do not fit "
-                f"{entry.storage} storage of rank {entry.rank}"
+                f"{entry.storage} storage of rank {entry.rank} with {entry.weights} weights"
             )
         parts = [*found.values(), *([bias] if bias else [])]
+        # Bytes are held against the dense layer in the dtype that the model has besides.
+        dtype = self.native if integers else weight.dtype
         return StoredTarget(
             name=path,
             storage=entry.storage,
             weights=entry.weights,
-            rank=rank,
+            rank=entry.rank,
             out_features=m,
             in_features=n,
             bias=bias is not None,
-            dtype=weight.dtype,
+            dtype=dtype,
             bytes=sum(part.bytes for part in parts),
-            dense_bytes=m * n * DTYPE_BITS[weight.dtype] // 8 + (bias.bytes if bias else 0),
+            dense_bytes=m * n * DTYPE_BITS[dtype] // 8 + (bias.bytes if bias else 0),
         )
 
     def dense(self, name: str) -> StoredTarget:

@@ -17,7 +17,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 
 from spectrim.errors import ArtifactError, ModelError
-from spectrim.layers.layout import layout_of
+from spectrim.layers.quantized import skeleton
 from spectrim.layers.swap import compressed_layers, dense_shape, restore_dense, swap_in
 from spectrim.model.weights import get_module
 from spectrim.storage.attach import check_storable, resolve_name, table_of
@@ -38,7 +38,7 @@ class SpectrimQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: Any, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
-        self._storages: dict[str, str] = {}
+        self._storages: dict[str, tuple[str, str]] = {}
         self._prefix = ""
 
     def _process_model_before_weight_loading(
@@ -67,7 +67,9 @@ class SpectrimQuantizer(HfQuantizer):
 
     def _observe(self, model: Any) -> None:
         layers = compressed_layers(model)
-        self._storages = {name: layer.storage for name, layer in layers.items()}
+        self._storages = {
+            name: (layer.storage, layer.weights) for name, layer in layers.items()
+        }
         self._prefix = model.base_model_prefix
 
     def get_weight_conversions(self) -> list[Any]:
@@ -118,15 +120,22 @@ def _swap_skeleton(model: Any, name: str, entry: LayerEntry) -> None:
     old: Any = get_module(model, name)
     try:
         out_features, in_features = dense_shape(old, name)
-        if entry.rank > min(out_features, in_features):
+        if (entry.rank or 0) > min(out_features, in_features):
             raise ModelError(
                 f"{name} has rank {entry.rank}, more than its ({out_features}, {in_features})"
             )
-        bias = old.bias is not None
-        layer = (
-            layout_of(entry.storage)
-            .layer_class()
-            .empty(in_features, out_features, entry.rank, bias, dtype=old.weight.dtype)
+        if entry.shape not in (None, (out_features, in_features)):
+            raise ModelError(
+                f"{name} maps {in_features} features to {out_features}, the configuration says "
+                f"(out, in) = {entry.shape}"
+            )
+        layer = skeleton(
+            entry.storage,
+            entry.weights,
+            (out_features, in_features),
+            entry.rank,
+            bias=old.bias is not None,
+            dtype=old.weight.dtype,
         )
         check_storable(layer, name)
     except ModelError as error:

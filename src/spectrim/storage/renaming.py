@@ -22,17 +22,17 @@ class SpectrimRenaming(WeightRenaming):
     __slots__ = ()
 
 
-def renamings(storages: Mapping[str, str], prefix: str) -> list[Any]:
+def renamings(storages: Mapping[str, tuple[str, str]], prefix: str) -> list[Any]:
     """The renamings for compressed layers.
 
-    One renaming per storage kind and renamed tensor, whatever the number of layers: its pattern
+    One renaming per layout and renamed tensor, whatever the number of layers: its pattern
     lists full names and is anchored at both ends, so that `layers.1` cannot match inside
     `layers.11`, nor a layer inside a longer path. A checkpoint saved with a head may be loaded
     into the bare base model and the other way round; transformers adjusts the prefix only after
     renaming, so every name is listed with and without it.
 
     Args:
-        storages: module path in the model at hand -> storage kind.
+        storages: module path in the model at hand -> storage kind and number format.
         prefix: the model's `base_model_prefix`.
     """
     found = []
@@ -42,7 +42,7 @@ def renamings(storages: Mapping[str, str], prefix: str) -> list[Any]:
             bare = {name.removeprefix(f"{prefix}.") for name in names}
             names = bare | {f"{prefix}.{name}" for name in bare}
         pattern = "|".join(name.replace(".", r"\.") for name in sorted(names))
-        for memory, disk in layout_of(kind).renames().items():
+        for memory, disk in layout_of(*kind).renames().items():
             target = memory.replace(".", r"\.")
             found.append(
                 SpectrimRenaming(

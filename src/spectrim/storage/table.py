@@ -29,8 +29,8 @@ __all__ = [
 
 QUANT_METHOD = "spectrim"
 FORMAT_VERSION = 1
-KNOWN_WEIGHTS = ("native",)
-"""Number formats of stored factors that this version reads."""
+KNOWN_WEIGHTS = ("native", "int8", "int4")
+"""Number formats of stored matrices that this version reads."""
 
 MAX_LAYERS = 200_000
 MAX_SIDE = 2**24
@@ -38,17 +38,26 @@ MAX_SIDE = 2**24
 Name = Annotated[
     str, StringConstraints(pattern=r"^[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*$", max_length=400)
 ]
+Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
 Text = Annotated[str, StringConstraints(max_length=1000)]
 
 
 class LayerEntry(BaseModel):
-    """How one compressed layer is stored."""
+    """How one compressed layer is stored.
+
+    Attributes:
+        rank: components kept; None for a target that was not cut but has integer weights.
+        storage: a kind of `layers.layout`.
+        weights: number format of its matrices.
+        shape: (out, in), with integer weights, whose tensors do not tell.
+    """
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
-    rank: int = Field(ge=1, le=MAX_SIDE)
+    rank: Side | None = None
     storage: Annotated[str, StringConstraints(max_length=40)]
     weights: Annotated[str, StringConstraints(max_length=40)] = "native"
+    shape: tuple[Side, Side] | None = None
 
 
 class Provenance(BaseModel):
@@ -94,7 +103,12 @@ class Table(BaseModel):
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `config.json`, unknown keys included."""
-        return self.model_dump(mode="json")
+        data = self.model_dump(mode="json")
+        for entry in data["layers"].values():
+            # Most layers need no shape, and a large model has thousands of layers.
+            if entry["shape"] is None:
+                del entry["shape"]
+        return data
 
 
 def parse_table(data: Mapping[str, Any], *, source: str) -> Table:
@@ -121,10 +135,19 @@ def parse_table(data: Mapping[str, Any], *, source: str) -> Table:
             f"({error.error_count()} problem(s))"
         ) from error
     for name, entry in table.layers.items():
-        layout_of(entry.storage)
         if entry.weights not in KNOWN_WEIGHTS:
             raise ArtifactError(
                 f"{source}: {name} has weights {entry.weights!r}; this version of spectrim reads "
                 f"{', '.join(KNOWN_WEIGHTS)}"
+            )
+        layout_of(entry.storage, entry.weights)
+        if (entry.rank is None) != (entry.storage == "dense"):
+            raise ArtifactError(
+                f"{source}: {name} has rank {entry.rank}, which does not go with its storage "
+                f"{entry.storage!r}"
+            )
+        if entry.weights != "native" and entry.shape is None:
+            raise ArtifactError(
+                f"{source}: {name} has weights {entry.weights!r} and no shape (out, in)"
             )
     return table

@@ -67,7 +67,7 @@ def check_orders(model: Any) -> None:
         ArtifactError: names the tensor.
     """
     for name, layer in compressed_layers(model).items():
-        for key in layout_of(layer.storage).integers:
+        for key in layout_of(layer.storage, layer.weights).integers:
             order = layer.get_buffer(key)
             if order.is_meta:
                 continue  # offloaded to disk; the gather itself checks its bounds
