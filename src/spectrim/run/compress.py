@@ -150,8 +150,12 @@ def _base(loaded: LoadedModel, job: Job) -> Base:
 
 
 def _check_survey(loaded: LoadedModel, job: Job, survey: Survey) -> None:
-    """Refuse a survey of another model, objective or, where both calibrate one cut, text."""
+    """Refuse a survey of another model; for a one-shot flow also of another objective or text."""
     key = survey_key(loaded, job.recipe, job.windows)
-    # A sequential pass takes only ranks from the survey, which may come from any text.
-    other_text = job.windows is None or job.recipe.flow == "sequential"
-    survey.check(key, ignore=("windows",) if other_text else ())
+    ignored: set[str] = set()
+    if job.windows is None:
+        ignored = {"windows"}
+    if job.recipe.flow != "one-shot":
+        # Only ranks are taken, and those may come from any objective and text.
+        ignored = {"windows", "tokenizer", *key.settings, *(survey.key or key).settings}
+    survey.check(key, ignore=ignored)

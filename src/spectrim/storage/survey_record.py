@@ -7,7 +7,7 @@ recipe fields that its numbers depend on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -121,6 +121,12 @@ class Survey:
             known.append("measured")
         return tuple(known)
 
+    @property
+    def sign_stability(self) -> float | None:
+        """Mean share of components whose first-order sign agrees between halves of the windows."""
+        shares = self.facts.get("sign_stability")
+        return sum(shares.values()) / len(shares) if shares else None
+
     def curves_for(self, score: Score) -> list[Curve]:
         """The curves with the losses of one score.
 
@@ -137,7 +143,7 @@ class Survey:
             return list(self.curves)
         return [replace(curve, loss=losses[curve.name]) for curve in self.curves]
 
-    def check(self, key: SurveyKey, *, ignore: tuple[str, ...] = ()) -> None:
+    def check(self, key: SurveyKey, *, ignore: Collection[str] = ()) -> None:
         """Refuse a survey of something else.
 
         Args:
