@@ -17,7 +17,7 @@ FLOORS = (
     {"errors", "tolerances"},
     {"linalg"},
     {"moments", "layers", "model", "data", "distributed"},
-    {"learn", "refine", "decompose", "allocate", "storage", "evaluate", "report"},
+    {"learn", "refine", "decompose", "allocate", "storage", "evaluate", "report", "slider"},
     {"recipes"},
     {"run"},
     {"api"},

@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from spectrim.api import resolve_recipe
+from spectrim.api import ElasticModel, load_elastic, resolve_recipe
 from spectrim.errors import InputError, OutputError
 from spectrim.evaluate.curve import curve_csv, parse_keeps
+from spectrim.evaluate.perplexity import perplexity
 from spectrim.recipe import Recipe
-from spectrim.report.content import as_json
+from spectrim.report.content import as_json, read_curve_file
 from spectrim.report.drawing import new_figure, save_figure
 from spectrim.report.figures import draw_curve
 from spectrim.report.page import render_page
 from spectrim.report.tables import comparison_csv, comparison_markdown
 from spectrim.run.compare import Comparison, compare_recipes
 from spectrim.run.curve import Curve, elastic_curve, recipe_curve
+from spectrim.run.evaluating import evaluation_windows_of
 from spectrim.run.job import Progress
+from spectrim.run.loading import LoadedModel
 from spectrim.run.measuring import PointStore, Reference, open_reference
 from spectrim.run.page import gather_page
 from spectrim.run.texts import UserText
-from spectrim.storage.elastic import BASE_FOLDER, is_elastic
-from spectrim.storage.elastic import load_elastic as read_elastic
+from spectrim.slider.engine import Engine
+from spectrim.slider.server import SliderServer
+from spectrim.storage.elastic import is_elastic
+from spectrim.storage.survey_file import is_survey
 
-__all__ = ["Measure", "compare", "curve", "report"]
+__all__ = ["Measure", "compare", "curve", "report", "slider"]
 
 POINTS_FOLDER = "points"
 
@@ -92,10 +98,10 @@ def curve(
     measure = measure or Measure()
     keeps = parse_keeps(keep) if isinstance(keep, str) else list(keep)
     folder = None if output is None else _folder(output)
-    if not isinstance(model, nn.Module) and is_elastic(model):
+    if _is_elastic(model):
         if recipes:
             raise InputError(f"{model} is an elastic artifact and has its sizes; give no recipes")
-        found = _elastic(Path(model), keeps, measure, progress)
+        found = _elastic(Path(str(model)), keeps, measure, progress)
     else:
         if not recipes:
             raise InputError("a curve needs recipes, for example svd-llm,aa-svd")
@@ -123,16 +129,84 @@ def _own_text(text: UserText) -> UserText:
     return None if isinstance(text, str | Path) else text
 
 
+def _is_elastic(model: str | Path | nn.Module) -> bool:
+    return not isinstance(model, nn.Module) and (is_elastic(model) or is_survey(model))
+
+
+def _open(folder: Path, measure: Measure) -> ElasticModel:
+    return load_elastic(
+        folder,
+        device=str(measure.device),
+        dtype=str(measure.dtype).removeprefix("torch."),
+        trust_remote_code=measure.trust_remote_code,
+    )
+
+
 def _elastic(
     folder: Path, keeps: Sequence[float], measure: Measure, progress: Progress | None
 ) -> Curve:
-    from spectrim.api import load_elastic
-
-    base = read_elastic(folder).base
-    dense = folder / BASE_FOLDER if base.self_contained else base.name
-    return elastic_curve(
-        measure.reference(dense), load_elastic(folder), keeps, name=folder.name, progress=progress
+    elastic = _open(folder, measure)
+    reference = replace(measure, device="auto", dtype="auto").reference(
+        dense_twin(elastic.model), elastic.tokenizer
     )
+    reference.loaded.stored_dtype = elastic.elastic.dtype
+    return elastic_curve(reference, elastic, keeps, name=folder.name, progress=progress)
+
+
+def dense_twin(model: nn.Module) -> nn.Module:
+    """A second tree of modules over the same tensors: it stays dense while the first is resized."""
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def slider(
+    artifact: str | Path,
+    *,
+    measure: Measure | None = None,
+    curve: str | Path | None = None,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+) -> SliderServer:
+    """The slider's server, ready for `serve_forever`.
+
+    Args:
+        artifact: the folder of an elastic artifact or a survey.
+        measure: with a text, the page shows perplexities.
+        curve: what `spectrim curve` wrote for this artifact and text, for estimates.
+        host: address to listen on.
+        port: 0 takes any free one.
+
+    Raises:
+        SpectrimError: the artifact cannot be loaded, or the address is taken.
+    """
+    measure = measure or Measure()
+    if not _is_elastic(artifact):
+        raise InputError(
+            f"{artifact} is neither an elastic artifact nor a survey; make one with "
+            "`spectrim compress --recipe acip` or `spectrim survey`"
+        )
+    elastic = _open(Path(artifact), measure)
+    dense = dense_twin(elastic.model)
+    windows, known = None, {}
+    if measure.text is not None:
+        loaded = LoadedModel(dense, elastic.tokenizer, str(artifact), elastic.elastic.dtype)
+        windows = evaluation_windows_of(
+            loaded, measure.text, measure.window_length, measure.max_tokens
+        )
+        known[1.0] = perplexity(dense, windows, batch=measure.batch).perplexity
+        if curve is not None:
+            known |= {p.achieved: p.perplexity for p in read_curve_file(curve)}
+    engine = Engine(
+        name=Path(artifact).name,
+        dense=dense,
+        elastic=elastic,
+        tokenizer=elastic.tokenizer,
+        smallest_keep=elastic.sizes.smallest_keep,
+        other_bytes=elastic.elastic.base.other_bytes,
+        windows=windows,
+        known=known,
+    )
+    return SliderServer(engine, host=host, port=port)
 
 
 def compare(

@@ -24,6 +24,7 @@ from spectrim.cli import (
     recipes,
     report,
     resize,
+    slider,
     survey,
 )
 from spectrim.errors import SpectrimError
@@ -74,6 +75,7 @@ app.command()(resize.resize)
 app.command()(curve.curve)
 app.command()(compare.compare)
 app.command()(report.report)
+app.command()(slider.slider)
 app.command(
     "lm-eval",
     context_settings={

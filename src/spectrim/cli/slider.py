@@ -1,0 +1,62 @@
+"""`spectrim slider`: a local page that shows what every size of an elastic artifact writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spectrim.cli import options, study
+
+__all__ = ["slider"]
+
+
+def slider(
+    artifact: Annotated[
+        Path,
+        typer.Argument(
+            metavar="ELASTIC", help="An elastic artifact, or what `spectrim survey` wrote."
+        ),
+    ],
+    evaluation_text: study.EvaluationText = None,
+    evaluation_length: study.EvaluationLength = None,
+    max_tokens: study.MaxTokens = None,
+    curve: Annotated[
+        Path | None,
+        typer.Option("--curve", metavar="DIR", help="What `spectrim curve ELASTIC` wrote."),
+    ] = None,
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen on; others than this one are exposed.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", help="0 takes any free one.")] = 7860,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Serve a page with one slider for the size.
+
+    Dense and compressed model continue your prompt side by side. With --evaluation-text the page
+    measures perplexity too. Ctrl-C ends it.
+    """
+    from spectrim.cli.session import session
+
+    with session(verbose=verbose):
+        from spectrim import studies
+        from spectrim.cli.render import print_facts
+
+        server = studies.slider(
+            artifact,
+            measure=study.measure(
+                evaluation_text, evaluation_length, max_tokens, device, dtype, trust_remote_code
+            ),
+            curve=curve,
+            host=host,
+            port=port,
+        )
+        print_facts({"page": server.url, "end": "Ctrl-C"})
+        try:
+            server.serve_forever()
+        finally:
+            server.server_close()

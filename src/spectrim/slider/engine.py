@@ -1,0 +1,246 @@
+"""What the slider's page asks for: a size, its perplexity, and both models' continuations.
+
+One lock guards the model. Whoever finds it taken is told so at once and asks again; a stream gives
+it back when its reader has gone, because closing a generator runs its `finally`.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.data.sampling import sampled_tokens
+from spectrim.data.windows import Windows, longest_window
+from spectrim.errors import InputError, TextError
+from spectrim.evaluate.perplexity import perplexity
+
+__all__ = ["BusyError", "Engine", "Resizable"]
+
+MOST_TOKENS = 200
+UNFINISHED = "�"
+"""What a decoder shows for the first bytes of a character whose rest has not come yet."""
+
+
+class BusyError(InputError):
+    """Another request is using the model."""
+
+
+class Resizable(Protocol):
+    """An elastic model: its `model` takes any size in place."""
+
+    model: Any
+
+    def resize(self, keep: float) -> Any:
+        """Change the size; returns the plan of it."""
+        ...
+
+
+class Engine:
+    """Answers requests one at a time.
+
+    Args:
+        name: of the artifact, for the page.
+        dense: the original model.
+        elastic: resized in place; shares nothing with `dense` that it changes.
+        tokenizer: of both.
+        smallest_keep: the artifact's end.
+        other_bytes: of everything that is not a target.
+        windows: to measure perplexity on; None shows no perplexity.
+        known: keep -> perplexity measured earlier on the same windows, for estimates.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        dense: nn.Module,
+        elastic: Resizable,
+        tokenizer: Any,
+        smallest_keep: float,
+        other_bytes: int,
+        windows: Windows | None = None,
+        known: Mapping[float, float] | None = None,
+    ):
+        if tokenizer is None:
+            raise TextError(f"{name!r} has no tokenizer; the page cannot read prompts")
+        self.name = name
+        self.dense = dense
+        self.elastic = elastic
+        self.tokenizer = tokenizer
+        self.smallest_keep = smallest_keep
+        self.other_bytes = other_bytes
+        self.windows = windows
+        self._known = dict(known or {})
+        self._measured: dict[float, float] = {}
+        self._lock = threading.Lock()
+        self._longest = longest_window(dense.config)  # type: ignore[arg-type]
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self._lock.acquire(blocking=False):
+            raise BusyError("the model is busy with another request; try again in a moment")
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def facts(self) -> dict[str, Any]:
+        """What the page needs to draw itself."""
+        return {
+            "name": self.name,
+            "smallest_keep": self.smallest_keep,
+            "measures": self.windows is not None,
+            "most_tokens": MOST_TOKENS,
+        }
+
+    def size(self, keep: float) -> dict[str, Any]:
+        """Resize, and say what the size takes and what it is expected to cost.
+
+        Raises:
+            InputError: not a size, or below the artifact's end.
+            BusyError: another request is running.
+        """
+        with self._alone():
+            return self._resize(keep)
+
+    def measure(self, keep: float) -> dict[str, Any]:
+        """The size's facts with its perplexity; measured once per size.
+
+        Raises:
+            InputError: as `size`, or there is no text to measure on.
+        """
+        if self.windows is None:
+            raise InputError("there is no text to measure on; start with --evaluation-text")
+        with self._alone():
+            found = self._resize(keep)
+            if found["keep"] not in self._measured:
+                self._measured[found["keep"]] = perplexity(
+                    self.elastic.model, self.windows
+                ).perplexity
+            return found | {"measured": self._measured[found["keep"]]}
+
+    def _resize(self, keep: float) -> dict[str, Any]:
+        if not isinstance(keep, int | float) or isinstance(keep, bool) or not 0 < keep <= 1:
+            raise InputError(f"keep is {keep!r}; it is a fraction in (0, 1]")
+        if keep < self.smallest_keep:
+            raise InputError(
+                f"keep {keep:g} is below the end of this artifact; its smallest is "
+                f"{self.smallest_keep:.6f}"
+            )
+        plan = self.elastic.resize(float(keep))
+        stored = sum(entry.bytes for entry in plan.entries)
+        dense = sum(entry.dense_bytes for entry in plan.entries)
+        achieved = stored / dense
+        return {
+            "keep": achieved,
+            "bytes": stored + self.other_bytes,
+            "dense_bytes": dense + self.other_bytes,
+            "estimated": self._estimate(achieved),
+            "measured": self._measured.get(achieved),
+        }
+
+    def _estimate(self, keep: float) -> float | None:
+        """Perplexity between measured sizes, straight in its logarithm; None outside them."""
+        points = sorted({**self._known, **self._measured}.items())
+        place = bisect_left([k for k, _ in points], keep)
+        if place < len(points) and points[place][0] == keep:
+            return points[place][1]
+        if not 0 < place < len(points):
+            return None
+        (k1, p1), (k2, p2) = points[place - 1], points[place]
+        share = (keep - k1) / (k2 - k1)
+        return math.exp((1 - share) * math.log(p1) + share * math.log(p2))
+
+    def continuations(self, prompt: str, keep: float, tokens: int) -> Iterator[dict[str, Any]]:
+        """Both models' next words, token by token in turn.
+
+        Yields:
+            First the size's facts, maybe a note, then pieces `{model, text}`, and at the end of
+            each model `{model, done, tokens, tokens_per_second}`.
+
+        Raises:
+            TextError: an empty prompt.
+            InputError: a size or a number of tokens out of reach.
+            BusyError: another request is running.
+        """
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise TextError("the prompt is empty; write at least one word")
+        if not isinstance(tokens, int) or not 1 <= tokens <= MOST_TOKENS:
+            raise InputError(f"asked for {tokens!r} tokens; ask for 1 to {MOST_TOKENS}")
+        with self._alone():
+            yield {"size": self._resize(keep)}
+            ids = list(self.tokenizer(prompt)["input_ids"])
+            if not ids:
+                raise TextError("the prompt has no tokens; write at least one word")
+            if self._longest is not None:
+                tokens = min(tokens, max(1, self._longest // 2))
+                room = self._longest - tokens
+                if len(ids) > room:
+                    yield {"note": f"the prompt has {len(ids)} tokens; its last {room} are used"}
+                    ids = ids[-room:]
+            writers = {
+                "dense": _Writer(self.dense, self.tokenizer, ids, tokens),
+                "compressed": _Writer(self.elastic.model, self.tokenizer, ids, tokens),
+            }
+            while writers:
+                for model, writer in list(writers.items()):
+                    yield {"model": model, **writer.step()}
+                    if writer.done:
+                        del writers[model]
+
+
+class _Writer:
+    """One model's continuation, a token at a time, with the seconds that the model took."""
+
+    def __init__(self, model: Any, tokenizer: Any, ids: list[int], tokens: int):
+        self.tokenizer = tokenizer
+        self.prompt = ids
+        self.done = False
+        self._before = tokenizer.decode(ids, skip_special_tokens=True)
+        self._shown = ""
+        self._written: list[int] = []
+        self._seconds = 0.0
+        self._wanted = tokens
+        self._ends = _end_ids(model)
+        self._stream = sampled_tokens(model, torch.tensor([ids]), steps=tokens, chances=None)
+
+    def step(self) -> dict[str, Any]:
+        """The next piece of text; the last one carries the speed."""
+        started = time.perf_counter()
+        token: Tensor | None = next(self._stream, None)
+        self._seconds += time.perf_counter() - started
+        ended = token is None or int(token) in self._ends
+        if token is not None and not ended:
+            self._written.append(int(token))
+        self.done = ended or len(self._written) >= self._wanted
+        piece = {"text": self._fresh()}
+        if not self.done:
+            return piece
+        speed = len(self._written) / self._seconds if self._seconds > 0 else None
+        return piece | {"done": True, "tokens": len(self._written), "tokens_per_second": speed}
+
+    def _fresh(self) -> str:
+        """What has become readable since the last piece."""
+        whole = self.tokenizer.decode(self.prompt + self._written, skip_special_tokens=True)
+        text = whole[len(self._before) :] if whole.startswith(self._before) else ""
+        if text.endswith(UNFINISHED) and not self.done:
+            return ""
+        fresh, self._shown = text[len(self._shown) :], text
+        return fresh
+
+
+def _end_ids(model: Any) -> frozenset[int]:
+    """Tokens that end a text."""
+    settings = getattr(model, "generation_config", None) or model.config
+    ends = getattr(settings, "eos_token_id", None)
+    if ends is None:
+        return frozenset()
+    return frozenset(ends) if isinstance(ends, list | tuple) else frozenset([ends])
