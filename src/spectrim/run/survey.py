@@ -65,6 +65,7 @@ def make_survey(
     *,
     scores: Collection[str] | None = None,
     weight_of: Callable[[Target], Tensor] | None = None,
+    complete: bool = False,
 ) -> Survey:
     """Survey the model as it is now; nothing in it changes.
 
@@ -74,6 +75,7 @@ def make_survey(
         scores: of `first_order`, `second_order`, `kfac`, `measured`, and `table` for ASVD's
             sensitivities.
         weight_of: exact weights to decompose where the modules hold rounded ones.
+        complete: hold every component, also those that no plan can use.
 
     Returns:
         A survey without key, with factors up to the largest rank that a plan can use.
@@ -97,7 +99,7 @@ def make_survey(
         with job.log.timed("scores"):
             _score_components(job, choice, found)
     limits = _limits(job)
-    for curve in found.curves:
+    for curve in () if complete else found.curves:
         held = min(largest_rank(curve.shape, limits), curve.rank)
         found.factors[curve.name] = _leading(found.factors[curve.name], held)
     if "measured" in wanted:
