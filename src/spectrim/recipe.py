@@ -248,7 +248,9 @@ class SocoLearning(Section):
     hysteresis: float = Field(0.02, ge=0, lt=1)
     settled: float = Field(0.99, gt=0, le=1, description="overlap of kept sets that ends phase two")
     undecided: float = Field(0.001, ge=0, lt=1, description="share of scores that ends phase three")
-    dead_after: int = Field(20, ge=1, description="steps below the threshold, while sparsifying")
+    dead_after: int = Field(20, ge=1, description="steps below the threshold before a final death")
+    hard: bool = Field(True, description="low scores take no part in the forward pass")
+    sensitivity_steps: int = Field(32, ge=1, description="batches behind the sensitivities")
     checkpoint_every: int = Field(100, ge=1)
 
 

@@ -26,6 +26,8 @@ SETTINGS = {
     "settled": 0.99,
     "undecided": 0.001,
     "dead_after": 3,
+    "hard": True,
+    "sensitivity_steps": 4,
 }
 RECOVERY = {
     "steps": 4,

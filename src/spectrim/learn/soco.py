@@ -9,15 +9,20 @@ explore    KL plus compression pressure, until the components with a score above
            the budget.
 oscillate  KL always, pressure switched by hysteresis around the budget, so that components pruned
            too early can come back. Ends when a full cycle leaves the kept set as it was.
-sparsify   components below the threshold are pushed to zero and, after a while there, held at
-           exactly zero; ends when hardly any is undecided.
+sparsify   components below the threshold fade: their part of the forward pass falls linearly to
+           zero while their scores are pushed down, so that survivors take over bit by bit. What
+           stays below is then held at exactly zero; ends when hardly any is undecided.
 recover    the exact budget decides the last components; survivors and d are trained a little more.
 
-Pressure is decoupled from Adam: after its step every θ falls by `lr · min(cap, λ w / √v)`, with w
-the component's share of the cost and v Adam's second moment of the KL gradient. Added to the loss
-it would be invisible, or drown the second moment; divided by √v it still weighs costs against
-sensitivities. λ is a strength times the median of √v, since gradients of a divergence from itself
-start at zero; the strength grows until the load follows a straight line to the budget.
+Components below the threshold take no part in the forward pass (`hard`), while their gradient is
+that of the score, which brings them back where they are missed. Trained without this, scores
+gather just below the threshold and the model leans on them until they are pruned.
+
+Pressure is decoupled from Adam: after its step every θ falls by `lr · min(cap, λ √(w / F))`, with w
+the component's share of the cost and F the mean squared gradient of its gate in the original
+model, so that what costs much and matters little goes first. Added to the loss it would be
+invisible, or drown Adam's second moment. λ grows until the load follows a straight line to the
+budget.
 
 The parts can be run one by one: `selection` (scores decide, survivors stay as they were),
 `rescaling` (ranks fixed in advance), `allocation` (scores decide ranks, components in order).
@@ -41,9 +46,13 @@ from spectrim.learn.checkpoint import (
 from spectrim.learn.gates import GateFunction, gate_values
 from spectrim.learn.lessons import Lessons, Report
 from spectrim.learn.pruning import Gated
+from spectrim.learn.surrogate import mean_square_gradients
 from spectrim.refine.fitting import warmup_cosine
 
 __all__ = ["SocoSettings", "SocoState", "deviations", "gates_of", "learn_scores", "scores_of"]
+
+FADE_SHARE = 0.7
+"""Share of the last phase over which components below the threshold fade."""
 
 MEMORY = 0.98
 """Decay of the running mean of scores."""
@@ -77,6 +86,8 @@ class SocoSettings:
     settled: float
     undecided: float
     dead_after: int
+    hard: bool
+    sensitivity_steps: int
 
 
 @dataclass
@@ -92,10 +103,11 @@ class SocoState:
         dead: held at zero, boolean (N,).
         snapshot: the kept set when pressure was last switched on, boolean (N,).
         used: components that take part in the products, boolean (N,).
+        sensitivity: F, mean squared gate gradient in the original model, (N,).
         phase: `explore`, `oscillate`, `sparsify` or `done`.
         phase_step: steps done in this phase.
         step: steps done in all.
-        pressure: strength of the pressure, λ over the median of √v.
+        pressure: λ, relative to the median of √(w / F).
         pressing: whether the pressure is on.
         first_loss: of the first step with a gradient.
         history: (step, loss, kept share).
@@ -109,6 +121,7 @@ class SocoState:
     dead: Tensor
     snapshot: Tensor
     used: Tensor
+    sensitivity: Tensor
     phase: str = "explore"
     phase_step: int = 0
     step: int = 0
@@ -124,6 +137,7 @@ class SocoState:
         "dead",
         "snapshot",
         "used",
+        "sensitivity",
     )
     _COUNTERS: ClassVar = ("phase", "phase_step", "step", "pressure", "pressing", "history")
 
@@ -142,6 +156,7 @@ class SocoState:
             dead=zero > 0,
             snapshot=zero > 0,
             used=zero == 0,
+            sensitivity=zero + 1,
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -178,7 +193,19 @@ def gates_of(state: SocoState, settings: SocoSettings) -> Tensor:
         # Forward exactly 0 or 1, backward the gradient of the score.
         hard = (scores.detach() > settings.threshold).to(scores.dtype)
         scores = hard + (scores - scores.detach())
+    elif settings.hard or state.phase == "sparsify":
+        low = scores.detach() <= settings.threshold
+        faded = 1.0 if settings.hard else fading(state, settings)
+        # Backward as if nothing faded, so that a score can still rise again.
+        scores = scores - faded * (scores * low).detach()
     return scores.masked_fill(state.dead, 0.0)
+
+
+def fading(state: SocoState, settings: SocoSettings) -> float:
+    """How far components below the threshold have faded in the last phase, 0 to 1."""
+    if state.phase != "sparsify":
+        return float(state.phase == "done")
+    return min(1.0, state.phase_step / (FADE_SHARE * settings.sparsify_steps))
 
 
 def deviations(gated: Gated) -> list[nn.Parameter]:
@@ -205,7 +232,8 @@ def learn_scores(
         groups.append({"params": deviations(gated), "lr": settings.deviation_learning_rate})
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    _resume(checkpoint, gated, state, optimizer)
+    if not _resume(checkpoint, gated, state, optimizer):
+        state.sensitivity = mean_square_gradients(gated, lessons, steps=settings.sensitivity_steps)
     weights = gated.spans.weights(gated.costs(), gated.device)
     whole = gated.load(torch.ones_like(state.dead))
     total = settings.explore_steps + settings.oscillate_steps + settings.sparsify_steps
@@ -272,13 +300,11 @@ def _press(
     kept: Tensor,
 ) -> None:
     """Decoupled pressure, and in the last phase the push towards zero."""
-    moment = optimizer.state[state.theta]["exp_avg_sq"].sqrt()
     rate = optimizer.param_groups[0]["lr"]
     if state.pressing:
-        # Median over what is kept: the dead have no gradients. Before the first one it is 0 / 0.
-        scale = moment[kept].median() if bool(kept.any()) else moment.median()
-        force = (state.pressure * scale * weights / moment).nan_to_num(nan=state.pressure)
-        state.theta -= rate * force.clamp(max=settings.pressure_cap)
+        worth = (state.sensitivity / weights).sqrt()
+        force = state.pressure * worth.median() / worth
+        state.theta -= rate * force.nan_to_num(nan=0.0).clamp(max=settings.pressure_cap)
         if state.phase == "explore":
             share = min(1.0, state.phase_step / settings.explore_steps)
             lag = (gated.load(kept) - (whole + share * (settings.keep - whole))) / whole
@@ -288,11 +314,11 @@ def _press(
         else:
             state.pressure *= settings.pressure_growth
     if state.phase == "sparsify":
-        ramp = min(1.0, 2 * state.phase_step / settings.sparsify_steps)
-        low = ~kept
-        state.theta -= rate * settings.sparsity * ramp * weights.clamp(max=1.0) * low
+        faded, low = fading(state, settings), ~kept
+        state.theta -= rate * settings.sparsity * faded * weights.clamp(max=1.0) * low
         state.below.copy_(torch.where(low, state.below + 1, 0))
-        state.dead |= state.below >= settings.dead_after
+        if faded == 1.0:
+            state.dead |= state.below >= settings.dead_after
         if state.phase_step % settings.dead_after == 0:
             state.used.copy_(~state.dead)
             gated.use(state.used)
@@ -320,7 +346,10 @@ def _next_phase(settings: SocoSettings, state: SocoState, kept: float, mask: Ten
         state.pressing = kept > settings.keep
         middle = (scores_of(state, settings) > settings.threshold / 2) & ~mask
         decided = float(middle.float().mean()) < settings.undecided
-        if (decided and kept <= settings.keep) or state.phase_step >= settings.sparsify_steps:
+        faded = fading(state, settings) == 1.0
+        if (
+            decided and faded and kept <= settings.keep
+        ) or state.phase_step >= settings.sparsify_steps:
             state.enter("done")
 
 
@@ -334,10 +363,10 @@ def _rate(state: SocoState, settings: SocoSettings) -> float:
 
 def _resume(
     checkpoint: Checkpoint | None, gated: Gated, state: SocoState, optimizer: torch.optim.Optimizer
-) -> None:
+) -> bool:
     found = checkpoint.load() if checkpoint is not None else None
     if found is None:
-        return
+        return False
     tensors, counters = found
     state.restore(tensors, counters)
     with torch.no_grad():
@@ -346,3 +375,4 @@ def _resume(
     load_optimizer(optimizer, tensors, "optimizer")
     if not bool(state.used.all()):
         gated.use(state.used)
+    return True

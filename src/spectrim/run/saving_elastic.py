@@ -58,11 +58,11 @@ def _card(outcome: Outcome) -> str:
         "\n\n".join(
             [
                 f"# {name} at every size",
-                f"Ordered low-rank components of the linear layers of `{elastic.base.name}`, made by "
-                f"[spectrim](https://github.com/spectrim/spectrim) with the recipe "
-                f"`{outcome.recipe.name}`. This folder is no model by itself: it gives one of any size "
-                f"from {format_bytes(order.smallest_bytes + other)} (keep {order.smallest_keep:.4f}) to "
-                f"{format_bytes(order.dense_bytes + other)} (dense).",
+                f"Ordered low-rank components of the linear layers of `{elastic.base.name}`, made "
+                "by [spectrim](https://github.com/spectrim/spectrim) with the recipe "
+                f"`{outcome.recipe.name}`. This folder is no model by itself: it gives one of any "
+                f"size from {format_bytes(order.smallest_bytes + other)} (keep "
+                f"{order.smallest_keep:.4f}) to {format_bytes(order.dense_bytes + other)} (dense).",
                 "```python\nimport spectrim\n\n"
                 'elastic = spectrim.load_elastic("this-folder")\n'
                 f"elastic.resize({max(order.smallest_keep, 0.5):.2f})  # at once, and reversible\n"
