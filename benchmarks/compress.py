@@ -1,6 +1,6 @@
 """Seconds per stage and peak memory of compressing, for the bundled model and for one big block.
 
-    python benchmarks/compress.py [--recipes svd-llm,aa-svd] [--shapes bundled,llama-3.2-1b,llama-7b]
+    python benchmarks/compress.py [--recipes svd-llm,aa-svd] [--shapes bundled,llama-7b]
 
 Every row runs in a process of its own, so that its peak memory is its own. The big shapes are one
 randomly initialised decoder block between small embeddings, calibrated on random tokens: they
@@ -109,8 +109,8 @@ def main() -> None:
             RESULTS.write_text(json.dumps({"rows": rows}, indent=2) + "\n")
             peak = row["peak_memory_bytes"] / 2**20
             print(
-                f"{shape:14} {recipe:18} {row['seconds']:8.1f} s wall {row['cpu_seconds']:8.1f} s CPU"
-                f" {peak:8.0f} MiB peak",
+                f"{shape:14} {recipe:18} {row['seconds']:8.1f} s wall, "
+                f"{row['cpu_seconds']:8.1f} s CPU, {peak:8.0f} MiB peak",
                 flush=True,
             )
 

@@ -36,6 +36,10 @@ def compress(
         str | None, typer.Option("--storage", help="factored, packed or auto.")
     ] = None,
     weights: Annotated[str | None, typer.Option("--weights", help="native, int8 or int4.")] = None,
+    effort: Annotated[
+        str | None,
+        typer.Option("--effort", help="fast, balanced or thorough, of the default recipe."),
+    ] = None,
     offload_streams: Annotated[
         Path | None,
         typer.Option(
@@ -92,6 +96,7 @@ def compress(
                 survey=survey,
                 storage=storage,
                 weights=weights,
+                effort=effort,
                 offload_streams=offload_streams,
                 on_failure=on_failure,
                 work=work,

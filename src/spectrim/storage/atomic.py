@@ -46,6 +46,9 @@ def check_output(output: str | Path, *, overwrite: bool) -> Path:
             )
     elif path.exists():
         raise OutputError(f"{output} exists and is not a folder")
+    above = next(p for p in path.parents if p.exists())
+    if not os.access(above, os.W_OK | os.X_OK) or not above.is_dir():
+        raise OutputError(f"{output} cannot be written: {above} is not a folder open to writing")
     return path
 
 
