@@ -8,9 +8,9 @@ import json
 
 import pytest
 import torch
-from architectures import tiny, windows
 
 import spectrim.run.curve as curve_module
+from architectures import tiny, windows
 from spectrim import api, studies
 from spectrim.errors import InputError
 from spectrim.evaluate.agreement import agreement
@@ -88,9 +88,7 @@ def test_a_second_call_measures_only_what_is_new(dense, drawn, tmp_path, monkeyp
     again = studies.curve(dense, recipes=["svd", "svd-llm"], keep=[0.8, 0.4], **options)
     assert len(runs) == again.measured == 1
     numbers = [(p.recipe, p.keep, p.nll) for p in again.points]
-    assert numbers == [
-        (p.recipe, p.keep, pytest.approx(p.nll, rel=1e-9)) for p in drawn[1].points
-    ]
+    assert numbers == [(p.recipe, p.keep, pytest.approx(p.nll, rel=1e-9)) for p in drawn[1].points]
     studies.curve(dense, recipes=["svd"], keep=[0.8, 0.6], **options)
     assert runs[1:] == ["svd"]
     studies.curve(dense, recipes=["svd-llm"], keep=[0.8], **options | {"text": windows(8, seed=5)})

@@ -28,7 +28,7 @@ _LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 # Okabe and Ito's colors without yellow and black: told apart by color-blind readers, and with
 # enough contrast on white and on black.
-_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+_COLORS = ("#1f80c4", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 
 _SETTINGS = {
     "text.color": INK,
@@ -99,11 +99,17 @@ def series_styles(count: int) -> list[dict[str, Any]]:
 
 
 def logarithmic(axis: Axis) -> None:
-    """A logarithmic axis with plain numbers: the usual powers need the formulas we switched off."""
+    """A logarithmic axis with plain numbers, since powers need the formulas we switched off.
+
+    Call it when everything is drawn: the data decide how fine the ticks are.
+    """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=7))
+    low, high = axis.get_data_interval()
+    # Within two decades the powers alone would leave an axis with one number or none.
+    subs = (1.0, 2.0, 5.0) if high < 100 * low else (1.0,)
+    axis.set_major_locator(LogLocator(subs=subs, numticks=7))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 

@@ -22,6 +22,9 @@ __all__ = [
     "group_by_recipe",
 ]
 
+_LEAST_SHOWN = 1e-5
+"""Share of a spectrum below which it is not drawn."""
+
 _LOG_SPAN = 20.0
 """Axes become logarithmic when the largest value exceeds the smallest by this factor."""
 
@@ -112,7 +115,7 @@ def draw_heat_map(axes: Axes, kept: Mapping[tuple[int, str], float]) -> None:
                 value = table[row, column]
                 if not math.isnan(value):
                     # The cell's own color decides, not the page's, so neither ink is currentColor.
-                    color = "#ffffff" if value > 0.6 else "#111111"
+                    color = "#ffffff" if value > 0.75 else "#111111"
                     words = f"{value:.0%}"
                     axes.text(column, row, words, ha="center", va="center", color=color, fontsize=9)
 
@@ -149,7 +152,8 @@ def _remaining(energies: Sequence[float]) -> list[float]:
     for energy in energies:
         result.append(tail / total if total > 0 else math.nan)
         tail -= energy
-    return [max(value, 1e-12) for value in result]
+    # The last components are nothing but rounding, and would stretch the axis over them.
+    return [value for value in result if not value < _LEAST_SHOWN]
 
 
 def draw_errors(axes: Axes, errors: Mapping[str, Sequence[tuple[float, float]]]) -> None:

@@ -47,7 +47,7 @@ def render_page(content: PageContent) -> str:
     )
     report = content.report
     return environment.from_string(source).render(
-        title=f"{report['model']} at keep {number(report['keep']['achieved'])}",
+        title=f"{_last(report['model'])} at keep {number(report['keep']['achieved'])}",
         version=__version__,
         summary=_summary(content),
         evaluation=_evaluation_table(content.evaluations),
@@ -71,6 +71,11 @@ def number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
+def _last(name: str) -> str:
+    """The last part of a path or hub name."""
+    return name.rstrip("/").rpartition("/")[2] or name
+
+
 def _pair(pair: Mapping[str, int]) -> str:
     return f"{format_bytes(pair['stored'])} of {format_bytes(pair['dense'])}"
 
@@ -79,7 +84,8 @@ def _summary(content: PageContent) -> list[tuple[str, str]]:
     report, keep = content.report, content.report["keep"]
     dense = sum(1 for t in report["targets"] if t.get("rank") is None)
     facts = [
-        ("recipe", str(report["recipe"]["name"])),
+        ("model", report["model"]),
+        ("recipe", report["recipe"]["name"]),
         ("keep", f"{number(keep['achieved'])} (asked for {number(keep['asked'])})"),
         ("target layers", _pair(keep["target_bytes"])),
         ("whole model", f"{_pair(keep['model_bytes'])}, {keep['whole_model']:.1%}"),
@@ -177,5 +183,7 @@ def _depth_table(content: PageContent) -> Table | None:
 def _samples(content: PageContent) -> list[tuple[str, list[tuple[str, str]]]]:
     prompts: dict[str, list[tuple[str, str]]] = {}
     for sample in content.samples:
-        prompts.setdefault(sample.prompt, []).append((sample.model, sample.continuation))
+        prompts.setdefault(sample.prompt, []).append(
+            (sample.model, sample.continuation.lstrip(" "))
+        )
     return list(prompts.items())
