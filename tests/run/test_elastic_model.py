@@ -13,6 +13,7 @@ from spectrim.layers.swap import compressed_layers
 from spectrim.recipes import get_recipe
 from spectrim.run.elastic import ElasticModel, open_elastic
 from spectrim.run.loading import load_model
+from spectrim.run.saving_elastic import save_survey_as_elastic
 from spectrim.storage.elastic import Base, Elastic
 
 ACIP = {
@@ -169,3 +170,25 @@ def test_a_resumed_run_with_another_recipe_names_the_difference(tmp_path):
     other = recipe.with_changes(learn={"batch": 2})
     with pytest.raises(Exception, match=r"learn\.batch: 4 there, 2 now"):
         api.compress(tiny("llama")[0], recipe=other, text=windows(8), work=tmp_path)
+
+
+def test_a_survey_gives_every_size_by_its_scores(tmp_path):
+    model, text = folder_of("llama", tmp_path / "m"), windows(8)
+    surveyed = api.survey(
+        model, output=tmp_path / "s", recipe="zs-svd", text=text, scores=("first_order", "kfac")
+    )
+    ranks = {}
+    for score in ("energy", "first_order", "kfac"):
+        opened = api.load_elastic(tmp_path / "s", score=score)
+        plan = opened.resize(0.6)
+        ranks[score] = [e.rank for e in plan.entries]
+        for name, layer in compressed_layers(opened.model).items():
+            up, down = surveyed.factors[name].cut(layer.rank)
+            assert torch.allclose(layer.dense_weight(), up @ down, atol=1e-6)
+    assert ranks["energy"] != ranks["kfac"]
+    elastic = save_survey_as_elastic(surveyed, tmp_path / "e", score="kfac")
+    again = api.load_elastic(tmp_path / "e")
+    assert [e.rank for e in again.resize(0.6).entries] == ranks["kfac"]
+    assert elastic.source == again.elastic.source == "kfac"
+    small = api.resize(tmp_path / "e", keep=0.6)
+    assert small.plan.achieved_keep <= 0.6

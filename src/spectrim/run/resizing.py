@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from spectrim.run.elastic import ElasticModel
 from spectrim.run.job import RunLog
 from spectrim.run.reporting import build_report
 from spectrim.storage.folder import RECIPE_FILE, REPORT_FILE
-from spectrim.storage.survey_file import is_survey, load_survey
+from spectrim.storage.json_file import read_json
 
 __all__ = ["settle_outcome"]
 
@@ -51,8 +50,5 @@ def settle_outcome(
 
 def _origin(folder: Path) -> tuple[Recipe, Any]:
     """The recipe behind an artifact, and what it was calibrated on."""
-    if is_survey(folder):
-        survey = load_survey(folder)
-        return Recipe.model_validate(survey.recipe), survey.facts.get("calibration")
-    report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
+    report = read_json(folder / REPORT_FILE)
     return get_recipe(folder / RECIPE_FILE), report.get("calibration")

@@ -1,15 +1,19 @@
-"""From a training that gives every size to its elastic artifact."""
+"""From a training that gives every size, or a survey that could, to the elastic artifact."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from spectrim.allocate.budget import format_bytes
+from spectrim.recipe import Recipe
 from spectrim.run.compress import Outcome
+from spectrim.run.elastic import open_elastic
 from spectrim.run.loading import load_model
-from spectrim.storage.elastic import save_elastic
+from spectrim.storage.elastic import Elastic, save_elastic
+from spectrim.storage.survey_record import Survey
 
-__all__ = ["save_elastic_outcome"]
+__all__ = ["save_elastic_outcome", "save_survey_as_elastic"]
 
 
 def save_elastic_outcome(
@@ -26,15 +30,11 @@ def save_elastic_outcome(
         ModelError: the original cannot be loaded.
     """
     assert outcome.elastic is not None
-    order, other = outcome.elastic.order, outcome.elastic.base.other_bytes
-    outcome.report["elastic"] = {
-        "smallest_keep": order.smallest_keep,
-        "smallest_bytes": order.smallest_bytes + other,
-        "largest_bytes": order.dense_bytes + other,
-    }
+    sizes = _sizes(outcome.elastic)
+    outcome.report["elastic"] = sizes
     outcome.report["notes"].append(
         f"written as an elastic artifact: `spectrim resize` gives every keep from "
-        f"{order.smallest_keep:.4f} to 1"
+        f"{sizes['smallest_keep']:.4f} to 1"
     )
     base = None if original is None else load_model(original, device="cpu", dtype="auto")
     save_elastic(
@@ -42,16 +42,68 @@ def save_elastic_outcome(
         output,
         recipe_yaml=outcome.recipe.to_yaml(),
         report=outcome.report,
-        card=_card(outcome),
+        card=_card(outcome.elastic, outcome.recipe),
         base_model=None if base is None else base.model.to(base.stored_dtype),
         tokenizer=outcome.tokenizer,
         overwrite=overwrite,
     )
 
 
-def _card(outcome: Outcome) -> str:
-    elastic = outcome.elastic
-    assert elastic is not None
+def save_survey_as_elastic(
+    survey: Survey,
+    output: str | Path,
+    *,
+    score: str | None = None,
+    base: str | Path | None = None,
+    self_contained: bool = False,
+    overwrite: bool = False,
+) -> Elastic:
+    """Write a survey's components, ordered by one of its scores, as an elastic artifact.
+
+    Args:
+        survey: in memory or loaded.
+        output: a new or empty folder, or an artifact with `overwrite`.
+        score: see `elastic_from_survey`.
+        base: where the base model lies now, if not under its recorded name.
+        self_contained: include the base checkpoint.
+        overwrite: replace the artifact that is there.
+
+    Raises:
+        ArtifactError: the base model is not the surveyed one.
+        InputError: the survey lacks the score.
+        OutputError: the destination is taken or cannot be written; nothing is left there.
+    """
+    opened = open_elastic(survey, base=base, device="cpu", score=score)
+    recipe, elastic = Recipe.model_validate(survey.recipe), opened.elastic
+    save_elastic(
+        elastic,
+        output,
+        recipe_yaml=recipe.to_yaml(),
+        report={
+            "format_version": 1,
+            "model": survey.model_name,
+            "calibration": survey.facts.get("calibration"),
+            "elastic": {**_sizes(elastic), "score": elastic.source},
+            "notes": list(survey.notes),
+        },
+        card=_card(elastic, recipe),
+        base_model=opened.model.to(elastic.dtype) if self_contained else None,
+        tokenizer=opened.tokenizer,
+        overwrite=overwrite,
+    )
+    return elastic
+
+
+def _sizes(elastic: Elastic) -> dict[str, Any]:
+    order, other = elastic.order, elastic.base.other_bytes
+    return {
+        "smallest_keep": order.smallest_keep,
+        "smallest_bytes": order.smallest_bytes + other,
+        "largest_bytes": order.dense_bytes + other,
+    }
+
+
+def _card(elastic: Elastic, recipe: Recipe) -> str:
     order, other = elastic.order, elastic.base.other_bytes
     name = Path(elastic.base.name).name
     return (
@@ -60,7 +112,7 @@ def _card(outcome: Outcome) -> str:
                 f"# {name} at every size",
                 f"Ordered low-rank components of the linear layers of `{elastic.base.name}`, made "
                 "by [spectrim](https://github.com/spectrim/spectrim) with the recipe "
-                f"`{outcome.recipe.name}`. This folder is no model by itself: it gives one of any "
+                f"`{recipe.name}`. This folder is no model by itself: it gives one of any "
                 f"size from {format_bytes(order.smallest_bytes + other)} (keep "
                 f"{order.smallest_keep:.4f}) to {format_bytes(order.dense_bytes + other)} (dense).",
                 "```python\nimport spectrim\n\n"
@@ -68,7 +120,7 @@ def _card(outcome: Outcome) -> str:
                 f"elastic.resize({max(order.smallest_keep, 0.5):.2f})  # at once, and reversible\n"
                 "elastic.model\n```",
                 "```\nspectrim resize this-folder --keep 0.5 -o smaller\n```",
-                f"```yaml\n{outcome.recipe.to_yaml().rstrip()}\n```",
+                f"```yaml\n{recipe.to_yaml().rstrip()}\n```",
             ]
         )
         + "\n"
