@@ -157,7 +157,7 @@ def _shell(original: nn.Module, shape: tuple[int, int]) -> LowRankLinear:
 
 
 def open_elastic(
-    artifact: str | Path | Elastic,
+    artifact: str | Path | Elastic | Survey,
     *,
     base: str | Path | nn.Module | None = None,
     device: str = "auto",
@@ -179,12 +179,16 @@ def open_elastic(
         ArtifactError: a damaged artifact, or a base model that is not the recorded one.
         ModelError: the base model cannot be loaded.
     """
-    survey = None if isinstance(artifact, Elastic) or not is_survey(artifact) else artifact
+    numbers: Survey | None = None
+    elastic: Elastic | None = None
     if isinstance(artifact, Elastic):
-        elastic: Elastic | None = artifact
+        elastic = artifact
+    elif isinstance(artifact, Survey):
+        numbers = artifact
+    elif is_survey(artifact):
+        numbers = load_survey(artifact)
     else:
-        elastic = None if survey is not None else load_elastic(artifact)
-    numbers = load_survey(survey) if survey is not None else None
+        elastic = load_elastic(artifact)
     place: Any = base
     if place is None and elastic is not None:
         inside = elastic.base.self_contained and elastic.folder is not None
