@@ -6,10 +6,9 @@ from torch import nn
 
 from spectrim.layers.layout import layout_of
 from spectrim.layers.lowrank import LowRankLinear
-from spectrim.layers.packed import PackedLinear, choose_storage, packed_error
+from spectrim.layers.packed import PackedLinear, packed_error
 from spectrim.layers.swap import restore_dense, swap_in
 from spectrim.linalg.pivot import pack
-from spectrim.tolerances import PACKED_ERROR_SHARE
 
 
 def draw(*shape, seed=0):
@@ -132,20 +131,6 @@ def test_packed_error_is_the_measured_rounding(C):
     found = packed_error(pack(up, down), up, down, torch.bfloat16, C=X @ X.T if C else None)
     assert found == pytest.approx(float(expected), rel=1e-3)
     assert 1e-3 < found < 3e-2
-
-
-def test_gate_packs_where_the_cut_dominates_and_falls_back_where_rounding_does():
-    up, down = factors(60, 80, 25)
-    good = choose_storage(up, down, 0.1, torch.bfloat16)
-    assert (good.storage, good.note) == ("packed", None)
-    layer = PackedLinear.from_packed(good.packed, None, dtype=torch.float64, device="cpu")
-    assert torch.allclose(layer.dense_weight(), up @ down, atol=1e-11)
-    tight = good.packed_error / PACKED_ERROR_SHARE
-    assert choose_storage(up, down, tight * 1.001, torch.bfloat16).storage == "packed"
-    bad = choose_storage(up, down, tight * 0.999, torch.bfloat16)
-    assert (bad.storage, bad.packed) == ("factored", None)
-    assert "factored" in bad.note
-    assert choose_storage(up, down, tight * 0.999, torch.float32).storage == "packed"
 
 
 def test_parts_of_the_larger_side_are_refused():

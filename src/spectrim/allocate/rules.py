@@ -58,7 +58,9 @@ def allocate(
     if rule == "zero_sum":
         return zero_sum(curves, keep=keep, limits=limits, faithful=faithful)
     if rule == "knapsack":
-        return knapsack(curves, keep=keep, limits=limits, score=score)
+        # Targets that stay dense may take the number format of the others.
+        formats = ("native",) if limits is None else tuple({"native": 0, limits.weights: 0})
+        return knapsack(curves, keep=keep, limits=limits, score=score, dense_weights=formats)
     if rule == "sensitivity":
         found = table or predicted_table(curves, score=score, limits=limits)
         return sensitivity(curves, keep=keep, table=found, limits=limits, fill=fill)

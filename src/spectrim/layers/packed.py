@@ -9,24 +9,21 @@ side, so the gather is as short as it can be and the shapes tell the side. `basi
 `LowRankLinear`. How the pivots are chosen is in `linalg/pivot.py` (arXiv 2501.19090).
 
 Packing is exact in exact arithmetic, but it rounds 3 to 4 times as much as plain factors do,
-because the coefficients pass on the noise of the basis. `choose_storage` refuses it where that
-noise would matter.
+because the coefficients pass on the noise of the basis. `packed_error` measures it; a run stores a
+target otherwise where that is the better use of its bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from spectrim.layers.quantized import wide_weight
 from spectrim.linalg.pivot import Packed, Side, pack, packed_side
-from spectrim.tolerances import PACKED_ERROR_SHARE
 
-__all__ = ["PackedLinear", "PackingDecision", "choose_storage", "packed_error"]
+__all__ = ["PackedLinear", "packed_error"]
 
 
 class PackedLinear(nn.Module):
@@ -176,35 +173,6 @@ class PackedLinear(nn.Module):
         )
 
 
-@dataclass(frozen=True)
-class PackingDecision:
-    """How one target will be stored, and why.
-
-    Attributes:
-        storage: `packed`, or `factored` where packing would round too much.
-        packed_error: relative error of the packed parts rounded to the storage dtype.
-        truncation_error: relative error of the cut, the scale that `packed_error` is held against.
-        growth: largest coefficient of the packed form.
-        packed: the fp64 parts, None where they are not used.
-    """
-
-    storage: Literal["factored", "packed"]
-    packed_error: float
-    truncation_error: float
-    growth: float
-    packed: Packed | None
-
-    @property
-    def note(self) -> str | None:
-        """A line for the report where packing was refused."""
-        if self.storage == "packed":
-            return None
-        return (
-            f"stored factored: packing would add {self.packed_error:.1e}, more than "
-            f"{PACKED_ERROR_SHARE:g} of the truncation error {self.truncation_error:.1e}"
-        )
-
-
 def packed_error(
     packed: Packed,
     up: Tensor,
@@ -212,7 +180,6 @@ def packed_error(
     dtype: torch.dtype,
     *,
     C: Tensor | None = None,
-    rounding: Callable[[Tensor], Tensor] | None = None,
 ) -> float:
     """Relative error of the packed parts as they are stored, against the exact product.
 
@@ -223,52 +190,11 @@ def packed_error(
         dtype: the storage dtype.
         C: second moment of the inputs, (n, n), any scale; the error is then that of the outputs,
             `‖E X‖ / ‖B A X‖`, otherwise that of the weight, in Frobenius norms.
-        rounding: what storing does to each matrix, fp64 to fp64; None rounds to `dtype`.
     """
     exact = up.double() @ down.double()
-    if rounding is None:
-        stored = packed.to(dtype).to(torch.float64)
-    else:
-        stored = replace(
-            packed, basis=rounding(packed.basis), coefficients=rounding(packed.coefficients)
-        )
-    error = stored.product() - exact
+    error = packed.to(dtype).to(torch.float64).product() - exact
     scale = _norm(exact, C)
     return float(_norm(error, C) / scale) if scale > 0 else 0.0
-
-
-def choose_storage(
-    up: Tensor,
-    down: Tensor,
-    truncation_error: float,
-    dtype: torch.dtype,
-    C: Tensor | None = None,
-    rounding: Callable[[Tensor], Tensor] | None = None,
-) -> PackingDecision:
-    """Packed storage, unless its rounding is a noticeable share of what the cut cost.
-
-    Args:
-        up: `B`, shape (m, k).
-        down: `A`, shape (k, n).
-        truncation_error: relative error of the cut as a ratio of norms (not squared),
-            `‖(W - B A) X‖ / ‖W X‖`; the weight's own where `C` is None.
-        dtype: the storage dtype.
-        C: second moment of the inputs (n, n), any scale.
-        rounding: what storing does to each matrix, where it is not a rounding to `dtype`.
-
-    Returns:
-        The choice with both errors; a refusal carries a note for the report.
-    """
-    packed = pack(up, down)
-    error = packed_error(packed, up, down, dtype, C=C, rounding=rounding)
-    fits = error <= PACKED_ERROR_SHARE * truncation_error
-    return PackingDecision(
-        "packed" if fits else "factored",
-        error,
-        truncation_error,
-        packed.growth,
-        packed if fits else None,
-    )
 
 
 def _norm(E: Tensor, C: Tensor | None) -> Tensor:

@@ -6,8 +6,8 @@ those of `linalg/rounding.py`, stored as plain integer tensors beside their scal
 
 int8 multiplies the codes themselves and scales the result, which is exact up to the arithmetic of
 the product; torch's int8 kernel does it without a copy of the matrix where it is fast (bf16 on a
-CPU). int4 restores the matrix for every product. Scales keep their dtype whatever the model is
-cast to: they are part of the stored numbers.
+CPU, sides that are multiples of 16). int4 restores the matrix for every product. Scales keep their
+dtype whatever the model is cast to: they are part of the stored numbers.
 """
 
 from __future__ import annotations
@@ -30,6 +30,10 @@ __all__ = [
     "wide_weight",
 ]
 
+KERNEL_MULTIPLE = 16
+"""Both sides of a matrix that torch's int8 kernel multiplies are multiples of this."""
+
+_HAS_KERNEL = hasattr(torch, "_weight_int8pack_mm")
 _DTYPES = {"int8": torch.int8, "uint8": torch.uint8, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -99,7 +103,7 @@ class QuantizedLinear(nn.Module):
         """(..., in) -> (..., out)."""
         if self.weights == "int4":
             return nn.functional.linear(x, self.wide_weight().to(x.dtype), self.bias)
-        if _has_fast_int8(x):
+        if _suits_kernel(x, self.codes):
             # Scales of one: the kernel would round ours to bf16, one error for a whole row.
             ones = torch.ones_like(self.scale, dtype=x.dtype)
             y = torch._weight_int8pack_mm(x.reshape(-1, self.in_features), self.codes, ones)
@@ -241,11 +245,12 @@ def skeleton(
     return layer
 
 
-def _has_fast_int8(x: Tensor) -> bool:
-    """The kernel of torch beats a product with restored numbers in bf16 on a CPU.
+def _suits_kernel(x: Tensor, codes: Tensor) -> bool:
+    """Whether torch's int8 kernel is at hand and beats a product with restored numbers.
 
-    In fp32 that kernel is tens of times slower, and it has no gradient.
+    It does in bf16 on a CPU; in fp32 it is tens of times slower. It has no gradient, and with
+    sides that are no multiples of 16 it was seen to read beyond its memory.
     """
     if x.device.type != "cpu" or x.dtype != torch.bfloat16 or x.requires_grad:
         return False
-    return hasattr(torch, "_weight_int8pack_mm")
+    return all(side % KERNEL_MULTIPLE == 0 for side in codes.shape) and _HAS_KERNEL

@@ -24,7 +24,8 @@ INT4_MIDDLE = 8
 def to_int8(W: Tensor) -> tuple[Tensor, Tensor]:
     """Codes int8 (rows, columns) and scales fp32 (rows,) of a matrix in any floating dtype."""
     W = W.to(torch.float64)
-    scale = (W.abs().amax(dim=1) / INT8_TOP).to(torch.float32)
+    largest = W.abs().amax(dim=1) if W.shape[1] else W.new_zeros(W.shape[0])
+    scale = (largest / INT8_TOP).to(torch.float32)
     # A row of zeros, or one below what fp32 holds, has scale 0 and codes 0.
     divisor = torch.where(scale > 0, scale, torch.ones_like(scale)).to(torch.float64)
     codes = (W / divisor[:, None]).round().clamp(-INT8_TOP, INT8_TOP)

@@ -18,6 +18,7 @@ from spectrim.run.loading import LoadedModel
 from spectrim.run.opening import open_job, other_bytes
 from spectrim.run.refining import check_steps
 from spectrim.run.reporting import build_report
+from spectrim.run.storing import cast_parameters, check_storage, store
 from spectrim.run.survey_key import survey_key
 from spectrim.run.texts import UserText
 from spectrim.run.whole_network import carry_out, prepare
@@ -87,6 +88,7 @@ def run_recipe(
         SpectrimError: anything that keeps the run from an honest result.
     """
     check_steps(recipe)
+    check_storage(recipe)
     job = open_job(
         loaded,
         recipe,
@@ -109,8 +111,9 @@ def run_recipe(
         carry_out(job, steps)
     else:
         chosen = _decide_and_cut(job, plan, survey)
+    chosen = store(job, chosen, loaded.stored_dtype)
     other = other_bytes(model, job.anatomy, loaded.stored_dtype)
-    model.to(loaded.stored_dtype)
+    cast_parameters(model, loaded.stored_dtype)
     report = build_report(
         model_name=loaded.name,
         recipe=job.recipe,

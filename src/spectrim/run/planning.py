@@ -53,7 +53,11 @@ def shape_curves(anatomy: Anatomy) -> list[Curve]:
 def plan_limits(recipe: Recipe, dtype_bytes: int) -> Limits:
     """What the recipe allows a plan to contain."""
     return Limits(
-        dtype_bytes=dtype_bytes, floor=recipe.allocate.floor, multiple=recipe.allocate.multiple
+        dtype_bytes=dtype_bytes,
+        storage=recipe.storage.kind,
+        weights=recipe.storage.weights,
+        floor=recipe.allocate.floor,
+        multiple=recipe.allocate.multiple,
     )
 
 

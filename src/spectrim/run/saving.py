@@ -41,7 +41,9 @@ def save_outcome(
         return
     attach(
         outcome.model,
-        left_dense=[e.name for e in outcome.plan.entries if e.rank is None],
+        left_dense=[
+            e.name for e in outcome.plan.entries if e.rank is None and e.weights == "native"
+        ],
         provenance=Provenance(
             recipe=recipe.name,
             recipe_hash=recipe.hash(),

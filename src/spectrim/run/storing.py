@@ -1,0 +1,225 @@
+"""The last stage of a run: every target takes the form in which it will be stored.
+
+Targets are factored while they are cut and refined, because that is what can be trained. Here
+packed targets are packed and integer formats are rounded, block by block, with the second moments
+of the inputs that the finished network really has (one more pass over the calibration windows).
+What becomes of a target is in the plan that is returned, with its true bytes, and in the report.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from spectrim.allocate.budget import Shape, layer_bytes
+from spectrim.allocate.plan import Plan, PlanEntry
+from spectrim.errors import RecipeError
+from spectrim.layers.swap import swap_in
+from spectrim.model.anatomy import Block, Target
+from spectrim.model.replay import record
+from spectrim.model.weights import get_module
+from spectrim.moments.moments import Moments
+from spectrim.recipe import Recipe
+from spectrim.run.converting import Conversion, Converter
+from spectrim.run.job import Job
+from spectrim.run.one_shot import block_moments
+
+__all__ = ["cast_parameters", "check_storage", "store"]
+
+STAGE = "store"
+
+
+def check_storage(recipe: Recipe) -> None:
+    """Refuse a storage that the recipe's flow would pass over.
+
+    Raises:
+        RecipeError: the flow learns its ranks, and counts them as factored native numbers.
+    """
+    choice = recipe.storage
+    if recipe.flow == "learned" and (choice.kind, choice.weights) != ("factored", "native"):
+        raise RecipeError(
+            f"storage {choice.kind!r} with weights {choice.weights!r} does not go with the recipe "
+            f"{recipe.name!r}: recipes with flow 'learned' store factored native numbers; "
+            "what works with other storages are the flows one-shot and sequential"
+        )
+
+
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Round all parameters to the stored dtype, in place.
+
+    Buffers keep theirs: files hold none of the frequencies and masks that a model computes for
+    itself, and a model that is loaded computes them in fp32.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+@torch.no_grad()
+def store(job: Job, plan: Plan, dtype: torch.dtype) -> Plan:
+    """Convert the targets that are not stored as they are, in place.
+
+    Args:
+        job: the run; its model is finished but for this.
+        plan: as carried out so far.
+        dtype: of the checkpoint.
+
+    Returns:
+        The plan with the storage, rank and bytes that every target really has.
+
+    Raises:
+        NumericalError: a matrix cannot be packed or solved for; names the target.
+    """
+    waiting = {e.name: e for e in plan.entries if _must_convert(e)}
+    if not waiting:
+        return plan
+    found: dict[str, Conversion] = {}
+    job.progress.start(STAGE, len(job.anatomy.blocks))
+    with job.log.timed(STAGE):
+        replay = _replay(job)
+        for block in job.anatomy.blocks:
+            moments: Sequence[Moments | None] = (
+                [None] * len(block.groups)
+                if replay is None
+                else block_moments(job, replay, block, frozenset({"C"}))
+            )
+            found.update(_convert_block(job, block, waiting, moments, dtype))
+            job.progress.advance(STAGE, block.name)
+    job.progress.finish(STAGE)
+    stored = _as_carried_out(job, plan, found)
+    job.log.notes.extend(_summaries(job, plan, stored, found))
+    return stored
+
+
+def _must_convert(entry: PlanEntry) -> bool:
+    return entry.storage == "packed" or entry.weights != "native"
+
+
+def _replay(job: Job):
+    if job.windows is None:
+        return None
+    return record(
+        job.model,
+        job.ids,
+        batch=job.batch,
+        device=job.device,
+        anatomy=job.anatomy,
+        folder=job.offload_streams,
+    )
+
+
+def _convert_block(
+    job: Job,
+    block: Block,
+    waiting: dict[str, PlanEntry],
+    moments: Sequence[Moments | None],
+    dtype: torch.dtype,
+) -> dict[str, Conversion]:
+    found = {}
+    for group in block.groups:
+        for target in group.targets:
+            if target.name not in waiting:
+                continue
+            converter = Converter(
+                waiting[target.name], dtype, moments[group.index], _truncation(job, target)
+            )
+            result = converter.convert(get_module(job.model, target.name))
+            swap_in(job.model, target.name, result.layer)
+            facts = {"stored_error": result.error}
+            if result.note is not None:
+                facts["storage_note"] = result.note
+            job.log.target(target.name, **facts)
+            found[target.name] = result
+    return found
+
+
+def _truncation(job: Job, target: Target) -> float | None:
+    """Relative error of the cut as a ratio of norms, from what the cut left in the log."""
+    facts = job.log.targets.get(target.name, {})
+    squared = facts.get("measured_error", facts.get("predicted_error"))
+    return None if squared is None else math.sqrt(max(squared, 0.0))
+
+
+def _as_carried_out(job: Job, plan: Plan, found: dict[str, Conversion]) -> Plan:
+    shapes = {t.name: Shape(t.out_features, t.in_features, t.bias) for t in job.anatomy.targets}
+    entries = []
+    for entry in plan.entries:
+        result = found.get(entry.name)
+        if result is not None and result.storage != entry.storage:
+            stored = layer_bytes(
+                shapes[entry.name],
+                rank=result.rank,
+                storage=result.storage,
+                weights=entry.weights,
+                dtype_bytes=job.dtype_bytes,
+            )
+            # The prediction was for another rank.
+            entry = replace(
+                entry, rank=result.rank, storage=result.storage, bytes=stored, loss=None
+            )
+        entries.append(entry)
+    return replace(plan, entries=tuple(entries))
+
+
+def _summaries(job: Job, plan: Plan, stored: Plan, found: dict[str, Conversion]) -> list[str]:
+    """What a reader of the report must know of the stage as a whole."""
+    notes = []
+    packed = [e.name for e in plan.entries if e.storage == "packed"]
+    changed = [n for n in packed if found[n].storage != "packed"]
+    rough = [n for n in packed if found[n].note is not None and n not in changed]
+    if changed:
+        notes.append(
+            f"{len(changed)} of {len(packed)} packed targets are stored factored at the smaller "
+            f"rank that their bytes allow, because packing would round away more (storage_note of "
+            f"each target); achieved keep {plan.achieved_keep:.6f} -> {stored.achieved_keep:.6f}"
+        )
+    if rough:
+        notes.append(
+            f"{len(rough)} of {len(packed)} packed targets round noticeably against their "
+            "truncation error and are still better than factored ones of the same bytes "
+            "(storage_note of each target)"
+        )
+    for weights in sorted({e.weights for e in stored.entries} - {"native"}):
+        notes.append(_rounding_note(job, stored, found, weights))
+    return notes
+
+
+def _rounding_note(job: Job, stored: Plan, found: dict[str, Conversion], weights: str) -> str:
+    """How much a number format rounds away, beside the size of the format alone."""
+    kinds = []
+    for storage in ("dense", "factored", "packed"):
+        errors = [
+            found[e.name].error
+            for e in stored.entries
+            if e.weights == weights and e.storage == storage
+        ]
+        if errors:
+            kinds.append(
+                f"{len(errors)} {storage} (median {statistics.median(errors):.1e}, largest "
+                f"{max(errors):.1e})"
+            )
+    alone = sum(
+        layer_bytes(
+            Shape(t.out_features, t.in_features, t.bias),
+            rank=None,
+            storage="dense",
+            weights=weights,  # type: ignore[arg-type]
+            dtype_bytes=job.dtype_bytes,
+        )
+        for t in job.anatomy.targets
+    )
+    dense = sum(e.dense_bytes for e in stored.entries)
+    note = (
+        f"{weights} rounding, relative error added per target: {', '.join(kinds)}; all targets "
+        f"uncut in {weights} would take keep {alone / dense:.4f}"
+    )
+    if alone > sum(e.bytes for e in stored.entries):
+        return note
+    return (
+        f"{note}, no more than this result: at this size the cut only costs; ask for less, or for "
+        f"the rule knapsack, which leaves targets dense in {weights} where that is better"
+    )
