@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 import spectrim.demo
@@ -64,17 +65,16 @@ def rows() -> dict[str, Recipe]:
     return found
 
 
-def token_ids(arguments: argparse.Namespace) -> dict[str, Tensor]:
-    """Ids of both texts, from the cache or tokenised now."""
+def fill_cache(arguments: argparse.Namespace) -> None:
+    """Tokenise both texts, unless an earlier run has done so."""
     cache = arguments.token_cache
-    if not cache.exists():
-        if arguments.train_text is None or arguments.eval_text is None:
-            sys.exit(f"no token cache at {cache}: give --train-text and --eval-text")
-        tokenizer = load_model(MODEL).tokenizer
-        texts = {"train": arguments.train_text, "eval": arguments.eval_text}
-        ids = {key: tokenize(_read(path), tokenizer).int() for key, path in texts.items()}
-        save_file(ids, cache)
-    return {key: value.long() for key, value in load_file(cache).items()}
+    if cache.exists():
+        return
+    if arguments.train_text is None or arguments.eval_text is None:
+        sys.exit(f"no token cache at {cache}: give --train-text and --eval-text")
+    tokenizer = load_model(MODEL).tokenizer
+    texts = {"train": arguments.train_text, "eval": arguments.eval_text}
+    save_file({k: tokenize(_read(path), tokenizer).int() for k, path in texts.items()}, cache)
 
 
 def _read(path: Path) -> str:
@@ -84,29 +84,35 @@ def _read(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def calibration_ids(train: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    starts = torch.randint(0, len(train) - LENGTH - 1, (CALIBRATION,), generator=generator)
-    return torch.stack([train[i : i + LENGTH] for i in starts.tolist()])
+def read_windows(cache: Path, windows: int) -> tuple[Tensor, Tensor]:
+    """Calibration and evaluation windows; the texts themselves stay on disk."""
+    with safe_open(cache, framework="pt") as ids:
+        train, held = ids.get_slice("train"), ids.get_slice("eval")
+        last = train.get_shape()[0] - LENGTH - 1
+        generator = torch.Generator().manual_seed(0)
+        starts = torch.randint(0, last, (CALIBRATION,), generator=generator).tolist()
+        calibration = torch.stack([train[i : i + LENGTH] for i in starts])
+        evaluation = held[: windows * LENGTH].view(windows, LENGTH)
+    return calibration.long(), evaluation.long()
 
 
-def run_row(name: str, keep: float, ids: dict[str, Tensor], windows: int) -> dict[str, Any]:
+def run_row(name: str, keep: float, cache: Path, windows: int) -> dict[str, Any]:
     """Compress and evaluate in this process."""
     torch.set_num_threads(1)
     loaded = load_model(MODEL)
-    held = ids["eval"][: windows * LENGTH].view(windows, LENGTH)
+    calibration, evaluation = read_windows(cache, windows)
     facts: dict[str, Any] = {"row": name, "keep": keep, "eval_windows": windows}
     if name != "dense":
         recipe = rows()[name].with_changes(keep=keep)
         started = time.process_time()
-        outcome = run_recipe(loaded, recipe, text=calibration_ids(ids["train"]))
+        outcome = run_recipe(loaded, recipe, text=calibration)
         facts["cpu_seconds"] = round(time.process_time() - started, 1)
         facts["peak_rss_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
         facts["kept"] = outcome.plan.achieved_keep
         facts["recipe_hash"] = outcome.recipe.hash()
         facts["seconds"] = {k: round(v, 1) for k, v in outcome.report["seconds"].items()}
         facts["notes"] = outcome.report["notes"]
-    result = perplexity(loaded.model.float(), held, batch=16)
+    result = perplexity(loaded.model.float(), evaluation, batch=16)
     return {
         **facts,
         "nll": result.nll,
@@ -117,7 +123,7 @@ def run_row(name: str, keep: float, ids: dict[str, Tensor], windows: int) -> dic
 
 def measure(arguments: argparse.Namespace) -> None:
     """Run what is missing, one process per row, and write the results after each."""
-    token_ids(arguments)
+    fill_cache(arguments)
     wanted = [("dense", 1.0)]
     wanted += [(n, k) for n in rows() for k in arguments.keeps if re.search(arguments.only, n)]
     for name, keep in wanted:
@@ -180,9 +186,8 @@ def main() -> None:
     if arguments.show:
         show(read_results(arguments.output), arguments.eval_windows)
     elif arguments.row is not None:
-        ids = token_ids(arguments)
-        row = run_row(arguments.row, arguments.keeps[0], ids, arguments.eval_windows)
-        print(json.dumps(row))
+        keep, cache = arguments.keeps[0], arguments.token_cache
+        print(json.dumps(run_row(arguments.row, keep, cache, arguments.eval_windows)))
     else:
         measure(arguments)
 

@@ -90,6 +90,12 @@ def refine(
         micro_batch=job.batch,
         **step.model_dump(exclude={"step", "look_ahead"}),
     )
+
+    def judged(at: int, loss: float) -> None:
+        job.progress.advance(stage, f"{block.name} loss {loss:.3g}")
+
+    stage = f"refine block {block.index + 1}"
+    job.progress.start(stage, step.epochs)
     try:
         with frozen([p for _, module in following for p in module.parameters()]):
             loss = refine_block(
@@ -101,12 +107,15 @@ def refine(
                 training,
                 device=job.device,
                 autocast=job.device.type != "cpu",
+                on_judged=judged,
             )
     except NonFiniteError as error:
         if job.on_failure != "keep-unrefined":
             raise
+        job.progress.finish(stage)
         job.log.notes.append(f"{error} The unrefined block was kept, as asked.")
         return f"{block.name} kept unrefined"
+    job.progress.finish(stage)
     if not loss.selected:
         job.log.notes.append(f"{block.name}: no window was held out, the last epoch was kept")
     job.log.blocks[block.name] = asdict(loss)
