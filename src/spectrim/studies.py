@@ -242,12 +242,13 @@ def compare(
         raise InputError("compare runs in other processes; give the text as names or files")
     measure = measure or Measure()
     keeps = parse_keeps(keep) if isinstance(keep, str) else list(keep)
+    resolved = [resolve_recipe(recipe, **calibration) for recipe in recipes]
     folder = None if output is None else _folder(output)
     options = ["--device", str(measure.device)]
     options += ["--trust-remote-code"] if measure.trust_remote_code else []
     found = compare_recipes(
         measure.reference(model),
-        [resolve_recipe(recipe, **calibration) for recipe in recipes],
+        resolved,
         keeps,
         options=options,
         store=PointStore(None if folder is None else folder / POINTS_FOLDER),

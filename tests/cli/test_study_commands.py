@@ -1,0 +1,110 @@
+"""The commands of studies: pages written once, options read as they are meant."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from architectures import tiny, windows
+from spectrim import api, studies
+from spectrim.cli.main import app
+from spectrim.errors import InputError, OutputError, SpectrimError, TextError
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("study")
+    model = tiny("llama")[0]
+    model.save_pretrained(root / "dense")
+    api.compress(root / "dense", recipe="svd", keep=0.5, output=root / "small")
+    api.compress(root / "dense", recipe="svd", keep=0.8, output=root / "large")
+    return root
+
+
+def test_a_report_beside_the_dense_model_has_all_figures(folders, tmp_path):
+    page = tmp_path / "page.html"
+    studies.report(
+        folders / "small",
+        output=page,
+        against=folders / "dense",
+        others=[folders / "large"],
+        text=windows(4),
+    )
+    html = page.read_text(encoding="utf-8")
+    assert html.count("<figure") == 4  # kept, errors, two along depth
+    assert "small" in html and "large" in html
+    with pytest.raises(OutputError, match="exists"):
+        studies.report(folders / "small", output=page)
+    with pytest.raises(InputError, match="dense model"):
+        studies.report(folders / "small", output=tmp_path / "x", others=[folders / "large"])
+    assert not (tmp_path / "x").exists()
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def test_the_report_command_writes_a_page(folders, tmp_path):
+    done = run("report", folders / "small", "-o", tmp_path / "a.html", "-q")
+    assert done.exit_code == 0, done.output
+    assert "a.html" in done.output
+    assert (tmp_path / "a.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("curve", "m", "-o", "{}", "--recipes", "svd", "--keep", "2"), "no fraction"),
+        (("curve", "m", "-o", "{}"), "needs recipes"),
+        (("compare", "m", "--recipes", "nothing-like-it"), "nothing-like-it|no model"),
+        (("slider", "{}"), "neither an elastic artifact nor a survey"),
+        (("report", "{}"), "cannot be read"),
+    ],
+)
+def test_refusals_are_errors_with_words(arguments, words, tmp_path):
+    done = run(*(a.format(tmp_path) for a in arguments))
+    assert isinstance(done.exception, SpectrimError)
+    assert any(part in str(done.exception) for part in words.split("|"))
+
+
+def test_the_wrapper_hands_everything_to_lm_eval(monkeypatch):
+    seen = []
+    fake = types.ModuleType("lm_eval.__main__")
+    fake.cli_evaluate = lambda: seen.append(sys.argv[1:])
+    monkeypatch.setitem(sys.modules, "lm_eval", types.ModuleType("lm_eval"))
+    monkeypatch.setitem(sys.modules, "lm_eval.__main__", fake)
+    before = list(sys.argv)
+    assert run("lm-eval", "run", "--model", "hf", "--tasks", "x").exit_code == 0
+    assert run("lm-eval", "ls", "tasks").exit_code == 0
+    assert run("lm-eval", "--help").exit_code == 0
+    assert seen[0][:5] == ["run", "--model", "hf", "--tasks", "x"]
+    assert seen[0][5] == "--include_path"
+    assert seen[1:] == [["ls", "tasks"], ["--help"]]
+    assert sys.argv == before
+
+
+def test_an_elastic_curve_needs_no_recipes_and_keeps_the_dense_twin(folders, tmp_path):
+    api.survey(folders / "dense", recipe="svd", output=tmp_path / "survey", text=windows(4))
+    measure = studies.Measure(text=windows(6, seed=1))
+    found = studies.curve(tmp_path / "survey", keep=[1.0, 0.6], measure=measure)
+    whole, small = found.points
+    assert whole.excess == 0.0 and whole.kl == 0.0
+    assert small.kl > 0 and small.achieved <= 0.6
+    assert small.bits_per_weight == pytest.approx(32 * small.achieved, rel=1e-6)
+    with pytest.raises(InputError, match="no recipes"):
+        studies.curve(tmp_path / "survey", recipes=["svd"], measure=measure)
+    with pytest.raises(TextError, match="no tokenizer"):
+        studies.slider(tmp_path / "survey", port=0)
+
+
+def test_a_dense_twin_shares_tensors_and_not_modules():
+    model = tiny("llama")[0]
+    twin = studies.dense_twin(model)
+    pairs = zip(model.parameters(), twin.parameters(), strict=True)
+    assert all(a.data_ptr() == b.data_ptr() for a, b in pairs)
+    model.model.layers[0].mlp.up_proj = torch.nn.Identity()
+    assert not isinstance(twin.model.layers[0].mlp.up_proj, torch.nn.Identity)
