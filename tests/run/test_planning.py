@@ -17,7 +17,7 @@ from spectrim.allocate.curve import Curve
 from spectrim.allocate.knapsack import knapsack
 from spectrim.allocate.ladder import Limits
 from spectrim.allocate.zero_sum import zero_sum
-from spectrim.errors import ArtifactError, BudgetError, InputError
+from spectrim.errors import ArtifactError, BudgetError, InputError, OutputError
 from spectrim.recipe import Allocation, Recipe
 from spectrim.run.planning import (
     candidate_ranks,
@@ -193,6 +193,43 @@ def test_a_plan_file_brings_its_decompositions(folders, tmp_path, monkeypatch, c
     same = logits(resized.model, windows(2)), logits(result.model, windows(2))
     torch.testing.assert_close(*same)
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_the_commands_hand_on_to_each_other(folders, tmp_path, capsys):
+    from spectrim.cli.compress import compress
+    from spectrim.cli.plan import plan
+    from spectrim.cli.resize import resize
+    from spectrim.cli.survey import survey
+
+    survey(
+        str(folders / "model"),
+        tmp_path / "survey",
+        recipe="svd-llm",
+        text="self",
+        windows=4,
+        window_length=12,
+        scores="kfac",
+        quiet=True,
+    )
+    shown = capsys.readouterr().out
+    assert "energy, kfac" in shown and "next" in shown
+    plan(tmp_path / "survey", keep=0.7, rule="knapsack", as_json=True)
+    made = json.loads(capsys.readouterr().out)
+    assert made["rule"] == "knapsack" and len(made["entries"]) == 21
+    plan(tmp_path / "survey", keep=0.7, multiple=4, floor=0.2, output=tmp_path / "p.json")
+    with pytest.raises(OutputError, match="exists"):
+        plan(tmp_path / "survey", keep=0.7, output=tmp_path / "p.json")
+    compress(
+        str(folders / "model"),
+        tmp_path / "out",
+        plan=tmp_path / "p.json",
+        recipe="svd-llm",
+        quiet=True,
+    )
+    assert (tmp_path / "out" / "config.json").is_file()
+    resize(tmp_path / "survey", tmp_path / "other", keep=0.5, quiet=True)
+    assert (tmp_path / "other" / "config.json").is_file()
+    assert "0.5" in capsys.readouterr().out
 
 
 def test_a_plan_file_may_outlive_its_survey(folders, tmp_path):

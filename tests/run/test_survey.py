@@ -21,7 +21,6 @@ from spectrim.run.survey import make_survey
 from spectrim.run.survey_key import survey_key
 from spectrim.run.surveying import survey_model
 
-
 STEP = 0.02
 """Of finite differences: transformers' norms compute in fp32, which smaller steps would show."""
 

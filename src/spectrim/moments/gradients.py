@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -148,7 +149,7 @@ class _Phase:
 
 @contextmanager
 def _gradient_hooks(
-    model: nn.Module,
+    model: Any,
     sums: Mapping[str, _TargetSums],
     group_inputs: Mapping[str, Callable],
     phase: _Phase,
@@ -185,7 +186,7 @@ def _gradient_hooks(
 
 
 @contextmanager
-def _only_activations_need_gradients(model: nn.Module) -> Iterator[None]:
+def _only_activations_need_gradients(model: Any) -> Iterator[None]:
     """Freeze all parameters and start the graph at the embeddings."""
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     was_training = model.training
@@ -218,7 +219,7 @@ def sampled_labels(logits: Tensor, ids: Tensor, generator: torch.Generator) -> T
 
 
 def gradient_pass(
-    model: nn.Module,
+    model: Any,
     anatomy: Anatomy,
     ids: Tensor,
     *,
@@ -293,17 +294,22 @@ def gradient_pass(
 
 
 @contextmanager
-def _checkpointed(model: nn.Module, on: bool) -> Iterator[None]:
+def _checkpointed(model: Any, on: bool) -> Iterator[None]:
     """Gradient checkpointing for the duration; transformers applies it in train mode only."""
     if not on:
         yield
         return
     if any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
         raise NonFiniteError("gradient checkpointing would switch dropout on; set dropout to 0")
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # transformers 5.2x renamed the switch; the old name goes in version 6.
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
     model.train()
     try:
         yield
     finally:
-        model.gradient_checkpointing_disable()
+        getattr(model, f"{name}_checkpointing_disable")()
+        # Enabling also hooks the embeddings, and disabling leaves that hook behind.
+        if hasattr(model, "_require_grads_hook"):
+            model.disable_input_require_grads()
         model.eval()

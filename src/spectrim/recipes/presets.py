@@ -162,7 +162,9 @@ PRESETS: dict[str, Recipe] = {
             equation="ΔL_i = −σ_i u_iᵀ (∂L/∂W) S⁻ᵀ v_i, dropped so that Σ ΔL stays near zero",
             differences=(
                 "Scores from 32 windows instead of one, one shared backward per stage, fp32 "
-                "merges, relative ridge; targets that would revert to dense hand their share back."
+                "merges, relative ridge; targets that would revert to dense hand their share back; "
+                "where signs do not agree between halves of the windows the smallest |ΔL| goes "
+                "first whatever its sign (faithful: true selects as published)."
             ),
             calibration=_LITERATURE,
             decompose=Decompose(objective="whitened"),

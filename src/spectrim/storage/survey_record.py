@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -115,8 +115,10 @@ class Survey:
         known: list[Score] = ["energy"]
         if all(c.score is not None for c in self.curves):
             known.append("first_order")
-        loss_scores: tuple[Literal["second_order", "kfac"], ...] = ("second_order", "kfac")
-        known += [name for name in loss_scores if name in self.losses]
+        if "second_order" in self.losses:
+            known.append("second_order")
+        if "kfac" in self.losses:
+            known.append("kfac")
         if all(c.reference is not None for c in self.curves):
             known.append("measured")
         return tuple(known)
