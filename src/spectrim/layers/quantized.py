@@ -194,12 +194,17 @@ def wide_weight(linear: nn.Module) -> Tensor:
 
 
 def quantize_layer(layer: Any, weights: str, *, dtype: torch.dtype) -> Any:
-    """Round every matrix of a compressed layer with native numbers, in place; returns the layer."""
+    """Round every matrix of a compressed layer with native numbers, in place; returns the layer.
+
+    The bias is rounded to `dtype`.
+    """
     for path in layout_of(layer.storage).matrices(2, 2, 1):
         part = path.removesuffix(".weight")
         old: Any = layer.get_submodule(part)
         new = QuantizedLinear.from_weight(old.weight, old.bias, weights, dtype=dtype)
         setattr(layer, part, new.train(layer.training))
+    if layer.bias is not None:
+        layer.bias.data = layer.bias.data.to(dtype)
     layer.weights = weights
     return layer
 

@@ -1,0 +1,151 @@
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spectrim.allocate.budget import INT4_GROUP, Shape, layer_bytes
+from spectrim.layers.layout import layout_of
+from spectrim.layers.lowrank import LowRankLinear
+from spectrim.layers.packed import PackedLinear
+from spectrim.layers.quantized import (
+    KERNEL_MULTIPLE,
+    QuantizedDense,
+    QuantizedLinear,
+    quantize_layer,
+    rounded,
+    skeleton,
+)
+from spectrim.linalg.rounding import from_int4, from_int8, to_int4, to_int8, unpacked_int4
+
+FORMATS = ("int8", "int4")
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def dense(m, n, weights, *, bias=True, dtype=torch.float32):
+    b = draw(m, seed=2) if bias else None
+    return QuantizedLinear.from_weight(draw(m, n, seed=1), b, weights, dtype=dtype)
+
+
+def compressed(kind, m, n, k, weights, *, dtype=torch.float32, bias=True):
+    if kind == "dense":
+        return QuantizedDense(dense(m, n, weights, bias=bias, dtype=dtype))
+    layer = {"factored": LowRankLinear, "packed": PackedLinear}[kind].from_factors(
+        draw(m, k, seed=3),
+        draw(k, n, seed=4),
+        draw(m, seed=5) if bias else None,
+        dtype=torch.float64,
+        device="cpu",
+    )
+    return quantize_layer(layer, weights, dtype=dtype)
+
+
+@given(m=st.integers(1, 9), n=st.integers(0, 70), seed=st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_int8_is_within_half_a_step_and_keeps_the_largest(m, n, seed):
+    W = draw(m, n, seed=seed)
+    codes, scale = to_int8(W)
+    error = (from_int8(codes, scale).double() - W).abs()
+    assert (error <= scale[:, None].double() * 0.5001).all()
+    if n:
+        assert codes.abs().amax(dim=1).eq(127).all()
+
+
+@given(m=st.integers(1, 9), n=st.integers(1, 70), seed=st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_int4_is_within_a_step_of_its_group(m, n, seed):
+    W = draw(m, n, seed=seed) + 0.3
+    codes, scale, zero = to_int4(W, INT4_GROUP)
+    back = from_int4(codes, scale, zero, n).double()
+    for j in range(n):
+        step = scale[:, j // INT4_GROUP].double()
+        # Half a step, and the rounding of bf16 scales and zeros themselves.
+        assert ((back[:, j] - W[:, j]).abs() <= step * 0.6 + W.abs().amax() * 2**-7).all()
+    every = unpacked_int4(codes)[:, :n].double() - 8
+    group = torch.arange(n) // INT4_GROUP
+    assert torch.allclose(back, every * scale[:, group].double() + zero[:, group].double())
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+def test_constant_and_zero_rows_are_exact(weights):
+    W = torch.tensor([[0.0] * 40, [0.25] * 40, [-3.0] * 40], dtype=torch.float64)
+    assert torch.allclose(rounded(W, weights, torch.float32), W, rtol=1e-6)
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+def test_rounding_twice_is_rounding_once(weights):
+    once = rounded(draw(12, 50), weights, torch.float32)
+    assert torch.allclose(rounded(once, weights, torch.float32), once, rtol=1e-2, atol=2e-2)
+    if weights == "int8":
+        assert torch.allclose(rounded(once, weights, torch.float32), once, rtol=1e-6)
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+@pytest.mark.parametrize("kind", ["dense", "factored", "packed"])
+@pytest.mark.parametrize(("m", "n", "k"), [(24, 40, 7), (40, 24, 9), (33, 33, 33)])
+def test_bytes_shapes_and_skeleton_agree_with_the_budget(kind, m, n, k, weights):
+    rank = None if kind == "dense" else k
+    for bias in (True, False):
+        layer = compressed(kind, m, n, k, weights, dtype=torch.bfloat16, bias=bias)
+        state = layer.state_dict()
+        stored = sum(t.numel() * t.element_size() for t in state.values())
+        assert stored == layer_bytes(
+            Shape(m, n, bias), rank=rank, storage=kind, weights=weights, dtype_bytes=2
+        )
+        layout = layout_of(kind, weights)
+        shapes = {key: tuple(t.shape) for key, t in state.items()}
+        assert shapes == layout.tensors(m, n, rank or 0, bias)
+        assert shapes[layout.weight_key] not in {(m, n), (n, m)}
+        empty = skeleton(kind, weights, (m, n), rank, bias=bias, dtype=torch.bfloat16)
+        assert {t.device.type for t in empty.state_dict().values()} == {"meta"}
+        for key, tensor in empty.state_dict().items():
+            assert (tensor.shape, tensor.dtype) == (state[key].shape, state[key].dtype)
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+@pytest.mark.parametrize("kind", ["dense", "factored", "packed"])
+@pytest.mark.parametrize(("m", "n"), [(32, 48), (48, 32), (37, 21)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_forward_is_the_product_with_the_restored_matrix(kind, m, n, weights, dtype):
+    layer = compressed(kind, m, n, 16, weights, dtype=dtype)
+    x = draw(2, 5, n, seed=9).to(dtype)
+    y = layer(x)
+    assert y.shape == (2, 5, m)
+    assert y.dtype == dtype
+    exact = x.double() @ layer.dense_weight().double().mT + layer.bias.double()
+    tolerance = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    assert (y.double() - exact).norm() <= tolerance * exact.norm()
+
+
+def test_the_fast_kernel_computes_what_the_portable_path_computes():
+    layer = dense(2 * KERNEL_MULTIPLE, 3 * KERNEL_MULTIPLE, "int8", dtype=torch.bfloat16)
+    x = draw(7, 3 * KERNEL_MULTIPLE, seed=9).bfloat16()
+    fast = layer(x)
+    portable = layer(x.clone().requires_grad_())
+    assert (fast.double() - portable.double()).norm() <= 1e-2 * portable.double().norm()
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+def test_casting_the_model_leaves_the_stored_numbers(weights):
+    layer = compressed("factored", 24, 40, 8, weights)
+    before = copy.deepcopy(layer.state_dict())
+    layer.to(torch.bfloat16).to(torch.float32).to(torch.float16)
+    for key, tensor in layer.state_dict().items():
+        if not key.endswith("bias"):
+            assert torch.equal(tensor, before[key])
+            assert tensor.dtype == before[key].dtype
+    assert layer.weight.dtype == torch.float16
+    assert layer.up.bias.dtype == torch.float16
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+def test_gradients_reach_the_input(weights):
+    layer = compressed("dense", 32, 32, 1, weights)
+    x = draw(3, 32).float().requires_grad_()
+    layer(x).sum().backward()
+    expected = layer.dense_weight().sum(dim=0).expand(3, 32)
+    assert torch.allclose(x.grad, expected, rtol=1e-4, atol=1e-4)
