@@ -163,6 +163,7 @@ def test_same_seed_same_bytes():
     [
         ("one-shot", ["block"], "flow: sequential"),
         ("one-shot", ["closed_form"], "flow: sequential"),
+        ("sequential", ["projected_gradient"], "flow: one-shot"),
         ("sequential", ["block", "block"], "twice"),
         ("sequential", ["distill", "block"], "put it first"),
     ],

@@ -12,7 +12,7 @@ from spectrim.model.anatomy import Block
 from spectrim.model.replay import Replay
 from spectrim.model.stream import Stream
 from spectrim.model.weights import get_module
-from spectrim.recipe import BlockRefinement, ClosedFormRefinement, Recipe
+from spectrim.recipe import BlockRefinement, Recipe
 from spectrim.refine.block import BlockTraining, refine_block
 from spectrim.refine.fitting import frozen
 from spectrim.run.job import Job
@@ -24,21 +24,21 @@ def check_steps(recipe: Recipe) -> None:
     """Refuse refinement steps that the flow would pass over.
 
     Raises:
-        RecipeError: a step that needs the sequential flow, or is given twice, or comes too late.
+        RecipeError: a step that needs another flow, or is given twice, or comes too late.
     """
     names = [step.step for step in recipe.refine]
-    inside = {ClosedFormRefinement().step, BlockRefinement().step}
+    flows = {"closed_form": "sequential", "block": "sequential", "projected_gradient": "one-shot"}
     for i, name in enumerate(names):
-        if name not in inside:
+        if name not in flows:
             continue
-        if recipe.flow != "sequential":
+        if recipe.flow != flows[name]:
             raise RecipeError(
-                f"the refinement step {name!r} works block by block, but the recipe "
-                f"{recipe.name!r} has flow: {recipe.flow}; use flow: sequential"
+                f"the refinement step {name!r} needs flow: {flows[name]}, but the recipe "
+                f"{recipe.name!r} has flow: {recipe.flow}"
             )
         if name in names[:i]:
             raise RecipeError(f"the refinement step {name!r} is given twice; give it once")
-        if any(earlier not in inside for earlier in names[:i]):
+        if any(earlier not in flows for earlier in names[:i]):
             raise RecipeError(
                 f"the refinement step {name!r} comes after {names[i - 1]!r}, which needs all "
                 "blocks to be cut; put it first"
