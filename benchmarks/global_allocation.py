@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -31,15 +32,13 @@ from layerwise import (
     EVALUATION,
     FLOORS,
     KEEPS,
-    LENGTH,
     MODEL,
     TOKEN_CACHE,
-    calibration_ids,
     environment,
+    fill_cache,
     read_results,
-    resource,
+    read_windows,
     show,
-    token_ids,
 )
 from torch import Tensor, nn
 
@@ -97,14 +96,14 @@ def from_survey() -> list[str]:
     return ["survey", *ablation, *(f"knapsack {score}" for score in SCORES)]
 
 
-def shared_survey(ids: dict[str, Tensor], place: Path) -> Survey:
+def shared_survey(calibration: Tensor, place: Path) -> Survey:
     """The survey behind the rows that only differ in their ranks; made once."""
     if is_survey(place):
         return load_survey(place)
     loaded = load_model(MODEL)
     recipe = get_recipe("zs-svd").with_changes(refine=[])
     started = time.process_time()
-    job = open_job(loaded, recipe, text=calibration_ids(ids["train"]))
+    job = open_job(loaded, recipe, text=calibration)
     made = make_survey(job, scores=SCORES[1:], complete=True)
     facts = {**made.facts, "cpu_seconds": round(time.process_time() - started, 1)}
     made = replace(
@@ -127,7 +126,7 @@ def kept_components(name: str, keep: float, survey: Survey) -> dict[str, Tensor 
     chosen = select(
         survey.curves, keep=keep, limits=LIMITS, key=words[0], ordered="unordered" not in words
     )
-    kept = chosen.kept(survey.curves)
+    kept = chosen.kept
     whole = [c.rank for c in survey.curves]
     return {
         c.name: None if len(k) == r else torch.as_tensor(k)
@@ -157,14 +156,15 @@ def cut(model: nn.Module, survey: Survey, kept: dict[str, Tensor | None]) -> flo
 def run_row(name: str, keep: float, arguments: argparse.Namespace) -> dict[str, Any]:
     """Compress and evaluate in this process."""
     torch.set_num_threads(1)
-    ids, windows = token_ids(arguments), arguments.eval_windows
+    windows = arguments.eval_windows
+    calibration, evaluation = read_windows(arguments.token_cache, windows)
     facts: dict[str, Any] = {"row": name, "keep": keep, "eval_windows": windows}
     loaded = load_model(MODEL)
-    survey = shared_survey(ids, arguments.survey) if name in from_survey() else None
+    survey = shared_survey(calibration, arguments.survey) if name in from_survey() else None
     started = time.process_time()
     if name in recipes():
         recipe = recipes()[name].with_changes(keep=keep)
-        outcome = run_recipe(loaded, recipe, text=calibration_ids(ids["train"]))
+        outcome = run_recipe(loaded, recipe, text=calibration)
         facts["kept"] = outcome.plan.achieved_keep
         facts["dense_targets"] = sum(e.rank is None for e in outcome.plan.entries)
         facts["recipe_hash"] = outcome.recipe.hash()
@@ -179,8 +179,7 @@ def run_row(name: str, keep: float, arguments: argparse.Namespace) -> dict[str, 
     facts["peak_rss_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     if name == "survey" and survey is not None:
         return {**facts, "nll": float("nan"), "cpu_seconds": survey.facts["cpu_seconds"]}
-    held = ids["eval"][: windows * LENGTH].view(windows, LENGTH)
-    result = perplexity(loaded.model.float(), held, batch=16)
+    result = perplexity(loaded.model.float(), evaluation, batch=16)
     return {
         **facts,
         "nll": result.nll,
@@ -191,7 +190,7 @@ def run_row(name: str, keep: float, arguments: argparse.Namespace) -> dict[str, 
 
 def measure(arguments: argparse.Namespace) -> None:
     """Run what is missing, one process per row, and write the results after each."""
-    token_ids(arguments)
+    fill_cache(arguments)
     names = [n for n in (*recipes(), *from_survey()) if n != "survey"]
     wanted = [("dense", 1.0)]
     wanted += [(n, k) for n in names for k in arguments.keeps if re.search(arguments.only, n)]
