@@ -16,7 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from spectrim.refine.fitting import FitResult, FitSettings, fit, hold_out, master_weights
+from spectrim.refine.fitting import FitResult, FitSettings, fit, hold_out
+from spectrim.refine.masters import master_weights
 
 __all__ = ["BlockTraining", "HiddenStates", "Run", "refine_block"]
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spectrim.refine.block import HiddenStates
-from spectrim.refine.fitting import FitResult, FitSettings, fit, master_weights
+from spectrim.refine.fitting import FitResult, FitSettings, fit
+from spectrim.refine.masters import master_weights
 
 __all__ = ["Teaching", "distill", "kl_per_token"]
 

@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from spectrim.errors import MissingExtraError
 from spectrim.layers.lowrank import LowRankLinear
-from spectrim.refine.fitting import FitResult, FitSettings, fit, frozen
+from spectrim.refine.fitting import FitResult, FitSettings, fit
+from spectrim.refine.masters import frozen
 
 __all__ = ["LoraTraining", "next_token_loss", "recover", "require_peft"]
 

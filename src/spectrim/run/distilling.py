@@ -14,7 +14,8 @@ from spectrim.model.stream import Stream
 from spectrim.model.weights import get_module
 from spectrim.recipe import DistillRefinement
 from spectrim.refine.distill import Teaching, distill
-from spectrim.refine.fitting import FitSettings, frozen, hold_out
+from spectrim.refine.fitting import FitSettings, hold_out
+from spectrim.refine.masters import frozen
 from spectrim.run.job import Job
 
 __all__ = ["Teacher", "distill_network", "record_teacher"]

@@ -22,7 +22,7 @@ from spectrim.learn.pruning import Gated
 from spectrim.model.forward import evaluating, run_window
 from spectrim.model.replay import Replay, record
 from spectrim.model.weights import get_module, read_bias, read_weight, replace_module
-from spectrim.refine.fitting import frozen
+from spectrim.refine.masters import frozen
 from spectrim.run.backward import output_moments
 from spectrim.run.cutting import decompose_target
 from spectrim.run.job import Job

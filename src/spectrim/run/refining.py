@@ -14,7 +14,7 @@ from spectrim.model.stream import Stream
 from spectrim.model.weights import get_module
 from spectrim.recipe import BlockRefinement, Recipe
 from spectrim.refine.block import BlockTraining, refine_block
-from spectrim.refine.fitting import frozen
+from spectrim.refine.masters import frozen
 from spectrim.run.job import Job
 
 __all__ = ["check_steps", "refine"]
