@@ -10,7 +10,9 @@ from architectures import windows
 from jobs import logits, make_job, same_state, uniform_plan
 from spectrim.layers.lowrank import LowRankLinear
 from spectrim.model.capture import capture_inputs
+from spectrim.model.stream import Stream
 from spectrim.model.weights import get_module, read_weight, write_weight
+from spectrim.run.flow import must_restart, paused_bytes
 from spectrim.run.one_shot import cut_one_shot
 from spectrim.run.sequential import cut_sequentially
 from spectrim.tolerances import LEAST_SQUARES_RIDGE
@@ -117,9 +119,8 @@ def test_whitened_without_refinement_equals_one_shot(name):
     )
 
 
-@pytest.mark.parametrize("objective", ["whitened", "anchored"])
-def test_a_block_costs_one_forward_per_stream(objective):
-    job = make_job(decompose={"objective": objective}, count=20)  # batches of 8, 8 and 4
+def counted(job):
+    """Forwards of every block, of both streams: a copy of a block takes the hook along."""
     passes = {block.index: 0 for block in job.anatomy.blocks}
 
     def count(index):
@@ -129,12 +130,38 @@ def test_a_block_costs_one_forward_per_stream(objective):
         return hook
 
     for block in job.anatomy.blocks:
-        # A copy of the block takes the hook along, so both streams are counted.
         norm = get_module(job.model, block.name).input_layernorm
         norm.register_forward_pre_hook(count(block.index))
     cut_sequentially(job, uniform_plan(job))
     recording = 1
-    assert passes == {i: recording + 2 * 3 for i in passes}
+    return [n - recording for n in passes.values()]
+
+
+@pytest.mark.parametrize("objective", ["whitened", "anchored"])
+def test_a_block_costs_one_forward_per_stream(objective):
+    job = make_job(decompose={"objective": objective}, count=20)
+    batches = 3  # of 8, 8 and 4
+    assert counted(job) == [2 * batches] * 3
+    assert not job.log.notes
+
+
+def test_where_memory_is_short_forwards_begin_anew_and_the_report_says_so(tmp_path):
+    job = make_job(decompose={"objective": "anchored"}, count=20, offload_streams=tmp_path)
+    batches, groups = 3, 4
+    assert counted(job) == [2 * batches * (groups + 1)] * 3
+    assert job.log.notes == ["forwards were begun anew at every group, to save memory"]
+
+
+def test_an_accelerator_is_asked_for_its_free_memory(monkeypatch):
+    job = make_job(dtype=torch.float32)
+    stream = Stream.empty(24, 12, 40, torch.float32)
+    # Residual and norm; at the last group its input and what gate and up gave.
+    needed = 24 * 12 * 4 * (2 * 40 + 54 + 2 * 54)
+    assert max(paused_bytes(block, stream) for block in job.anatomy.blocks) == needed
+    job.device = torch.device("cuda")
+    for free, expected in ((4 * needed, False), (4 * needed - 4, True)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, free))
+        assert must_restart(job, stream, streams=2) is expected
 
 
 @pytest.mark.parametrize("objective", ["plain", "whitened", "activation", "anchored"])

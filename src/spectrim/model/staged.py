@@ -140,6 +140,11 @@ class Staged:
         forward.to_the_end = True
         return self._switch(key, forward)
 
+    def drop(self, key: Hashable) -> None:
+        """End a waiting forward where it is; the batch may be started again."""
+        self._find(key)
+        self._end(key)
+
     def module(self, target: Target) -> nn.Module:
         """The module that a target's gate calls now."""
         return self._gates[target.projection].inner

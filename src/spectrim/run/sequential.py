@@ -33,6 +33,7 @@ from spectrim.moments.moments import Moments, OutputMoments
 from spectrim.recipe import BlockRefinement, ClosedFormRefinement
 from spectrim.refine.closed_form import update_up
 from spectrim.run.cutting import measured_error, replace_target
+from spectrim.run.flow import Flow, must_restart
 from spectrim.run.job import Job
 from spectrim.run.refining import refine
 
@@ -75,6 +76,10 @@ class _Pass:
         )
         self.original: Stream = self.replay.stream
         self.shifted: Stream = self.original.duplicate(job.offload_streams)
+        streams = 2 if self.stages_shifted else 1
+        self.restarts = must_restart(job, self.original, streams=streams)
+        if self.restarts:
+            job.log.notes.append("forwards were begun anew at every group, to save memory")
 
     @property
     def stages_shifted(self) -> bool:
@@ -89,15 +94,19 @@ class _Pass:
         """The block's output on some windows of a stream."""
         return self.replay.run(block.index, module, stream.read(rows, self.job.device))
 
+    def flow(self, staged: Staged, block: Block, module: nn.Module, stream: Stream) -> Flow:
+        """The forwards of a module on a stream."""
+        call = partial(self.forward, block, module, stream)
+        return Flow(staged, call, self.batches(), restarts=self.restarts)
 
-def _gather_group(
-    state: _Pass, group: Group, original: Staged, compressed: Staged | None
-) -> Moments:
+
+def _gather_group(state: _Pass, group: Group, original: Flow, compressed: Flow | None) -> Moments:
     """Advance both streams to the group and sum its moments."""
     accumulator = MomentAccumulator(group.targets[0].name, state.needs)
     for rows in state.batches():
-        x = original.advance(rows.start)
-        accumulator.add(x, compressed.advance(rows.start) if compressed is not None else None)
+        x = original.input_of(group.index, rows)
+        x_shifted = None if compressed is None else compressed.input_of(group.index, rows)
+        accumulator.add(x, x_shifted)
     return accumulator.moments()
 
 
@@ -134,14 +143,12 @@ def _cut_block(state: _Pass, plan: Plan, block: Block) -> tuple[nn.Module, Strea
     with ExitStack() as stack:
         first = stack.enter_context(Staged(module, block.groups))
         second = stack.enter_context(Staged(compressed, block.groups))
-        for rows in state.batches():
-            first.start(rows.start, partial(state.forward, block, module, state.original, rows))
-            if state.stages_shifted:
-                second.start(
-                    rows.start, partial(state.forward, block, compressed, state.shifted, rows)
-                )
+        original_flow = state.flow(first, block, module, state.original)
+        shifted_flow = (
+            state.flow(second, block, compressed, state.shifted) if state.stages_shifted else None
+        )
         for group in block.groups:
-            moments = _gather_group(state, group, first, second if state.stages_shifted else None)
+            moments = _gather_group(state, group, original_flow, shifted_flow)
             for target in group.targets:
                 original = first.module(target)
                 layer, facts = replace_target(
@@ -157,9 +164,9 @@ def _cut_block(state: _Pass, plan: Plan, block: Block) -> tuple[nn.Module, Strea
                 second.replace(target, layer)
                 job.log.target(target.name, **facts)
         for rows in state.batches():
-            outputs.write(rows, first.finish(rows.start))
-            if state.stages_shifted and state.block_step is None:
-                state.shifted.write(rows, second.finish(rows.start))
+            outputs.write(rows, original_flow.output(rows))
+            if shifted_flow is not None and state.block_step is None:
+                state.shifted.write(rows, shifted_flow.output(rows))
     return compressed, outputs
 
 

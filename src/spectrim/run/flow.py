@@ -1,0 +1,97 @@
+"""One stream's way through a block: paused at every group, or begun again for every group.
+
+A paused forward holds its activations, and all batches pause at the same group, so that pausing
+costs memory in proportion to the calibration windows: about one block's activations of all of
+them. Where that is too much, forwards are begun anew for every group and only their inputs are
+held, at about two and a half times the work of the block's forwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from spectrim.model.anatomy import Block
+from spectrim.model.staged import Staged
+from spectrim.model.stream import Stream
+from spectrim.run.job import Job
+
+__all__ = ["Flow", "must_restart", "paused_bytes"]
+
+SHARE_FOR_PAUSED = 0.5
+"""Paused forwards may take this share of an accelerator's free memory."""
+
+
+class Flow:
+    """The forwards of one module on all batches of one stream.
+
+    Args:
+        staged: gates around the module's groups.
+        call: rows of the stream -> the block's output on them.
+        batches: all rows.
+        restarts: begin anew for every group instead of pausing.
+    """
+
+    def __init__(
+        self,
+        staged: Staged,
+        call: Callable[[slice], Tensor],
+        batches: Sequence[slice],
+        *,
+        restarts: bool,
+    ):
+        self._staged = staged
+        self._call = call
+        self._restarts = restarts
+        if not restarts:
+            for rows in batches:
+                staged.start(rows.start, partial(call, rows))
+
+    def input_of(self, position: int, rows: slice) -> Tensor:
+        """What the block's group at this position reads from some rows; positions come in order."""
+        key = rows.start
+        if not self._restarts:
+            return self._staged.advance(key)
+        self._staged.start(key, partial(self._call, rows))
+        for _ in range(position):
+            self._staged.advance(key)
+        x = self._staged.advance(key)
+        self._staged.drop(key)
+        return x
+
+    def output(self, rows: slice) -> Tensor:
+        """The block's output on some rows."""
+        return self._call(rows) if self._restarts else self._staged.finish(rows.start)
+
+
+def paused_bytes(block: Block, stream: Stream) -> int:
+    """About what all windows hold at most while they pause in a block.
+
+    The residual and the normalised input, the group's input, and what the group before it gave.
+    """
+    windows, tokens, width = stream.shape
+    held, before = 0, 0
+    for group in block.groups:
+        held = max(held, group.in_features + before)
+        before = sum(target.out_features for target in group.targets)
+    return windows * tokens * stream.dtype.itemsize * (2 * width + held)
+
+
+def must_restart(job: Job, stream: Stream, *, streams: int) -> bool:
+    """Whether pausing would take too much memory: streams on disk say so, an accelerator is asked.
+
+    Args:
+        job: the run.
+        stream: one of the streams, before the first block.
+        streams: how many pause at the same time.
+    """
+    if job.offload_streams is not None:
+        return True
+    if job.device.type != "cuda":
+        return False
+    free, _ = torch.cuda.mem_get_info(job.device)
+    needed = streams * max(paused_bytes(block, stream) for block in job.anatomy.blocks)
+    return needed > SHARE_FOR_PAUSED * free
