@@ -108,3 +108,23 @@ def test_a_dense_twin_shares_tensors_and_not_modules():
     assert all(a.data_ptr() == b.data_ptr() for a, b in pairs)
     model.model.layers[0].mlp.up_proj = torch.nn.Identity()
     assert not isinstance(twin.model.layers[0].mlp.up_proj, torch.nn.Identity)
+
+
+def test_the_evaluate_command_asks_for_tasks_and_says_what_was_skipped(monkeypatch, tmp_path):
+    asked = {}
+    task = {"accuracy": 0.5, "standard_error": 0.1}
+    shot = {"tasks": {"t": task}, "mean": 0.5, "mean_standard_error": 0.1, "skipped": {}}
+    result = {"model": "m", "perplexity": {}, "zero_shot": shot, "skipped": {"piqa": "no data"}}
+    monkeypatch.setattr(api, "evaluate", lambda model, **o: asked.update(o) or result)
+    done = run("evaluate", "m", "--tasks", "offline", "--limit", 3, "--task-folder", tmp_path)
+    assert done.exit_code == 0, done.output
+    assert (asked["tasks"], asked["limit"], asked["task_folders"]) == ("offline", 3, [tmp_path])
+    assert "50.0 ± 10.0" in done.output and "no data" in done.output
+
+
+def test_a_text_that_is_missing_is_skipped_beside_others(folders, tmp_path):
+    # Without a tokenizer no text can be read; alone that is an error, among others a note.
+    with pytest.raises(TextError, match="tokenizer"):
+        api.evaluate(folders / "dense", text="absent.txt")
+    found = api.evaluate(folders / "dense", text="absent.txt,other.txt")
+    assert set(found["skipped"]) == {"absent.txt", "other.txt"}

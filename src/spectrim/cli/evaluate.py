@@ -66,6 +66,9 @@ def evaluate(
         window_length=as_length(window_length),
         max_tokens=max_tokens,
         batch=batch,
+        tasks=tasks,
+        limit=limit,
+        task_folders=task_folders or None,
         device=device,
         dtype=dtype,
     )

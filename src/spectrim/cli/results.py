@@ -88,10 +88,11 @@ def print_evaluations(results: list[dict[str, Any]]) -> None:
     Args:
         results: one record per model, as `spectrim.evaluate` returns it.
     """
-    for text in results[0]["perplexity"]:
+    for text in dict.fromkeys(text for result in results for text in result["perplexity"]):
         compared = any("agreement" in result for result in results)
         rows = []
-        for result in results:
+        shown = [result for result in results if text in result["perplexity"]]
+        for result in shown:
             measured = result["perplexity"][text]
             row = [
                 result["model"],
@@ -110,7 +111,7 @@ def print_evaluations(results: list[dict[str, Any]]) -> None:
         headers += ["KL, nats/token", "same top token"] if compared else []
         print_table(headers, rows, title=text)
         # More than one line only where tokenizers or longest windows differ.
-        for words in dict.fromkeys(protocol_words(r["perplexity"][text]) for r in results):
+        for words in dict.fromkeys(protocol_words(r["perplexity"][text]) for r in shown):
             print_note(words)
 
 

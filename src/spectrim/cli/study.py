@@ -153,7 +153,7 @@ def print_tasks(results: list[dict[str, Any]]) -> None:
         ]
         rows.append(("mean", *(accuracy_words(mean) for mean in means)))
         print_table(("accuracy", *(name for name, _ in found)), rows, title="zero-shot tasks")
-    for reason in dict.fromkeys(why for _, r in found for why in r["skipped"].values()):
+    for reason in dict.fromkeys(why for r in results for why in r.get("skipped", {}).values()):
         print_note(f"skipped: {reason}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,8 @@ from spectrim.run.loading import LoadedModel, load_model
 from spectrim.run.texts import UserText
 
 __all__ = ["evaluate_model", "evaluation_windows_of"]
+
+logger = logging.getLogger(__name__)
 
 LITERATURE_WINDOW = 2048
 DEFAULT_TEXT = "wikitext2"
@@ -79,6 +82,8 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Perplexity on every text, parameters and bytes; with `against` also agreement with it.
 
+    Of several texts and tasks, one whose data is not to be had is named under `skipped`.
+
     Args:
         model: a hub name, a folder, or a model object.
         text: source names or files separated by commas, documents, or token windows (N, T).
@@ -100,32 +105,51 @@ def evaluate_model(
     options = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     loaded = load_model(model, tokenizer=tokenizer, **options)
     reference = None if against is None else load_model(against, **options)
-    names = (
-        [part.strip() for part in str(text).split(",")] if isinstance(text, (str, Path)) else [text]
-    )
+    wanted = _task_names(tasks)
     result: dict[str, Any] = {
         "model": loaded.name,
         "stored_bytes": _folder_bytes(loaded.name),
         **_sizes(loaded.model),
         "perplexity": {},
+        "skipped": {},
     }
+    names = [] if text is None and wanted else _text_names(text)
     for name in names:
-        windows = evaluation_windows_of(loaded, name, window_length, max_tokens)
+        try:
+            windows = evaluation_windows_of(loaded, name, window_length, max_tokens)
+        except TextError as error:
+            # One of several things that was asked for: the others still get their numbers.
+            if len(names) + len(wanted) == 1:
+                raise
+            result["skipped"][str(name)] = str(error)
+            logger.warning("%s was skipped: %s", name, error)
+            continue
         label = name if isinstance(name, str) else windows.sources[0]
         result["perplexity"][label] = perplexity(loaded.model, windows, batch=batch).record()
         if reference is not None:
             result.setdefault("agreement", {})[label] = agreement(
                 reference.model, loaded.model, windows, batch=batch
             ).record()
-    if isinstance(tasks, str):
-        tasks = [part.strip() for part in tasks.split(",") if part.strip()]
-    if tasks:
+    if wanted:
         result["zero_shot"] = zero_shot(
             loaded.model,
             loaded.tokenizer,
-            tasks,
+            wanted,
             limit=limit,
             batch=batch,
             task_folders=task_folders,
         ).record()
+        result["skipped"] |= result["zero_shot"]["skipped"]
     return result
+
+
+def _text_names(text: UserText) -> list[Any]:
+    if isinstance(text, str | Path):
+        return [part.strip() for part in str(text).split(",")]
+    return [text]
+
+
+def _task_names(tasks: str | Sequence[str]) -> list[str]:
+    if isinstance(tasks, str):
+        return [part.strip() for part in tasks.split(",") if part.strip()]
+    return list(tasks)
