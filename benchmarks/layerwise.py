@@ -96,14 +96,16 @@ def read_windows(cache: Path, windows: int) -> tuple[Tensor, Tensor]:
     return calibration.long(), evaluation.long()
 
 
-def run_row(name: str, keep: float, cache: Path, windows: int) -> dict[str, Any]:
+def run_row(
+    table: dict[str, Recipe], name: str, keep: float, cache: Path, windows: int
+) -> dict[str, Any]:
     """Compress and evaluate in this process."""
     torch.set_num_threads(1)
     loaded = load_model(MODEL)
     calibration, evaluation = read_windows(cache, windows)
     facts: dict[str, Any] = {"row": name, "keep": keep, "eval_windows": windows}
     if name != "dense":
-        recipe = rows()[name].with_changes(keep=keep)
+        recipe = table[name].with_changes(keep=keep)
         started = time.process_time()
         outcome = run_recipe(loaded, recipe, text=calibration)
         facts["cpu_seconds"] = round(time.process_time() - started, 1)
@@ -121,17 +123,17 @@ def run_row(name: str, keep: float, cache: Path, windows: int) -> dict[str, Any]
     }
 
 
-def measure(arguments: argparse.Namespace) -> None:
+def measure(table: dict[str, Recipe], script: str, arguments: argparse.Namespace) -> None:
     """Run what is missing, one process per row, and write the results after each."""
     fill_cache(arguments)
     wanted = [("dense", 1.0)]
-    wanted += [(n, k) for n in rows() for k in arguments.keeps if re.search(arguments.only, n)]
+    wanted += [(n, k) for n in table for k in arguments.keeps if re.search(arguments.only, n)]
     for name, keep in wanted:
         known = read_results(arguments.output)
         windows = arguments.eval_windows
         if any((r["row"], r["keep"], r["eval_windows"]) == (name, keep, windows) for r in known):
             continue
-        command = [sys.executable, __file__, "--row", name, "--keeps", str(keep)]
+        command = [sys.executable, script, "--row", name, "--keeps", str(keep)]
         command += ["--token-cache", str(arguments.token_cache), "--eval-windows", str(windows)]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         known.append(json.loads(done.stdout.splitlines()[-1]))
@@ -171,12 +173,20 @@ def show(known: list[dict[str, Any]], windows: int) -> None:
         )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(table: dict[str, Recipe], *, script: str, results: Path, description: str | None) -> None:
+    """The command line of a study: rows by name on the protocol above.
+
+    Args:
+        table: row name -> recipe, without keep.
+        script: the study's own file, run again for every row.
+        results: where the rows are collected.
+        description: of the study.
+    """
+    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument("--train-text", type=Path)
     parser.add_argument("--eval-text", type=Path)
     parser.add_argument("--token-cache", type=Path, default=TOKEN_CACHE)
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=results)
     parser.add_argument("--only", default="", metavar="REGEX", help="rows whose name matches")
     parser.add_argument("--keeps", type=float, nargs="+", default=KEEPS)
     parser.add_argument("--eval-windows", type=int, default=EVALUATION)
@@ -187,10 +197,10 @@ def main() -> None:
         show(read_results(arguments.output), arguments.eval_windows)
     elif arguments.row is not None:
         keep, cache = arguments.keeps[0], arguments.token_cache
-        print(json.dumps(run_row(arguments.row, keep, cache, arguments.eval_windows)))
+        print(json.dumps(run_row(table, arguments.row, keep, cache, arguments.eval_windows)))
     else:
-        measure(arguments)
+        measure(table, script, arguments)
 
 
 if __name__ == "__main__":
-    main()
+    main(rows(), script=__file__, results=RESULTS, description=__doc__)
