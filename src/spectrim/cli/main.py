@@ -12,10 +12,12 @@ import typer
 
 from spectrim import __version__
 from spectrim.cli import (
+    bench,
     compare,
     compress,
     curve,
     demo,
+    distortion,
     evaluate,
     export,
     inspect,
@@ -67,6 +69,7 @@ def root(
 
 app.command()(compress.compress)
 app.command()(evaluate.evaluate)
+app.command()(bench.bench)
 app.command()(inspect.inspect)
 app.command()(export.export)
 app.command()(survey.survey)
@@ -74,6 +77,7 @@ app.command()(plan.plan)
 app.command()(resize.resize)
 app.command()(curve.curve)
 app.command()(compare.compare)
+app.command()(distortion.distortion)
 app.command()(report.report)
 app.command()(slider.slider)
 app.command(

@@ -1,0 +1,39 @@
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from architectures import tiny
+from spectrim import api
+from spectrim.cli.bench import as_numbers
+from spectrim.cli.main import app
+from spectrim.errors import InputError
+
+
+def test_dense_and_compressed_are_timed_side_by_side(tmp_path):
+    tiny("llama")[0].save_pretrained(tmp_path / "dense")
+    api.compress(tmp_path / "dense", keep=0.5, recipe="svd", output=tmp_path / "small")
+    sizes = ["--batch", "1,2", "--lengths", "4", "--new-tokens", "2", "--repeats", "1"]
+    arguments = ["bench", str(tmp_path / "small"), "--against", str(tmp_path / "dense"), *sizes]
+    ran = CliRunner().invoke(app, [*arguments, "--json"], catch_exceptions=False)
+    assert ran.exit_code == 0
+    found = json.loads(ran.stdout)
+    assert [c["batch"] for c in found["compressed"]["cells"]] == [1, 2]
+    assert found["ideal"]["decode"] == found["dense"]["bytes"] / found["compressed"]["bytes"]
+    assert found["ideal"]["prefill"] > 1
+    assert found["environment"]["torch"]
+    for dense, small, gain in zip(
+        found["dense"]["cells"], found["compressed"]["cells"], found["speedup"], strict=True
+    ):
+        key = "decode_tokens_per_second"
+        assert gain["decode"] == pytest.approx(small[key] / dense[key])
+    shown = CliRunner().invoke(app, [*arguments, "--fuse", "-q"], catch_exceptions=False)
+    assert "ideal" in shown.stdout
+    assert "1 x 4" in shown.stdout
+
+
+@pytest.mark.parametrize("words", ["", "1,x", "0", "-3", "1,,2"])
+def test_numbers_that_are_none_are_refused(words):
+    with pytest.raises(InputError, match="--batch"):
+        as_numbers("--batch", words)
+    assert as_numbers("--batch", "1, 8,32") == [1, 8, 32]
