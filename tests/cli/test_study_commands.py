@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import sys
 import types
 
@@ -42,6 +44,25 @@ def test_a_report_beside_the_dense_model_has_all_figures(folders, tmp_path):
     with pytest.raises(InputError, match="dense model"):
         studies.report(folders / "small", output=tmp_path / "x", others=[folders / "large"])
     assert not (tmp_path / "x").exists()
+
+
+def test_distortion_of_several_results_is_a_table_and_pictures(folders, tmp_path):
+    measure = studies.Measure(text=windows(4))
+    results = [folders / "small", folders / "large"]
+    found = studies.distortion(folders / "dense", results, measure=measure, output=tmp_path)
+    rows = list(csv.DictReader((tmp_path / "distortion.csv").open()))
+    assert len(rows) == len(found) / 2 == 3 * 8
+    values = {(one.model, str(one.block), one.projection): one.mse for one in found}
+    for row in rows:
+        for model in ("small", "large"):
+            assert float(row[f"{model} mse"]) == values[model, row["block"], row["projection"]] > 0
+    record = json.loads((tmp_path / "distortion.json").read_text())
+    assert record["distortion"] == [one.record() for one in found]
+    for name in ("mse", "cosine"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (tmp_path / f"{name}.svg").read_text()
+    with pytest.raises(InputError, match="different folder names"):
+        studies.distortion(folders / "dense", [folders / "small"] * 2, measure=measure)
 
 
 def run(*arguments):

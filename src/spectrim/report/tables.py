@@ -9,7 +9,13 @@ from typing import Any
 
 from spectrim.allocate.budget import format_bytes
 
-__all__ = ["COMPARISON_HEADERS", "comparison_csv", "comparison_markdown", "comparison_rows"]
+__all__ = [
+    "COMPARISON_HEADERS",
+    "comparison_csv",
+    "comparison_markdown",
+    "comparison_rows",
+    "rows_csv",
+]
 
 COMPARISON_HEADERS = (
     "recipe",
@@ -94,9 +100,13 @@ def _cell(text: Any) -> str:
 
 def comparison_csv(comparison: Mapping[str, Any]) -> str:
     """Every entry with all its values; unknown ones are empty."""
+    return rows_csv(comparison["entries"])
+
+
+def rows_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of equal keys as CSV with a header; unknown values are empty."""
     out = io.StringIO()
-    entries = comparison["entries"]
-    writer = csv.DictWriter(out, list(entries[0]), lineterminator="\n")
+    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(entries)
+    writer.writerows(rows)
     return out.getvalue()

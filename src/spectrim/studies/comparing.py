@@ -1,0 +1,77 @@
+"""Recipes side by side at equal sizes, with the files of the comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from spectrim.api import resolve_recipe
+from spectrim.errors import InputError
+from spectrim.evaluate.curve import parse_keeps
+from spectrim.recipe import Recipe
+from spectrim.report.content import as_json
+from spectrim.report.tables import comparison_csv, comparison_markdown
+from spectrim.run.compare import Comparison, compare_recipes
+from spectrim.run.job import Progress
+from spectrim.run.measuring import PointStore
+from spectrim.studies.curves import POINTS_FOLDER
+from spectrim.studies.files import study_folder, write_whole
+from spectrim.studies.measure import Measure, own_text
+
+__all__ = ["compare"]
+
+
+def compare(
+    model: str | Path,
+    *,
+    recipes: Sequence[str | Path | Recipe],
+    keep: str | Sequence[float] = (0.8, 0.6, 0.4),
+    measure: Measure | None = None,
+    output: str | Path | None = None,
+    progress: Progress | None = None,
+    **calibration: Any,
+) -> Comparison:
+    """Recipes side by side at equal sizes, each run in a process of its own.
+
+    Args:
+        model: a hub name or a folder.
+        recipes: to compare.
+        keep: sizes.
+        measure: evaluation text and its protocol.
+        output: folder for `compare.md`, `.csv`, `.json` and the finished runs.
+        progress: told of every run.
+        **calibration: `text` (names or files), `windows`, `window_length`, `seed`, `storage`,
+            `weights` as in `spectrim.compress`.
+
+    Raises:
+        SpectrimError: unknown recipes, texts or models; every run failed.
+    """
+    if isinstance(model, nn.Module):
+        raise InputError("compare runs each recipe in its own process; give a folder or hub name")
+    if not recipes:
+        raise InputError("compare needs recipes, for example svd-llm,aa-svd")
+    if own_text(calibration.get("text")) is not None:
+        raise InputError("compare runs in other processes; give the text as names or files")
+    measure = measure or Measure()
+    keeps = parse_keeps(keep) if isinstance(keep, str) else list(keep)
+    resolved = [resolve_recipe(recipe, **calibration) for recipe in recipes]
+    folder = None if output is None else study_folder(output)
+    options = ["--device", str(measure.device)]
+    options += ["--trust-remote-code"] if measure.trust_remote_code else []
+    found = compare_recipes(
+        measure.reference(model),
+        resolved,
+        keeps,
+        options=options,
+        store=PointStore(None if folder is None else folder / POINTS_FOLDER),
+        progress=progress,
+    )
+    if folder is not None:
+        record = found.record()
+        write_whole(folder / "compare.json", as_json(record))
+        write_whole(folder / "compare.csv", comparison_csv(record))
+        write_whole(folder / "compare.md", comparison_markdown(record))
+    return found

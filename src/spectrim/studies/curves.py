@@ -1,0 +1,97 @@
+"""The rate-distortion curve of a model or an elastic artifact, with its files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from spectrim.api import resolve_recipe
+from spectrim.errors import InputError
+from spectrim.evaluate.curve import curve_csv, parse_keeps
+from spectrim.recipe import Recipe
+from spectrim.report.content import as_json
+from spectrim.report.drawing import new_figure, save_figure
+from spectrim.report.figures import draw_curve
+from spectrim.run.curve import Curve, elastic_curve, recipe_curve
+from spectrim.run.job import Progress
+from spectrim.run.measuring import PointStore
+from spectrim.studies.files import study_folder, write_whole
+from spectrim.studies.measure import Measure, own_text
+from spectrim.studies.opening import dense_twin, has_every_size, open_sizes
+
+__all__ = ["POINTS_FOLDER", "curve"]
+
+POINTS_FOLDER = "points"
+"""Finished points inside a study's folder."""
+
+
+def curve(
+    model: str | Path | nn.Module,
+    *,
+    recipes: Sequence[str | Path | Recipe] = (),
+    keep: str | Sequence[float] = "0.9..0.3",
+    measure: Measure | None = None,
+    output: str | Path | None = None,
+    tokenizer: Any = None,
+    progress: Progress | None = None,
+    **calibration: Any,
+) -> Curve:
+    """The rate-distortion curve of a model, or of an elastic artifact.
+
+    Args:
+        model: a hub name, a folder, a model object, or the folder of an elastic artifact.
+        recipes: to draw one line each; none for an artifact, whose sizes need no recipe.
+        keep: sizes: a list, or text that `parse_keeps` reads.
+        measure: evaluation text and its protocol.
+        output: folder for `curve.json`, `.csv`, `.png`, `.svg` and the finished points, which a
+            later call takes up again.
+        tokenizer: for model objects.
+        progress: told of every point.
+        **calibration: `text`, `windows`, `window_length`, `seed`, `storage`, `weights` as in
+            `spectrim.compress`.
+
+    Raises:
+        SpectrimError: unknown recipes, texts or models; sizes that no recipe reaches.
+    """
+    measure = measure or Measure()
+    keeps = parse_keeps(keep) if isinstance(keep, str) else list(keep)
+    folder = None if output is None else study_folder(output)
+    if has_every_size(model):
+        if recipes:
+            raise InputError(f"{model} is an elastic artifact and has its sizes; give no recipes")
+        found = _elastic(Path(str(model)), keeps, measure, progress)
+    else:
+        if not recipes:
+            raise InputError("a curve needs recipes, for example svd-llm,aa-svd")
+        resolved = [resolve_recipe(recipe, **calibration) for recipe in recipes]
+        found = recipe_curve(
+            measure.reference(model, tokenizer),
+            resolved,
+            keeps,
+            text=own_text(calibration.get("text")),
+            store=PointStore(None if folder is None else folder / POINTS_FOLDER),
+            progress=progress,
+        )
+    if folder is not None:
+        write_whole(folder / "curve.json", as_json(found.record()))
+        write_whole(folder / "curve.csv", curve_csv(found.points))
+        with new_figure(width=7.2, height=4.4) as (figure, axes):
+            draw_curve(axes, found.points)
+            for suffix in ("png", "svg"):
+                save_figure(figure, folder / f"curve.{suffix}")
+    return found
+
+
+def _elastic(
+    folder: Path, keeps: Sequence[float], measure: Measure, progress: Progress | None
+) -> Curve:
+    elastic = open_sizes(folder, measure)
+    reference = replace(measure, device="auto", dtype="auto").reference(
+        dense_twin(elastic.model), elastic.tokenizer
+    )
+    reference.loaded.stored_dtype = elastic.elastic.dtype
+    return elastic_curve(reference, elastic, keeps, name=folder.name, progress=progress)

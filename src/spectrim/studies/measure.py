@@ -1,0 +1,47 @@
+"""How the models of a study are measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from spectrim.run.measuring import Reference, open_reference
+from spectrim.run.texts import UserText
+
+__all__ = ["Measure", "own_text"]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How the models of a study are measured.
+
+    Attributes:
+        text: evaluation text, None for wikitext2.
+        window_length: tokens per window; None for 2048 or the model's longest, or `max`.
+        max_tokens: score at most this many tokens.
+        batch: windows per forward pass.
+        device: `auto` or a torch device.
+        dtype: `auto` is fp32 on a CPU.
+        trust_remote_code: run code that comes with the checkpoint.
+    """
+
+    text: UserText = None
+    window_length: int | Literal["max"] | None = None
+    max_tokens: int | None = None
+    batch: int = 8
+    device: str | torch.device = "auto"
+    dtype: str | torch.dtype = "auto"
+    trust_remote_code: bool = False
+
+    def reference(self, model: str | Path | nn.Module, tokenizer: Any = None) -> Reference:
+        """The dense model, loaded and measured."""
+        return open_reference(model, tokenizer=tokenizer, **vars(self))
+
+
+def own_text(text: UserText) -> UserText:
+    """Text that a recipe cannot name: documents and token windows."""
+    return None if isinstance(text, str | Path) else text
