@@ -47,12 +47,12 @@ class Calibration(Section):
     """
 
     text: str | tuple[str, ...] = "self"
-    windows: int = Field(256, ge=1)
-    window_length: int = Field(2048, ge=2)
+    windows: int = Field(default=256, ge=1)
+    window_length: int = Field(default=2048, ge=2)
     bos: Literal["none", "each", "half"] = Field(
-        "none", description="BOS at the start of no window, of each, or of every second one"
+        default="none", description="BOS at the start of no window, of each, or of every second one"
     )
-    batch: int = Field(8, ge=1, description="windows per forward pass")
+    batch: int = Field(default=8, ge=1, description="windows per forward pass")
 
 
 Objective = Literal[
@@ -64,14 +64,16 @@ class Decompose(Section):
     """The objective whose best rank-k answer the components are ordered for."""
 
     objective: Objective = "whitened"
-    alpha: float = Field(0.5, ge=0, le=2, description="activation: exponent of mean |x|")
+    alpha: float = Field(default=0.5, ge=0, le=2, description="activation: exponent of mean |x|")
     blend: float = Field(
-        1.0, ge=0, le=1, description="anchored: 1 is anchored (AA-SVD), 0 is shift-aware"
+        default=1.0, ge=0, le=1, description="anchored: 1 is anchored (AA-SVD), 0 is shift-aware"
     )
-    shrink_in: float = Field(0.0, ge=0, lt=1, description="share of the identity in C")
-    shrink_out: float = Field(0.3, ge=0, lt=1, description="kfac: share of the identity in G")
+    shrink_in: float = Field(default=0.0, ge=0, lt=1, description="share of the identity in C")
+    shrink_out: float = Field(
+        default=0.3, ge=0, lt=1, description="kfac: share of the identity in G"
+    )
     clip: float | None = Field(
-        10.0,
+        default=10.0,
         gt=0,
         description="kfac: token gradients are clipped to this multiple of the mean norm",
     )
@@ -82,15 +84,16 @@ class Allocation(Section):
 
     rule: Literal["uniform", "loss_ratio", "sensitivity", "zero_sum", "knapsack"] = "uniform"
     score: Literal["energy", "first_order", "second_order", "measured", "kfac"] = "energy"
-    floor: float = Field(0.0, ge=0, lt=1, description="least rank as a share of break-even")
-    multiple: int = Field(1, ge=1, description="ranks are multiples of this")
+    floor: float = Field(default=0.0, ge=0, lt=1, description="least rank as a share of break-even")
+    multiple: int = Field(default=1, ge=1, description="ranks are multiples of this")
     fill: bool = Field(
-        True, description="spend what rounding leaves over; False gives the papers' floor ranks"
+        default=True,
+        description="spend what rounding leaves over; False gives the papers' floor ranks",
     )
     faithful: bool = Field(
-        False, description="zero_sum: as published, reverted targets keep their sum"
+        default=False, description="zero_sum: as published, reverted targets keep their sum"
     )
-    gradient_windows: int = Field(32, ge=1, description="windows behind gradient scores")
+    gradient_windows: int = Field(default=32, ge=1, description="windows behind gradient scores")
 
 
 class StorageChoice(Section):
@@ -104,31 +107,33 @@ class ClosedFormRefinement(Section):
     """SVD-LLM's layer-wise update of the up factor on shifted inputs."""
 
     step: Literal["closed_form"] = "closed_form"
-    ridge: float = Field(1e-6, gt=0, description="relative to the mean diagonal")
+    ridge: float = Field(default=1e-6, gt=0, description="relative to the mean diagonal")
 
 
 class ProjectedGradientRefinement(Section):
     """ZS-SVD's truncate-correct-retruncate; one stage is a plain one-shot truncation."""
 
     step: Literal["projected_gradient"] = "projected_gradient"
-    stages: int = Field(6, ge=1)
-    windows: int = Field(1, ge=1, description="windows behind each correction gradient")
+    stages: int = Field(default=6, ge=1)
+    windows: int = Field(default=1, ge=1, description="windows behind each correction gradient")
 
 
 class BlockRefinement(Section):
     """AA-SVD stage 2: train the factors of one block against the original block's output."""
 
     step: Literal["block"] = "block"
-    epochs: int = Field(25, ge=1)
-    batch: int = Field(32, ge=1)
-    learning_rate: float = Field(1e-4, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
-    warmup: float = Field(0.1, ge=0, lt=1)
-    final_learning_rate: float = Field(0.1, ge=0, le=1, description="share of the peak")
-    clip: float = Field(1.0, gt=0)
-    held_out: float = Field(0.125, ge=0, lt=1, description="share of windows that choose the epoch")
+    epochs: int = Field(default=25, ge=1)
+    batch: int = Field(default=32, ge=1)
+    learning_rate: float = Field(default=1e-4, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    warmup: float = Field(default=0.1, ge=0, lt=1)
+    final_learning_rate: float = Field(default=0.1, ge=0, le=1, description="share of the peak")
+    clip: float = Field(default=1.0, gt=0)
+    held_out: float = Field(
+        default=0.125, ge=0, lt=1, description="share of windows that choose the epoch"
+    )
     look_ahead: int = Field(
-        0, ge=0, description="further original blocks the error is seen through"
+        default=0, ge=0, description="further original blocks the error is seen through"
     )
 
 
@@ -136,16 +141,16 @@ class DistillRefinement(Section):
     """End-to-end distillation: KL to the original model's logits, factors and norms trained."""
 
     step: Literal["distill"] = "distill"
-    steps: int = Field(400, ge=1)
-    batch: int = Field(8, ge=1)
-    learning_rate: float = Field(1e-4, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    warmup: float = Field(0.1, ge=0, lt=1)
-    clip: float = Field(1.0, gt=0)
-    held_out: float = Field(0.125, ge=0, lt=1)
-    evaluate_every: int = Field(25, ge=1)
+    steps: int = Field(default=400, ge=1)
+    batch: int = Field(default=8, ge=1)
+    learning_rate: float = Field(default=1e-4, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    warmup: float = Field(default=0.1, ge=0, lt=1)
+    clip: float = Field(default=1.0, gt=0)
+    held_out: float = Field(default=0.125, ge=0, lt=1)
+    evaluate_every: int = Field(default=25, ge=1)
     windows: int | None = Field(
-        None,
+        default=None,
         ge=1,
         description="further training windows, sampled from the original model itself; None "
         "trains on the calibration windows alone",
@@ -156,15 +161,17 @@ class LoraRefinement(Section):
     """SVD-LLM's sequential recovery: LoRA on one factor, merged, then on the other."""
 
     step: Literal["lora"] = "lora"
-    rank: int = Field(8, ge=1)
-    alpha: float = Field(16, gt=0)
-    dropout: float = Field(0.05, ge=0, lt=1)
-    learning_rate: float = Field(1e-4, gt=0)
-    epochs: int = Field(2, ge=1)
-    batch: int = Field(64, ge=1)
-    warmup_steps: int = Field(100, ge=0, description="never more than a tenth of all steps")
-    held_out: float = Field(0.125, ge=0, lt=1, description="share of windows that choose the epoch")
-    order: tuple[Literal["down", "up"], ...] = Field(("down", "up"), min_length=1)
+    rank: int = Field(default=8, ge=1)
+    alpha: float = Field(default=16, gt=0)
+    dropout: float = Field(default=0.05, ge=0, lt=1)
+    learning_rate: float = Field(default=1e-4, gt=0)
+    epochs: int = Field(default=2, ge=1)
+    batch: int = Field(default=64, ge=1)
+    warmup_steps: int = Field(default=100, ge=0, description="never more than a tenth of all steps")
+    held_out: float = Field(
+        default=0.125, ge=0, lt=1, description="share of windows that choose the epoch"
+    )
+    order: tuple[Literal["down", "up"], ...] = Field(default=("down", "up"), min_length=1)
 
 
 Refinement = Annotated[
@@ -186,39 +193,47 @@ class AcipLearning(Section):
     """
 
     method: Literal["acip"] = "acip"
-    stop_keep: float = Field(0.4, gt=0, lt=1, description="smallest size; pruning stops there")
-    batch: int = Field(4, ge=1, description="windows per forward pass")
-    accumulate: int = Field(1, ge=1, description="forward passes per step")
-    gate_scale: float = Field(0.02, gt=0, description="c, where gates start")
+    stop_keep: float = Field(
+        default=0.4, gt=0, lt=1, description="smallest size; pruning stops there"
+    )
+    batch: int = Field(default=4, ge=1, description="windows per forward pass")
+    accumulate: int = Field(default=1, ge=1, description="forward passes per step")
+    gate_scale: float = Field(default=0.02, gt=0, description="c, where gates start")
     gate_dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="ours is float32: steps of 5e-5 round away in bfloat16"
+        default="float32", description="ours is float32: steps of 5e-5 round away in bfloat16"
     )
-    learning_rate: float = Field(5e-5, gt=0, description="of the gates")
-    lora_rank: int = Field(32, ge=0, description="0 trains gates alone")
-    lora_alpha: float = Field(16, gt=0)
-    lora_dropout: float = Field(0.05, ge=0, lt=1)
-    lora_learning_rate: float = Field(5e-5, gt=0)
-    clip: float | None = Field(None, gt=0, description="largest gradient norm of the corrections")
-    pressure: float = Field(1e-3, gt=0, description="λ of the first step, without `steps`")
-    pressure_growth: float = Field(1.01, gt=1)
-    pressure_every: int = Field(4, ge=1, description="steps between two growths of λ")
+    learning_rate: float = Field(default=5e-5, gt=0, description="of the gates")
+    lora_rank: int = Field(default=32, ge=0, description="0 trains gates alone")
+    lora_alpha: float = Field(default=16, gt=0)
+    lora_dropout: float = Field(default=0.05, ge=0, lt=1)
+    lora_learning_rate: float = Field(default=5e-5, gt=0)
+    clip: float | None = Field(
+        default=None, gt=0, description="largest gradient norm of the corrections"
+    )
+    pressure: float = Field(default=1e-3, gt=0, description="λ of the first step, without `steps`")
+    pressure_growth: float = Field(default=1.01, gt=1)
+    pressure_every: int = Field(default=4, ge=1, description="steps between two growths of λ")
     steps: int | None = Field(
-        None, ge=1, description="ours: λ follows a path that reaches the stop in about this many"
+        default=None,
+        ge=1,
+        description="ours: λ follows a path that reaches the stop in about this many",
     )
-    max_steps: int = Field(50_000, ge=1)
-    weigh_by_cost: bool = Field(True, description="ours: penalties in proportion to m + n")
-    size_every: int = Field(10, ge=1, description="steps between two tests for the stop")
-    heal_steps: int = Field(1000, ge=0)
+    max_steps: int = Field(default=50_000, ge=1)
+    weigh_by_cost: bool = Field(default=True, description="ours: penalties in proportion to m + n")
+    size_every: int = Field(default=10, ge=1, description="steps between two tests for the stop")
+    heal_steps: int = Field(default=1000, ge=0)
     heal_sizes: Literal["stop", "sampled"] = Field(
-        "sampled", description="ours: every step heals another size"
+        default="sampled", description="ours: every step heals another size"
     )
     heal_objective: Literal["cross_entropy", "kl"] = Field(
-        "kl", description="ours: the divergence from the original model"
+        default="kl", description="ours: the divergence from the original model"
     )
-    heal_learning_rate: float = Field(5e-5, gt=0)
-    heal_final_learning_rate: float = Field(0.1, ge=0, le=1, description="share of the peak")
-    heal_grid: int = Field(24, ge=1, description="sizes to sample from")
-    checkpoint_every: int = Field(100, ge=1)
+    heal_learning_rate: float = Field(default=5e-5, gt=0)
+    heal_final_learning_rate: float = Field(
+        default=0.1, ge=0, le=1, description="share of the peak"
+    )
+    heal_grid: int = Field(default=24, ge=1, description="sizes to sample from")
+    checkpoint_every: int = Field(default=100, ge=1)
 
 
 class SocoLearning(Section):
@@ -226,32 +241,44 @@ class SocoLearning(Section):
 
     method: Literal["soco"] = "soco"
     parts: Literal["all", "selection", "rescaling", "allocation"] = Field(
-        "all", description="which effect of the scores to use"
+        default="all", description="which effect of the scores to use"
     )
     score: Literal["sigmoid", "softplus", "relu"] = "sigmoid"
-    deviation: bool = Field(True, description="train d where a target has a bias to fold it into")
-    threshold: float = Field(0.5, gt=0, lt=1)
-    batch: int = Field(8, ge=1, description="windows per forward pass")
-    accumulate: int = Field(1, ge=1, description="forward passes per step")
-    learning_rate: float = Field(2e-2, gt=0, description="of the scores")
-    deviation_learning_rate: float = Field(1e-3, gt=0)
-    clip: float = Field(1.0, gt=0)
-    warmup_steps: int = Field(50, ge=0)
-    explore_steps: int = Field(500, ge=1)
-    oscillate_steps: int = Field(600, ge=0)
-    sparsify_steps: int = Field(400, ge=1)
-    recover_steps: int = Field(100, ge=0)
-    recover_learning_rate: float = Field(1e-2, gt=0)
-    pressure_growth: float = Field(1.02, gt=1, description="of λ, per step under pressure")
-    pressure_cap: float = Field(2.0, gt=0, description="largest pressure, in learning rates")
-    sparsity: float = Field(1.0, ge=0, description="push of low scores to zero, in learning rates")
-    hysteresis: float = Field(0.02, ge=0, lt=1)
-    settled: float = Field(0.99, gt=0, le=1, description="overlap of kept sets that ends phase two")
-    undecided: float = Field(0.001, ge=0, lt=1, description="share of scores that ends phase three")
-    dead_after: int = Field(20, ge=1, description="steps below the threshold before a final death")
-    hard: bool = Field(True, description="low scores take no part in the forward pass")
-    sensitivity_steps: int = Field(32, ge=1, description="batches behind the sensitivities")
-    checkpoint_every: int = Field(100, ge=1)
+    deviation: bool = Field(
+        default=True, description="train d where a target has a bias to fold it into"
+    )
+    threshold: float = Field(default=0.5, gt=0, lt=1)
+    batch: int = Field(default=8, ge=1, description="windows per forward pass")
+    accumulate: int = Field(default=1, ge=1, description="forward passes per step")
+    learning_rate: float = Field(default=2e-2, gt=0, description="of the scores")
+    deviation_learning_rate: float = Field(default=1e-3, gt=0)
+    clip: float = Field(default=1.0, gt=0)
+    warmup_steps: int = Field(default=50, ge=0)
+    explore_steps: int = Field(default=500, ge=1)
+    oscillate_steps: int = Field(default=600, ge=0)
+    sparsify_steps: int = Field(default=400, ge=1)
+    recover_steps: int = Field(default=100, ge=0)
+    recover_learning_rate: float = Field(default=1e-2, gt=0)
+    pressure_growth: float = Field(default=1.02, gt=1, description="of λ, per step under pressure")
+    pressure_cap: float = Field(
+        default=2.0, gt=0, description="largest pressure, in learning rates"
+    )
+    sparsity: float = Field(
+        default=1.0, ge=0, description="push of low scores to zero, in learning rates"
+    )
+    hysteresis: float = Field(default=0.02, ge=0, lt=1)
+    settled: float = Field(
+        default=0.99, gt=0, le=1, description="overlap of kept sets that ends phase two"
+    )
+    undecided: float = Field(
+        default=0.001, ge=0, lt=1, description="share of scores that ends phase three"
+    )
+    dead_after: int = Field(
+        default=20, ge=1, description="steps below the threshold before a final death"
+    )
+    hard: bool = Field(default=True, description="low scores take no part in the forward pass")
+    sensitivity_steps: int = Field(default=32, ge=1, description="batches behind the sensitivities")
+    checkpoint_every: int = Field(default=100, ge=1)
 
 
 Learning = Annotated[AcipLearning | SocoLearning, Field(discriminator="method")]
@@ -269,9 +296,11 @@ class Recipe(Section):
     title: str = ""
     paper: str = ""
     equation: str = ""
-    differences: str = Field("", description="where we differ from the authors' code, and why")
+    differences: str = Field(
+        default="", description="where we differ from the authors' code, and why"
+    )
     flow: Literal["one-shot", "sequential", "learned"] = "one-shot"
-    keep: float = Field(0.6, gt=0, le=1)
+    keep: float = Field(default=0.6, gt=0, le=1)
     seed: int = 0
     calibration: Calibration = Calibration()
     decompose: Decompose = Decompose()
