@@ -113,7 +113,7 @@ def zero_shot(
         InputError: a name that no task has, or no tokenizer.
     """
     try:
-        from lm_eval.models.huggingface import HFLM
+        from lm_eval.models import huggingface
     except ImportError as error:
         raise MissingExtraError("lm-eval", "eval", "zero-shot evaluation") from error
     names = task_names(tasks)
@@ -127,7 +127,9 @@ def zero_shot(
             f"`offline` stands for {', '.join(OFFLINE_TASKS)}"
         )
     device = str(next(model.parameters()).device)
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, device=device)
+    # Registered by decorators that hide the signature from type checkers.
+    wrap: Any = huggingface.HFLM
+    wrapped = wrap(pretrained=model, tokenizer=tokenizer, batch_size=batch, device=device)
     result = ZeroShot(protocol=_protocol(model, limit, batch))
     training = model.training
     model.eval()
@@ -156,8 +158,9 @@ def task_manager(names: Sequence[str], folders: Sequence[Path]) -> Any:
 
 def _add(result: ZeroShot, name: str, model: Any, manager: Any, limit: int | None) -> None:
     """Measure one task, or note why not."""
-    from lm_eval import simple_evaluate
+    import lm_eval
 
+    simple_evaluate: Any = lm_eval.simple_evaluate
     try:
         # Building a task fetches its data; afterwards nothing may fail quietly.
         loaded = manager.load_task_or_group([name])

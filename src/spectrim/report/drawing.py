@@ -30,7 +30,7 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 # enough contrast on white and on black.
 _COLORS = ("#1f80c4", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 
-_SETTINGS = {
+_SETTINGS: dict[Any, Any] = {
     "text.color": INK,
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
@@ -79,7 +79,8 @@ def new_figure(*, width: float = 5.6, height: float = 3.7, **grid: Any) -> Itera
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError("matplotlib", "plot", "drawing figures") from error
-    with mpl.rc_context({**mpl.rcParamsDefault, **_SETTINGS}):
+    settings: dict[Any, Any] = {**mpl.rcParamsDefault, **_SETTINGS}
+    with mpl.rc_context(settings):
         # A bare figure has no window behind it, so no display and no state is touched.
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure, figure.subplots(**grid)
@@ -103,9 +104,13 @@ def logarithmic(axis: Axis) -> None:
 
     Call it when everything is drawn: the data decide how fine the ticks are.
     """
+    from matplotlib.axis import XAxis
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
+    if isinstance(axis, XAxis):
+        axis.axes.set_xscale("log")
+    else:
+        axis.axes.set_yscale("log")
     low, high = axis.get_data_interval()
     # Within two decades the powers alone would leave an axis with one number or none.
     subs = (1.0, 2.0, 5.0) if high < 100 * low else (1.0,)

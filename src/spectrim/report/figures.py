@@ -193,6 +193,8 @@ def draw_depth(axes: Axes, found: Sequence[Distortion], *, measure: str) -> None
         found: of one or several models; projections are left out.
         measure: `mse`, `relative` or `cosine`.
     """
+    from matplotlib.ticker import MaxNLocator
+
     lines: dict[str, list[tuple[int, float]]] = {}
     for one in found:
         if one.projection == BLOCK:
@@ -203,7 +205,7 @@ def draw_depth(axes: Axes, found: Sequence[Distortion], *, measure: str) -> None
     axes.set_xlabel("block")
     words = {"mse": "mean squared error", "relative": "relative error", "cosine": "cosine distance"}
     axes.set_ylabel(words[measure])
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(lines) > 1:
         axes.legend()
 
