@@ -45,41 +45,43 @@ FISHER_STEPS = 64
 # The recipes' defaults are for 7B models; these are for 6 million parameters and one CPU core.
 ACIP = {
     "stop_keep": 0.3,
-    "batch": 4,
-    "learning_rate": 2e-4,
+    "batch": 2,
+    "learning_rate": 4e-4,
     "lora_rank": 2,
     "lora_alpha": 4,
     "lora_dropout": 0.0,
     "lora_learning_rate": 5e-4,
     "clip": 1.0,
-    "steps": 320,
-    "max_steps": 480,
-    "pressure_growth": 1.02,
+    "steps": 200,
+    "max_steps": 320,
+    "pressure_growth": 1.03,
     "pressure_every": 1,
+    "size_every": 2,
     "heal_steps": 160,
     "heal_learning_rate": 1e-3,
+    "heal_grid": 16,
 }
 SOCO = {
-    "batch": 4,
+    "batch": 2,
     "learning_rate": 0.03,
     "warmup_steps": 5,
-    "explore_steps": 100,
-    "oscillate_steps": 60,
-    "sparsify_steps": 60,
+    "explore_steps": 60,
+    "oscillate_steps": 30,
+    "sparsify_steps": 40,
     "recover_steps": 60,
     "recover_learning_rate": 0.02,
     "pressure_growth": 1.03,
     "dead_after": 8,
+    "sensitivity_steps": 24,
 }
 
 
 @dataclass
 class Bench:
-    """Windows to calibrate on and to measure on, and the rows so far."""
+    """Windows to calibrate on and to measure on."""
 
     calibration: Tensor
     evaluation: Tensor
-    rows: list[dict[str, Any]]
 
     def measure(self, model: nn.Module, method: str, keep: float, kept: float, cpu: float) -> None:
         """Add one row and write all of them."""
@@ -93,8 +95,7 @@ class Bench:
             "cpu_seconds": cpu,
             "load_average": os.getloadavg()[0],
         }
-        same = [r for r in self.rows if (r["method"], r["keep"]) != (method, keep)]
-        self.rows = sorted([*same, row], key=lambda r: (r["method"], -r["keep"]))
+        others = [r for r in rows_so_far() if (r["method"], r["keep"]) != (method, keep)]
         record = {
             "protocol": {
                 "calibration_windows": list(self.calibration.shape),
@@ -102,7 +103,7 @@ class Bench:
             },
             "settings": {"acip": ACIP, "soco": SOCO},
             "environment": environment(),
-            "rows": self.rows,
+            "rows": sorted([*others, row], key=lambda r: (r["method"], -r["keep"])),
         }
         RESULTS.write_text(json.dumps(record, indent=2) + "\n")
         print(
@@ -110,6 +111,11 @@ class Bench:
             f"perplexity {result.perplexity:.2f} cpu {cpu:.0f} s",
             flush=True,
         )
+
+
+def rows_so_far() -> list[dict[str, Any]]:
+    """Read anew for every row, as parts may run side by side."""
+    return json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
 
 
 def acip(bench: Bench) -> None:
@@ -198,9 +204,8 @@ def main() -> None:
         window_length=256,
         max_tokens=EVALUATED_TOKENS,
     )
-    rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
-    bench = Bench(calibration.ids, evaluation.ids[: arguments.windows], rows)
-    if not any(row["method"] == "dense" for row in rows):
+    bench = Bench(calibration.ids, evaluation.ids[: arguments.windows])
+    if not any(row["method"] == "dense" for row in rows_so_far()):
         bench.measure(load_model(MODEL).model, "dense", 1.0, 1.0, 0.0)
     for part in arguments.parts.split(","):
         PARTS[part](bench)

@@ -4,7 +4,8 @@ import torch
 from architectures import windows
 from gated_cases import gated_model, lessons_of
 from spectrim.learn.checkpoint import Checkpoint
-from spectrim.learn.soco import SocoSettings, gates_of, learn_scores
+from spectrim.learn.scores import SocoSettings, gates_of
+from spectrim.learn.soco import learn_scores
 from spectrim.learn.survivors import RecoverySettings, choose, fixed_choice, folded, recover
 
 SETTINGS = {

@@ -23,7 +23,8 @@ from spectrim.learn.gated import GatedLinear
 from spectrim.learn.gates import GateFunction, Spans, gate_values, start_value
 from spectrim.learn.lessons import Lessons, Report
 from spectrim.learn.pruning import Gated
-from spectrim.learn.soco import SocoSettings, SocoState, deviations, scores_of
+from spectrim.learn.scores import SocoSettings, SocoState, scores_of
+from spectrim.learn.soco import deviations
 from spectrim.refine.fitting import warmup_cosine
 
 __all__ = ["Folded", "RecoverySettings", "choose", "fixed_choice", "folded", "recover"]

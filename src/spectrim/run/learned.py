@@ -23,7 +23,8 @@ from spectrim.learn.healing import (
     order_by_death,
 )
 from spectrim.learn.pruning import Gated
-from spectrim.learn.soco import SocoSettings, SocoState, learn_scores
+from spectrim.learn.scores import SocoSettings, SocoState
+from spectrim.learn.soco import learn_scores
 from spectrim.learn.survivors import RecoverySettings, choose, fixed_choice, folded, recover
 from spectrim.model.weights import read_weight
 from spectrim.recipe import AcipLearning, Recipe, SocoLearning

@@ -11,6 +11,7 @@ from spectrim.run.compress import Outcome
 from spectrim.run.elastic import ElasticModel
 from spectrim.run.job import RunLog
 from spectrim.run.reporting import build_report
+from spectrim.run.storing import cast_parameters
 from spectrim.storage.folder import RECIPE_FILE, REPORT_FILE
 from spectrim.storage.json_file import read_json
 
@@ -29,7 +30,7 @@ def settle_outcome(
     with log.timed("resize"):
         plan = opened.resize(keep, size=size, repair=True)
         model = opened.settle()
-        model.to(opened.elastic.dtype)
+        cast_parameters(model, opened.elastic.dtype)
     recipe, calibration = _origin(Path(artifact))
     recipe = recipe.with_changes(keep=plan.keep)
     order = opened.elastic.order
