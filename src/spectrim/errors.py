@@ -56,7 +56,8 @@ class MissingExtraError(InputError):
 
     def __init__(self, package: str, extra: str, purpose: str):
         super().__init__(
-            f"{purpose} needs the package {package!r}; install it with: pip install 'spectrim[{extra}]'"
+            f"{purpose} needs the package {package!r}; "
+            f"install it with: pip install 'spectrim[{extra}]'"
         )
 
 

@@ -67,9 +67,7 @@ class SpectrimQuantizer(HfQuantizer):
 
     def _observe(self, model: Any) -> None:
         layers = compressed_layers(model)
-        self._storages = {
-            name: (layer.storage, layer.weights) for name, layer in layers.items()
-        }
+        self._storages = {name: (layer.storage, layer.weights) for name, layer in layers.items()}
         self._prefix = model.base_model_prefix
 
     def get_weight_conversions(self) -> list[Any]:
