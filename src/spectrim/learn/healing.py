@@ -28,6 +28,7 @@ from spectrim.learn.checkpoint import (
     optimizer_tensors,
     where_kept,
 )
+from spectrim.learn.gated import Lora
 from spectrim.learn.gates import DeathMap
 from spectrim.learn.lessons import Lessons, Objective, Report, seeded
 from spectrim.learn.pruning import Gated
@@ -72,7 +73,7 @@ def apply_plan(gated: Gated, plan: Plan) -> None:
         layer.rank = None if entry.rank is None else entry.rank - gated.adapters
 
 
-def fold_correction(up: Tensor, down: Tensor, lora: nn.Module | None) -> tuple[Tensor, Tensor]:
+def fold_correction(up: Tensor, down: Tensor, lora: Lora | None) -> tuple[Tensor, Tensor]:
     """Factors with the correction as their first components: `[sE B] [F; A]`."""
     if lora is None:
         return up, down

@@ -179,34 +179,34 @@ def open_elastic(
         ArtifactError: a damaged artifact, or a base model that is not the recorded one.
         ModelError: the base model cannot be loaded.
     """
-    numbers: Survey | None = None
-    elastic: Elastic | None = None
-    if isinstance(artifact, Elastic):
-        elastic = artifact
-    elif isinstance(artifact, Survey):
-        numbers = artifact
-    elif is_survey(artifact):
-        numbers = load_survey(artifact)
-    else:
-        elastic = load_elastic(artifact)
-    place: Any = base
-    if place is None and elastic is not None:
-        inside = elastic.base.self_contained and elastic.folder is not None
-        place = elastic.folder / BASE_FOLDER if inside else elastic.base.name
-    if place is None and numbers is not None:
-        place = numbers.model_name
-    loaded = load_model(place, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    if numbers is not None:
-        elastic = elastic_from_survey(numbers, dtype=loaded.stored_dtype, score=score)
-    assert elastic is not None  # an artifact is an elastic one or a survey
+    known = artifact
+    if isinstance(known, (str, Path)):
+        known = load_survey(known) if is_survey(known) else load_elastic(known)
+    loaded = load_model(
+        _place(known) if base is None else base,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    if isinstance(known, Survey):
+        known = elastic_from_survey(known, dtype=loaded.stored_dtype, score=score)
     found = loaded.identity()
-    if found != elastic.base.identity:
+    if found != known.base.identity:
         raise ArtifactError(
             f"the base model {loaded.name!r} is not the one this artifact was made from "
-            f"(identity {found[:12]}, expected {elastic.base.identity[:12]}); give the original "
+            f"(identity {found[:12]}, expected {known.base.identity[:12]}); give the original "
             "checkpoint as base"
         )
-    return ElasticModel(loaded, elastic)
+    return ElasticModel(loaded, known)
+
+
+def _place(known: Elastic | Survey) -> str | Path:
+    """Where the base model was when the artifact was made, or lies inside it."""
+    if isinstance(known, Survey):
+        return known.model_name
+    if known.base.self_contained and known.folder is not None:
+        return known.folder / BASE_FOLDER
+    return known.base.name
 
 
 def elastic_from_survey(survey: Survey, *, dtype: torch.dtype, score: str | None = None) -> Elastic:

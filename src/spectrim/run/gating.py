@@ -97,7 +97,8 @@ def _lora(W: Tensor, adapters: Adapters, seed: int, index: int) -> Lora | None:
     if adapters.rank == 0:
         return None
     scale = adapters.alpha / adapters.rank
-    lora = Lora(*W.shape, adapters.rank, scale=scale, dropout=adapters.dropout)
+    rows, columns = W.shape
+    lora = Lora(rows, columns, adapters.rank, scale=scale, dropout=adapters.dropout)
     lora.initialize(seeded(seed, index))
     return lora
 
