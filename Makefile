@@ -17,7 +17,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
 TESTS ?= tests
-PYTEST_ARGS ?=
+# Two workers, one file at a time: tests are single-threaded, and fixtures of a file are shared.
+PYTEST_ARGS ?= -n 2 --dist loadfile
 
 .PHONY: help demo test lint format clean
 

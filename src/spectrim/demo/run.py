@@ -22,7 +22,7 @@ MODEL = _HERE / "llama-books"
 CALIBRATION = _HERE / "calibration.txt"
 HELD_OUT = _HERE / "heldout.txt"
 PROMPT = "The old house stood at the end of the lane, and"
-WINDOWS, WINDOW_LENGTH = 128, 256
+WINDOWS, WINDOW_LENGTH = 64, 256
 
 
 def _measure(loaded: LoadedModel, folder: Path) -> dict[str, Any]:
