@@ -8,7 +8,7 @@ from spectrim.allocate.curve import Curve, Score
 from spectrim.allocate.knapsack import knapsack
 from spectrim.allocate.ladder import Limits
 from spectrim.allocate.loss_ratio import loss_ratio
-from spectrim.allocate.plan import Plan
+from spectrim.allocate.plan import Plan, Weights
 from spectrim.allocate.sensitivity import Table, predicted_table, sensitivity
 from spectrim.allocate.uniform import uniform
 from spectrim.allocate.zero_sum import zero_sum
@@ -59,7 +59,9 @@ def allocate(
         return zero_sum(curves, keep=keep, limits=limits, faithful=faithful)
     if rule == "knapsack":
         # Targets that stay dense may take the number format of the others.
-        formats = ("native",) if limits is None else tuple({"native": 0, limits.weights: 0})
+        formats: list[Weights] = ["native"]
+        if limits is not None and limits.weights != "native":
+            formats.append(limits.weights)
         return knapsack(curves, keep=keep, limits=limits, score=score, dense_weights=formats)
     if rule == "sensitivity":
         found = table or predicted_table(curves, score=score, limits=limits)

@@ -12,6 +12,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -129,7 +130,7 @@ def _convert_block(
             )
             result = converter.convert(get_module(job.model, target.name))
             swap_in(job.model, target.name, result.layer)
-            facts = {"stored_error": result.error}
+            facts: dict[str, Any] = {"stored_error": result.error}
             if result.note is not None:
                 facts["storage_note"] = result.note
             job.log.target(target.name, **facts)
