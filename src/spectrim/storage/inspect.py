@@ -22,6 +22,8 @@ __all__ = ["FolderInspection", "StoredTarget", "checkpoint_files", "inspect_fold
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+ORDER_DTYPE = "I32"
+"""Of the permutations in packed layers, the only 32-bit integers of a model folder."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,9 @@ class FolderInspection:
 
     @property
     def parameters(self) -> int:
-        """Numbers stored in all tensors."""
-        return sum(prod(entry.shape) for entry in self.tensors.values())
+        """Numbers stored in all tensors; the orders of packed layers are not parameters."""
+        stored = (entry for entry in self.tensors.values() if entry.dtype != ORDER_DTYPE)
+        return sum(prod(entry.shape) for entry in stored)
 
     @property
     def target_bytes(self) -> int:
