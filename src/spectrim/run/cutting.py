@@ -14,12 +14,12 @@ from spectrim.decompose.balance import balanced
 from spectrim.decompose.decomposition import Decomposition
 from spectrim.layers.lowrank import LowRankLinear
 from spectrim.model.anatomy import Target
-from spectrim.model.weights import read_bias, read_weight
+from spectrim.model.weights import is_transposed, read_bias, read_weight
 from spectrim.moments.moments import Moments, OutputMoments
 from spectrim.recipe import Decompose
 from spectrim.storage.survey_record import Factors
 
-__all__ = ["cut_layer", "decompose_target", "measured_error", "replace_target"]
+__all__ = ["cut_layer", "decompose_target", "measured_error", "replace_target", "stand_in"]
 
 
 def decompose_target(
@@ -54,10 +54,17 @@ def cut_layer(
     up, down = decomposition.cut(rank)
     if balance:
         up, down = balanced(up, down)
+    return stand_in(original, up, down)
+
+
+def stand_in(original: nn.Module, up: Tensor, down: Tensor) -> LowRankLinear:
+    """Factors as a layer in the place of `original`: its dtype, device, bias, orientation, mode."""
     weight = read_weight(original)
     layer = LowRankLinear.from_factors(
         up, down, read_bias(original), dtype=weight.dtype, device=weight.device
     )
+    # Where the dense layer comes back one day, it has to store its weight as the original did.
+    layer.transposed = is_transposed(original)
     return layer.train(original.training)
 
 

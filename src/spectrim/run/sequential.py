@@ -27,12 +27,12 @@ from spectrim.model.anatomy import Block, Group, Target
 from spectrim.model.replay import Replay, record
 from spectrim.model.staged import Staged
 from spectrim.model.stream import Stream
-from spectrim.model.weights import get_module, read_bias, read_weight, replace_module
+from spectrim.model.weights import get_module, read_weight, replace_module
 from spectrim.moments.accumulate import MomentAccumulator
 from spectrim.moments.moments import Moments, OutputMoments
 from spectrim.recipe import BlockRefinement, ClosedFormRefinement
 from spectrim.refine.closed_form import update_up
-from spectrim.run.cutting import measured_error, replace_target
+from spectrim.run.cutting import measured_error, replace_target, stand_in
 from spectrim.run.flow import Flow, must_restart
 from spectrim.run.job import Job
 from spectrim.run.refining import refine
@@ -127,11 +127,9 @@ def _updated(
     up = update_up(weight, down, moments.shifted, name=target.name, ridge=step.ridge)
     if state.block_step is not None:
         up, down = balanced(up, down)
-    updated = LowRankLinear.from_factors(
-        up, down, read_bias(original), dtype=weight.dtype, device=weight.device
-    )
+    updated = stand_in(original, up, down)
     facts["measured_error"] = measured_error(weight, updated, moments)
-    return updated.train(original.training)
+    return updated
 
 
 def _cut_block(state: _Pass, plan: Plan, block: Block) -> tuple[nn.Module, Stream]:
