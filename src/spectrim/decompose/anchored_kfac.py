@@ -69,5 +69,5 @@ def _scaled(inner: Decomposition, factor: float) -> Decomposition:
         energy=inner.energy * factor,
         total=inner.total * factor,
         irreducible=inner.irreducible * factor,
-        tail=inner.tail * factor,
+        tail=None if inner.tail is None else inner.tail * factor,
     )
