@@ -13,6 +13,7 @@ __all__ = [
     "PIVOT_GROWTH_LIMIT",
     "RANK_CUTOFF_FP32",
     "RANK_CUTOFF_FP64",
+    "STEP_COUNT",
     "SYMMETRY",
 ]
 
@@ -33,6 +34,9 @@ DAMPING_LIMIT = 1e-2
 
 LEAST_SQUARES_RIDGE = 1e-6
 """Ridge of least-squares maps against shifted inputs, as a share of the mean diagonal."""
+
+STEP_COUNT = 1e-9
+"""Share by which a span of sizes may miss a whole number of steps and still count it."""
 
 SYMMETRY = 1e-4
 """Largest asymmetry, relative to the Frobenius norm, that a moment matrix may show before it is

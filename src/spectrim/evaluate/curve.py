@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from spectrim.errors import InputError
+from spectrim.tolerances import STEP_COUNT
 
 __all__ = ["CurvePoint", "curve_csv", "lower_hull", "parse_keeps"]
 
@@ -139,6 +140,6 @@ def _stepped(first: float, last: float, step: float) -> list[float]:
     if not all(0 < end <= 1 for end in (first, last)):
         raise ValueError(f"{first:g} and {last:g} must lie in (0, 1]")
     high, low = max(first, last), min(first, last)
-    count = int((high - low) / step * (1 + 1e-9))
+    count = int((high - low) / step * (1 + STEP_COUNT))
     # Rounded so that 0.9 - 3 x 0.1 is 0.6 and finds the cache of 0.6.
     return [round(high - i * step, 9) for i in range(count + 1)]
