@@ -32,7 +32,7 @@ from spectrim.evaluate.perplexity import perplexity
 from spectrim.learn.healing import apply_plan
 from spectrim.learn.surrogate import mean_square_gradients
 from spectrim.recipes import get_recipe
-from spectrim.run.gating import Adapters, build_gated, gates_in_place, lessons_for
+from spectrim.run.learned.gating import Adapters, build_gated, gates_in_place, lessons_for
 from spectrim.run.loading import load_model
 from spectrim.run.opening import open_job
 from spectrim.run.reporting import environment

@@ -13,17 +13,17 @@ from torch import nn
 from spectrim.allocate.budget import parse_size
 from spectrim.allocate.plan import Plan
 from spectrim.errors import BudgetError, InputError, RecipeError
+from spectrim.measure.evaluating import evaluate_model
 from spectrim.recipe import Recipe
 from spectrim.recipes import DEFAULT_RECIPE, EFFORTS, get_recipe
 from spectrim.run.compress import Outcome, run_recipe
-from spectrim.run.elastic import ElasticModel, open_elastic
-from spectrim.run.evaluating import evaluate_model
 from spectrim.run.job import Progress
+from spectrim.run.learned.elastic import ElasticModel, open_elastic
+from spectrim.run.learned.resizing import settle_outcome
 from spectrim.run.loading import load_model
-from spectrim.run.replanning import read_plan, replan
-from spectrim.run.resizing import settle_outcome
-from spectrim.run.saving import save_outcome
-from spectrim.run.surveying import cut_survey, survey_model
+from spectrim.run.store.saving import save_outcome
+from spectrim.run.survey.replanning import read_plan, replan
+from spectrim.run.survey.surveying import cut_survey, survey_model
 from spectrim.run.texts import UserText
 from spectrim.storage.atomic import check_output
 from spectrim.storage.survey_file import is_survey, load_survey, save_survey

@@ -26,8 +26,8 @@ COMMANDS = {
 }
 # Where functions that hand all their options on keep the list of them.
 HANDED_TO = {
-    "evaluate": "spectrim.run.evaluating.evaluate_model",
-    "plan": "spectrim.run.replanning.replan",
+    "evaluate": "spectrim.measure.evaluating.evaluate_model",
+    "plan": "spectrim.run.survey.replanning.replan",
 }
 # Several models are one call each; `plan` writes the file itself; export has one format.
 ONLY_HERE = {

@@ -23,7 +23,7 @@ from spectrim.recipe import Recipe
 from spectrim.recipes import PRESETS
 from spectrim.run.compress import Outcome, run_recipe
 from spectrim.run.loading import load_model
-from spectrim.run.saving import save_outcome
+from spectrim.run.store.saving import save_outcome
 
 ARCHITECTURE = "qwen2"  # a llama whose queries, keys and values have biases
 KEEP = 0.6

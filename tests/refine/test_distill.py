@@ -11,8 +11,8 @@ from jobs import logits, make_job, same_state, uniform_plan
 from spectrim.data.self_text import sample_windows
 from spectrim.errors import NonFiniteError
 from spectrim.refine.distill import kl_per_token
-from spectrim.run.one_shot import cut_one_shot
-from spectrim.run.whole_network import carry_out, prepare
+from spectrim.run.cut.one_shot import cut_one_shot
+from spectrim.run.train.whole_network import carry_out, prepare
 
 STEP = {
     "step": "distill",

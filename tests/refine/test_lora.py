@@ -15,8 +15,8 @@ from spectrim.errors import MissingExtraError, NonFiniteError
 from spectrim.layers.lowrank import LowRankLinear
 from spectrim.model.weights import get_module
 from spectrim.refine.lora import LoraTraining, next_token_loss, require_peft
-from spectrim.run.one_shot import cut_one_shot
-from spectrim.run.whole_network import carry_out, prepare
+from spectrim.run.cut.one_shot import cut_one_shot
+from spectrim.run.train.whole_network import carry_out, prepare
 
 STEP = {"step": "lora", "rank": 2, "batch": 8, "epochs": 6, "learning_rate": 5e-3}
 

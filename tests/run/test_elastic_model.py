@@ -11,9 +11,9 @@ from spectrim.allocate.elastic import elastic_order
 from spectrim.errors import ArtifactError, BudgetError, RecipeError
 from spectrim.layers.swap import compressed_layers
 from spectrim.recipes import get_recipe
-from spectrim.run.elastic import ElasticModel, open_elastic
+from spectrim.run.learned.elastic import ElasticModel, open_elastic
+from spectrim.run.learned.saving_elastic import save_survey_as_elastic
 from spectrim.run.loading import load_model
-from spectrim.run.saving_elastic import save_survey_as_elastic
 from spectrim.storage.elastic import Base, Elastic
 
 ACIP = {

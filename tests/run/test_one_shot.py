@@ -9,7 +9,7 @@ from architectures import tiny, windows
 from jobs import logits, make_job, same_state, uniform_plan
 from spectrim.model.capture import capture_inputs
 from spectrim.model.weights import get_module, read_weight
-from spectrim.run.one_shot import cut_one_shot
+from spectrim.run.cut.one_shot import cut_one_shot
 
 
 def optimal(M, k):

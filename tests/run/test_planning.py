@@ -19,7 +19,7 @@ from spectrim.allocate.ladder import Limits
 from spectrim.allocate.zero_sum import zero_sum
 from spectrim.errors import ArtifactError, BudgetError, InputError, OutputError
 from spectrim.recipe import Allocation, Recipe
-from spectrim.run.planning import (
+from spectrim.run.survey.planning import (
     candidate_ranks,
     check_plan,
     largest_rank,
@@ -27,8 +27,8 @@ from spectrim.run.planning import (
     needed_scores,
     plan_from_survey,
 )
-from spectrim.run.replanning import read_plan
-from spectrim.run.survey import make_survey
+from spectrim.run.survey.replanning import read_plan
+from spectrim.run.survey.survey import make_survey
 from spectrim.storage.survey_record import Survey
 
 ALL = ("first_order", "second_order", "kfac", "measured")
@@ -168,7 +168,8 @@ def test_a_plan_for_another_model_is_refused():
 
 
 def test_planning_does_not_import_torch():
-    code = "import sys, spectrim.run.replanning, spectrim.cli.plan; print('torch' in sys.modules)"
+    modules = "spectrim.run.survey.replanning, spectrim.cli.plan"
+    code = f"import sys, {modules}; print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"
 
@@ -183,7 +184,9 @@ def test_a_plan_file_brings_its_decompositions(folders, tmp_path, monkeypatch, c
     assert survey is not None and chosen == api.plan(folders / "survey", keep=0.6, rule="knapsack")
     forbidden = pytest.fail
 
-    monkeypatch.setattr("spectrim.run.cutting.decompose", lambda *a, **k: forbidden("decomposed"))
+    monkeypatch.setattr(
+        "spectrim.run.cut.cutting.decompose", lambda *a, **k: forbidden("decomposed")
+    )
     monkeypatch.setattr("spectrim.run.opening.gather_windows", lambda *a, **k: forbidden("read"))
     result = api.compress(folders / "model", plan=tmp_path / "plan.json", recipe="svd-llm")
     assert result.plan == chosen

@@ -12,8 +12,8 @@ from spectrim.errors import InputError, NonFiniteError, RecipeError
 from spectrim.model.weights import get_module
 from spectrim.recipe import Recipe
 from spectrim.refine.fitting import hold_out
-from spectrim.run.refining import check_steps
-from spectrim.run.sequential import cut_sequentially
+from spectrim.run.cut.sequential import cut_sequentially
+from spectrim.run.train.refining import check_steps
 
 QUICK = {"step": "block", "epochs": 6, "batch": 16, "learning_rate": 3e-3}
 OBJECTIVES = ("plain", "whitened", "shifted", "anchored")

@@ -12,9 +12,9 @@ from spectrim.layers.lowrank import LowRankLinear
 from spectrim.model.capture import capture_inputs
 from spectrim.model.stream import Stream
 from spectrim.model.weights import get_module, read_weight, write_weight
-from spectrim.run.flow import must_restart, paused_bytes
-from spectrim.run.one_shot import cut_one_shot
-from spectrim.run.sequential import cut_sequentially
+from spectrim.run.cut.flow import must_restart, paused_bytes
+from spectrim.run.cut.one_shot import cut_one_shot
+from spectrim.run.cut.sequential import cut_sequentially
 from spectrim.tolerances import LEAST_SQUARES_RIDGE
 
 NAMES = ("llama", "gpt2", "gemma2")

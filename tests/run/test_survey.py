@@ -14,12 +14,12 @@ from spectrim.decompose import OBJECTIVES
 from spectrim.errors import ArtifactError
 from spectrim.model.weights import get_module, read_weight, write_weight
 from spectrim.moments.gradients import gradient_pass
-from spectrim.run.from_survey import cut_from_survey, holds
+from spectrim.run.cut.from_survey import cut_from_survey, holds
+from spectrim.run.cut.one_shot import cut_one_shot
 from spectrim.run.loading import load_model
-from spectrim.run.one_shot import cut_one_shot
-from spectrim.run.survey import make_survey
-from spectrim.run.survey_key import survey_key
-from spectrim.run.surveying import survey_model
+from spectrim.run.survey.survey import make_survey
+from spectrim.run.survey.survey_key import survey_key
+from spectrim.run.survey.surveying import survey_model
 
 STEP = 0.02
 """Of finite differences: transformers' norms compute in fp32, which smaller steps would show."""

@@ -9,8 +9,8 @@ from jobs import logits, make_job, same_state, uniform_plan
 from spectrim.allocate.plan import Plan
 from spectrim.model.weights import get_module, read_weight
 from spectrim.recipe import ProjectedGradientRefinement
+from spectrim.run.cut.zero_sum import cut_in_stages
 from spectrim.run.cutting_all import choose, cut_targets
-from spectrim.run.zero_sum import cut_in_stages
 
 
 def job_for(**recipe):

@@ -56,7 +56,7 @@ def plan(
         raise OutputError(f"{output} exists; choose another FILE or say --overwrite")
     with session(verbose=verbose, quiet=as_json, output=output):
         # Not through the interface module: that one imports torch, which takes longer than a plan.
-        from spectrim.run.replanning import plan_record, replan
+        from spectrim.run.survey.replanning import plan_record, replan
 
         made = replan(
             survey,

@@ -13,15 +13,15 @@ from spectrim.errors import InputError
 from spectrim.recipe import Recipe
 from spectrim.run.cutting_all import choose, cut_targets
 from spectrim.run.job import Job, Progress
-from spectrim.run.learned import learn
+from spectrim.run.learned.learned import learn
 from spectrim.run.loading import LoadedModel
 from spectrim.run.opening import open_job, other_bytes
-from spectrim.run.refining import check_steps
 from spectrim.run.reporting import build_report
-from spectrim.run.storing import cast_parameters, check_storage, store
-from spectrim.run.survey_key import survey_key
+from spectrim.run.store.storing import cast_parameters, check_storage, store
+from spectrim.run.survey.survey_key import survey_key
 from spectrim.run.texts import UserText
-from spectrim.run.whole_network import carry_out, prepare
+from spectrim.run.train.refining import check_steps
+from spectrim.run.train.whole_network import carry_out, prepare
 from spectrim.storage.elastic import Base, Elastic
 from spectrim.storage.survey_record import Survey
 

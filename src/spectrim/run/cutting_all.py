@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 from spectrim.allocate.plan import Plan
 from spectrim.recipe import ProjectedGradientRefinement
-from spectrim.run.backward import output_moments
-from spectrim.run.from_survey import cut_from_survey, holds
+from spectrim.run.cut.from_survey import cut_from_survey, holds
+from spectrim.run.cut.one_shot import cut_one_shot
+from spectrim.run.cut.sequential import cut_sequentially
+from spectrim.run.cut.zero_sum import cut_in_stages
 from spectrim.run.job import Job
-from spectrim.run.one_shot import cut_one_shot
-from spectrim.run.planning import check_plan, make_plan, shape_curves
-from spectrim.run.sequential import cut_sequentially
-from spectrim.run.survey import make_survey, surveyed_choice
-from spectrim.run.zero_sum import cut_in_stages
+from spectrim.run.survey.backward import output_moments
+from spectrim.run.survey.planning import check_plan, make_plan, shape_curves
+from spectrim.run.survey.survey import make_survey, surveyed_choice
 from spectrim.storage.survey_record import Survey
 
 __all__ = ["Choice", "choose", "cut_targets"]

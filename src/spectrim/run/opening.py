@@ -14,7 +14,7 @@ from spectrim.model.weights import check_model
 from spectrim.recipe import Recipe
 from spectrim.run.job import Job, Progress, RunLog, Silent
 from spectrim.run.loading import LoadedModel
-from spectrim.run.planning import keep_of_size, shape_curves
+from spectrim.run.survey.planning import keep_of_size, shape_curves
 from spectrim.run.texts import UserText, gather_windows, vocabulary_size
 
 __all__ = ["open_job", "other_bytes"]

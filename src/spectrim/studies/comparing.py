@@ -11,12 +11,12 @@ from torch import nn
 from spectrim.api import resolve_recipe
 from spectrim.errors import InputError
 from spectrim.evaluate.curve import parse_keeps
+from spectrim.measure.compare import Comparison, compare_recipes
+from spectrim.measure.measuring import PointStore
 from spectrim.recipe import Recipe
 from spectrim.report.content import as_json
 from spectrim.report.tables import comparison_csv, comparison_markdown
-from spectrim.run.compare import Comparison, compare_recipes
 from spectrim.run.job import Progress
-from spectrim.run.measuring import PointStore
 from spectrim.studies.curves import POINTS_FOLDER
 from spectrim.studies.files import study_folder, write_whole
 from spectrim.studies.measure import Measure, own_text

@@ -12,13 +12,13 @@ from torch import nn
 from spectrim.api import resolve_recipe
 from spectrim.errors import InputError
 from spectrim.evaluate.curve import curve_csv, parse_keeps
+from spectrim.measure.curve import Curve, elastic_curve, recipe_curve
+from spectrim.measure.measuring import PointStore
 from spectrim.recipe import Recipe
 from spectrim.report.content import as_json
 from spectrim.report.drawing import new_figure, save_figure
 from spectrim.report.figures import draw_curve
-from spectrim.run.curve import Curve, elastic_curve, recipe_curve
 from spectrim.run.job import Progress
-from spectrim.run.measuring import PointStore
 from spectrim.studies.files import study_folder, write_whole
 from spectrim.studies.measure import Measure, own_text
 from spectrim.studies.opening import dense_twin, has_every_size, open_sizes

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from spectrim.errors import InputError
 from spectrim.evaluate.distortion import Distortion, distortion_by_depth, distortion_rows
+from spectrim.measure.evaluating import evaluation_windows_of
 from spectrim.report.content import as_json
 from spectrim.report.drawing import new_figure, save_figure
 from spectrim.report.figures import draw_depth
 from spectrim.report.tables import rows_csv
-from spectrim.run.evaluating import evaluation_windows_of
 from spectrim.run.loading import load_model
 from spectrim.studies.files import study_folder, write_whole
 from spectrim.studies.measure import Measure

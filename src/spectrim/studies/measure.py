@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from spectrim.run.measuring import Reference, open_reference
+from spectrim.measure.measuring import Reference, open_reference
 from spectrim.run.texts import UserText
 
 __all__ = ["Measure", "own_text"]

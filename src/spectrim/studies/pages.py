@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from spectrim.errors import OutputError
+from spectrim.measure.page import gather_page
 from spectrim.report.page import render_page
-from spectrim.run.page import gather_page
 from spectrim.studies.files import write_whole
 
 __all__ = ["report"]

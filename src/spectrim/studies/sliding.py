@@ -6,8 +6,8 @@ from pathlib import Path
 
 from spectrim.errors import InputError
 from spectrim.evaluate.perplexity import perplexity
+from spectrim.measure.evaluating import evaluation_windows_of
 from spectrim.report.content import read_curve_file
-from spectrim.run.evaluating import evaluation_windows_of
 from spectrim.run.loading import LoadedModel
 from spectrim.slider.engine import Engine
 from spectrim.slider.server import SliderServer

@@ -9,7 +9,7 @@ import json
 import pytest
 import torch
 
-import spectrim.run.curve as curve_module
+import spectrim.measure.curve as curve_module
 from architectures import tiny, windows
 from spectrim import api, studies
 from spectrim.errors import InputError

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from spectrim.allocate.budget import format_bytes
 from spectrim.run.compress import Outcome
-from spectrim.run.saving_elastic import save_elastic_outcome
+from spectrim.run.learned.saving_elastic import save_elastic_outcome
 from spectrim.storage.attach import attach
 from spectrim.storage.card import model_card
 from spectrim.storage.folder import save_model

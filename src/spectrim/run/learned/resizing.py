@@ -8,10 +8,10 @@ from typing import Any
 from spectrim.recipe import Recipe
 from spectrim.recipes import get_recipe
 from spectrim.run.compress import Outcome
-from spectrim.run.elastic import ElasticModel
 from spectrim.run.job import RunLog
+from spectrim.run.learned.elastic import ElasticModel
 from spectrim.run.reporting import build_report
-from spectrim.run.storing import cast_parameters
+from spectrim.run.store.storing import cast_parameters
 from spectrim.storage.folder import RECIPE_FILE, REPORT_FILE
 from spectrim.storage.json_file import read_json
 

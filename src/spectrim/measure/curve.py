@@ -17,15 +17,15 @@ from torch import nn
 
 from spectrim.errors import BudgetError, InputError
 from spectrim.evaluate.curve import CurvePoint
+from spectrim.measure.measuring import Measured, PointStore, Reference, Size
 from spectrim.recipe import Recipe
 from spectrim.run.compress import run_recipe
 from spectrim.run.job import Progress, Silent
 from spectrim.run.loading import LoadedModel
-from spectrim.run.measuring import Measured, PointStore, Reference, Size
 from spectrim.run.opening import open_job
 from spectrim.run.reporting import environment
-from spectrim.run.survey import make_survey
-from spectrim.run.survey_key import survey_key
+from spectrim.run.survey.survey import make_survey
+from spectrim.run.survey.survey_key import survey_key
 from spectrim.run.texts import UserText
 from spectrim.storage.survey_record import Survey
 

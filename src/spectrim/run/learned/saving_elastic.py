@@ -8,7 +8,7 @@ from typing import Any
 from spectrim.allocate.budget import format_bytes
 from spectrim.recipe import Recipe
 from spectrim.run.compress import Outcome
-from spectrim.run.elastic import open_elastic
+from spectrim.run.learned.elastic import open_elastic
 from spectrim.run.loading import load_model
 from spectrim.storage.elastic import Elastic, save_elastic
 from spectrim.storage.survey_record import Survey

@@ -19,8 +19,8 @@ from spectrim.evaluate.agreement import agreement
 from spectrim.evaluate.bootstrap import perplexity_difference
 from spectrim.evaluate.curve import CurvePoint
 from spectrim.evaluate.perplexity import Perplexity, perplexity
+from spectrim.measure.evaluating import evaluation_windows_of
 from spectrim.recipe import Recipe
-from spectrim.run.evaluating import evaluation_windows_of
 from spectrim.run.loading import LoadedModel, load_model
 from spectrim.run.texts import UserText
 from spectrim.storage.json_file import read_json

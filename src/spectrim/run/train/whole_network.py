@@ -8,9 +8,9 @@ from functools import partial
 from spectrim.errors import NonFiniteError
 from spectrim.recipe import DistillRefinement, LoraRefinement
 from spectrim.refine.lora import require_peft
-from spectrim.run.distilling import distill_network, record_teacher
 from spectrim.run.job import Job
-from spectrim.run.recovering import recover_network
+from spectrim.run.train.distilling import distill_network, record_teacher
+from spectrim.run.train.recovering import recover_network
 
 __all__ = ["carry_out", "prepare"]
 

@@ -24,18 +24,18 @@ from spectrim.model.replay import record
 from spectrim.model.weights import get_module, read_weight
 from spectrim.moments.moments import Moments, OutputMoments
 from spectrim.recipe import Decompose
-from spectrim.run.backward import backward_pass
-from spectrim.run.cutting import decompose_target
+from spectrim.run.cut.cutting import decompose_target
+from spectrim.run.cut.one_shot import block_moments
 from spectrim.run.job import Job
-from spectrim.run.one_shot import block_moments
-from spectrim.run.planning import (
+from spectrim.run.survey.backward import backward_pass
+from spectrim.run.survey.planning import (
     TABLE,
     candidate_ranks,
     largest_rank,
     needed_scores,
     shape_curves,
 )
-from spectrim.run.probing import measured_divergences, measured_perplexities
+from spectrim.run.survey.probing import measured_divergences, measured_perplexities
 from spectrim.storage.survey_record import Factors, Survey
 
 __all__ = ["make_survey", "surveyed_choice"]

@@ -7,7 +7,7 @@ from spectrim.data.windows import Windows
 from spectrim.decompose import OBJECTIVES
 from spectrim.recipe import Recipe
 from spectrim.run.loading import LoadedModel
-from spectrim.run.survey import surveyed_choice
+from spectrim.run.survey.survey import surveyed_choice
 from spectrim.storage.survey_record import SurveyKey
 
 __all__ = ["survey_key"]

@@ -12,9 +12,9 @@ from spectrim.run.compress import Outcome, run_recipe
 from spectrim.run.job import Progress
 from spectrim.run.loading import LoadedModel
 from spectrim.run.opening import open_job, other_bytes
-from spectrim.run.planning import TABLE, needed_scores, plan_from_survey
-from spectrim.run.survey import make_survey, surveyed_choice
-from spectrim.run.survey_key import survey_key
+from spectrim.run.survey.planning import TABLE, needed_scores, plan_from_survey
+from spectrim.run.survey.survey import make_survey, surveyed_choice
+from spectrim.run.survey.survey_key import survey_key
 from spectrim.run.texts import UserText
 from spectrim.storage.survey_record import Survey
 

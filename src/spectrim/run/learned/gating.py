@@ -23,11 +23,11 @@ from spectrim.model.forward import evaluating, run_window
 from spectrim.model.replay import Replay, record
 from spectrim.model.weights import get_module, read_bias, read_weight, replace_module
 from spectrim.refine.masters import frozen
-from spectrim.run.backward import output_moments
-from spectrim.run.cutting import decompose_target
+from spectrim.run.cut.cutting import decompose_target
+from spectrim.run.cut.one_shot import block_moments
 from spectrim.run.job import Job
-from spectrim.run.one_shot import block_moments
-from spectrim.run.planning import plan_limits, shape_curves
+from spectrim.run.survey.backward import output_moments
+from spectrim.run.survey.planning import plan_limits, shape_curves
 
 __all__ = ["Adapters", "build_gated", "gates_in_place", "lessons_for"]
 

@@ -9,7 +9,7 @@ from typing import Any
 from spectrim.allocate.budget import parse_size
 from spectrim.allocate.plan import Plan
 from spectrim.errors import InputError
-from spectrim.run.planning import plan_from_survey
+from spectrim.run.survey.planning import plan_from_survey
 from spectrim.storage.survey_file import is_survey, load_survey
 from spectrim.storage.survey_record import Survey
 

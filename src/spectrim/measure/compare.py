@@ -20,10 +20,10 @@ from spectrim.errors import InputError, SpectrimError
 from spectrim.evaluate.bootstrap import perplexity_difference
 from spectrim.evaluate.curve import CurvePoint
 from spectrim.evaluate.perplexity import Perplexity
+from spectrim.measure.measuring import Measured, PointStore, Reference, Size
 from spectrim.recipe import Recipe
 from spectrim.run.job import Progress, Silent
 from spectrim.run.loading import load_model
-from spectrim.run.measuring import Measured, PointStore, Reference, Size
 from spectrim.run.reporting import environment
 from spectrim.storage.json_file import read_json
 

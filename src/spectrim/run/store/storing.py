@@ -26,9 +26,9 @@ from spectrim.model.replay import record
 from spectrim.model.weights import get_module
 from spectrim.moments.moments import Moments
 from spectrim.recipe import Recipe
-from spectrim.run.converting import Conversion, Converter
+from spectrim.run.cut.one_shot import block_moments
 from spectrim.run.job import Job
-from spectrim.run.one_shot import block_moments
+from spectrim.run.store.converting import Conversion, Converter
 
 __all__ = ["cast_parameters", "check_storage", "store"]
 

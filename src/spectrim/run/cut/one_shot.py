@@ -18,7 +18,7 @@ from spectrim.model.replay import Replay, capture_inputs, record
 from spectrim.model.weights import get_module, replace_module
 from spectrim.moments.accumulate import MomentAccumulator
 from spectrim.moments.moments import Moments, OutputMoments
-from spectrim.run.cutting import replace_target
+from spectrim.run.cut.cutting import replace_target
 from spectrim.run.job import Job
 
 __all__ = ["block_moments", "cut_one_shot"]

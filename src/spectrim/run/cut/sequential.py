@@ -32,10 +32,10 @@ from spectrim.moments.accumulate import MomentAccumulator
 from spectrim.moments.moments import Moments, OutputMoments
 from spectrim.recipe import BlockRefinement, ClosedFormRefinement
 from spectrim.refine.closed_form import update_up
-from spectrim.run.cutting import measured_error, replace_target, stand_in
-from spectrim.run.flow import Flow, must_restart
+from spectrim.run.cut.cutting import measured_error, replace_target, stand_in
+from spectrim.run.cut.flow import Flow, must_restart
 from spectrim.run.job import Job
-from spectrim.run.refining import refine
+from spectrim.run.train.refining import refine
 
 __all__ = ["cut_sequentially"]
 

@@ -14,8 +14,8 @@ from spectrim.evaluate.agreement import agreement
 from spectrim.evaluate.distortion import distortion_by_depth
 from spectrim.evaluate.perplexity import perplexity
 from spectrim.evaluate.samples import continuations
+from spectrim.measure.evaluating import evaluation_windows_of
 from spectrim.report.content import PageContent, read_curve_file, read_result
-from spectrim.run.evaluating import evaluation_windows_of
 from spectrim.run.loading import LoadedModel, load_model
 from spectrim.run.texts import UserText
 from spectrim.storage.survey_file import load_survey

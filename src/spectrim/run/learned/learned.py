@@ -28,8 +28,8 @@ from spectrim.learn.soco import learn_scores
 from spectrim.learn.survivors import RecoverySettings, choose, fixed_choice, folded, recover
 from spectrim.model.weights import read_weight
 from spectrim.recipe import AcipLearning, Recipe, SocoLearning
-from spectrim.run.gating import Adapters, build_gated, gates_in_place, lessons_for
 from spectrim.run.job import Job
+from spectrim.run.learned.gating import Adapters, build_gated, gates_in_place, lessons_for
 from spectrim.storage.elastic import Base, Elastic
 
 __all__ = ["learn"]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from spectrim.model.anatomy import Target
 from spectrim.model.replay import Replay, record
 from spectrim.model.weights import get_module, replace_module
-from spectrim.run.cutting import cut_layer
+from spectrim.run.cut.cutting import cut_layer
 from spectrim.run.job import Job
 from spectrim.storage.survey_record import Factors
 

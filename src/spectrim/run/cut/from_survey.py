@@ -11,7 +11,7 @@ from spectrim.allocate.curve import tail_energy
 from spectrim.allocate.plan import Plan
 from spectrim.layers.lowrank import LowRankLinear
 from spectrim.model.weights import get_module, read_weight, replace_module
-from spectrim.run.cutting import cut_layer
+from spectrim.run.cut.cutting import cut_layer
 from spectrim.run.job import Job
 from spectrim.storage.survey_file import load_factors
 from spectrim.storage.survey_record import Survey

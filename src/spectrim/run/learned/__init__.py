@@ -1,0 +1,1 @@
+"""The flow `learned`, and models of any size."""

@@ -1,0 +1,1 @@
+"""The last stages: every target in its stored form, and the folder."""

@@ -1,0 +1,1 @@
+"""The survey: spectra and scores once, ranks for any size from it."""

@@ -1,0 +1,1 @@
+"""Refinement as steps of a run: recipe in, trained layers and report entries out."""
