@@ -1,4 +1,4 @@
-"""The default recipe and its ingredients, one at a time, on the protocol of layerwise.py.
+"""The default recipe and its ingredients, one at a time, on the protocol of protocol.py.
 
     python benchmarks/recipe_study.py --train-text books_train.txt.gz --eval-text books_eval.txt
     python benchmarks/recipe_study.py ... --only '^spectrim$' --keeps 0.8 0.6 0.4 0.3
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from layerwise import main
+from protocol import main, recipe_rows
 
 from spectrim.recipe import Recipe
 from spectrim.recipes import get_recipe
@@ -19,7 +19,7 @@ from spectrim.recipes import get_recipe
 RESULTS = Path(__file__).parent / "results" / "recipe_study.json"
 
 
-def rows() -> dict[str, Recipe]:
+def recipes() -> dict[str, Recipe]:
     """Every row of the study by name."""
     fast = get_recipe("spectrim")
     return {
@@ -37,4 +37,4 @@ def rows() -> dict[str, Recipe]:
 
 
 if __name__ == "__main__":
-    main(rows(), script=__file__, results=RESULTS, description=__doc__)
+    main(recipe_rows(recipes()), results=RESULTS, description=__doc__)

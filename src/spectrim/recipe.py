@@ -130,7 +130,7 @@ class BlockRefinement(Section):
     final_learning_rate: float = Field(default=0.1, ge=0, le=1, description="share of the peak")
     clip: float = Field(default=1.0, gt=0)
     held_out: float = Field(
-        default=0.125, ge=0, lt=1, description="share of windows that choose the epoch"
+        default=0.0625, ge=0, lt=1, description="share of windows that choose the epoch"
     )
     look_ahead: int = Field(
         default=0, ge=0, description="further original blocks the error is seen through"

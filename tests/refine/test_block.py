@@ -66,7 +66,7 @@ def refine(block, inputs, targets, **training):
 def test_losses_are_held_out_errors_and_fall():
     original, inputs, targets = streams()
     block = cut(original)
-    _, held = hold_out(40, 0.125)
+    _, held = hold_out(40, BlockTraining().held_out)
     before = error(block, inputs, targets, held)
     result = refine(block, inputs, targets)
     assert result.before == pytest.approx(before, rel=1e-6)
@@ -98,7 +98,7 @@ def test_bf16_blocks_are_judged_as_they_are_stored():
     result = refine(block, inputs, targets)
     assert {p.dtype for p in block.parameters()} == {torch.bfloat16}
     assert result.after < result.before
-    _, held = hold_out(40, 0.125)
+    _, held = hold_out(40, BlockTraining().held_out)
     with torch.no_grad():
         wide = copy.deepcopy(block).float()
         found = wide(inputs.read(held).float()) - targets.read(held).float()

@@ -10,7 +10,7 @@ from architectures import windows
 from jobs import logits, make_job, same_state, uniform_plan
 from spectrim.errors import InputError, NonFiniteError, RecipeError
 from spectrim.model.weights import get_module
-from spectrim.recipe import Recipe
+from spectrim.recipe import BlockRefinement, Recipe
 from spectrim.refine.fitting import hold_out
 from spectrim.run.cut.sequential import cut_sequentially
 from spectrim.run.train.refining import check_steps
@@ -60,7 +60,7 @@ def test_refinement_lowers_the_held_out_error_of_every_objective():
 
 def test_reported_errors_are_those_of_the_finished_block():
     job, original = run_job(refine=[QUICK])
-    _, held = hold_out(len(job.ids), QUICK.get("held_out", 0.125))
+    _, held = hold_out(len(job.ids), QUICK.get("held_out", BlockRefinement().held_out))
     for block in job.anatomy.blocks:
         expected = hidden_after(original, block, job.ids[held])
         found = hidden_after(job.model, block, job.ids[held])
@@ -134,7 +134,7 @@ def test_masters_move_the_norms_of_a_bf16_model(name):
 def test_look_ahead_sees_the_error_through_the_next_original_block():
     job, original = run_job(refine=[{**QUICK, "epochs": 1, "look_ahead": 1}])
     unrefined, _ = run_job()
-    _, held = hold_out(24, 0.125)
+    _, held = hold_out(24, BlockRefinement().held_out)
     first, second, last = job.anatomy.blocks
     half = copy.deepcopy(original)
     half.model.layers[0] = unrefined.model.model.layers[0]

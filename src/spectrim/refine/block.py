@@ -55,7 +55,7 @@ class BlockTraining:
     warmup: float = 0.1
     final_learning_rate: float = 0.1
     clip: float = 1.0
-    held_out: float = 0.125
+    held_out: float = 0.0625
     seed: int = 0
 
     def settings(self, windows: int) -> FitSettings:

@@ -55,6 +55,8 @@ class _Pass:
         self.outputs = outputs or {}
         self.block_step: BlockRefinement | None = _first(job, BlockRefinement)
         self.closed_step: ClosedFormRefinement | None = _first(job, ClosedFormRefinement)
+        # Closed forms do not care how a product is split, gradient steps do.
+        self.trains = any(not isinstance(s, ClosedFormRefinement) for s in job.recipe.refine)
         needs = set(OBJECTIVES[job.recipe.decompose.objective].needs) & {
             "C",
             "shifted",
@@ -125,7 +127,7 @@ def _updated(
     weight = read_weight(original)
     down = layer.down.weight.detach()
     up = update_up(weight, down, moments.shifted, name=target.name, ridge=step.ridge)
-    if state.block_step is not None:
+    if state.trains:
         up, down = balanced(up, down)
     updated = stand_in(original, up, down)
     facts["measured_error"] = measured_error(weight, updated, moments)
@@ -156,7 +158,7 @@ def _cut_block(state: _Pass, plan: Plan, block: Block) -> tuple[nn.Module, Strea
                     job.recipe.decompose,
                     moments,
                     state.outputs.get(target.name),
-                    balance=state.block_step is not None,
+                    balance=state.trains,
                 )
                 layer = _updated(state, target, original, layer, moments, facts)
                 second.replace(target, layer)
