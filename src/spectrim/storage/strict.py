@@ -1,4 +1,4 @@
-"""Data that a stranger wrote becomes a record of known fields, or one error that says what is wrong.
+"""Data that a stranger wrote becomes a record of known fields, or one error that says why not.
 
 Names become keys of dictionaries and patterns, never paths: a `Name` has no separator but the dot.
 Numbers and lengths are bounded, so that no file can ask for more memory or time than its own size
@@ -71,13 +71,21 @@ def checked(record: type[Record], data: Any, *, source: str | Path) -> Record:
         ) from error
 
 
-def check_version(data: Mapping[str, Any], newest: int, *, source: str | Path) -> None:
+def check_version(
+    data: Mapping[str, Any], newest: int, *, source: str | Path, absent: int | None = None
+) -> None:
     """Refuse a file of a newer format, and one that does not state a format.
+
+    Args:
+        data: the whole file.
+        newest: the version that is written now.
+        source: for the message.
+        absent: version of files that state none; None refuses them.
 
     Raises:
         ArtifactError: names the version that is needed.
     """
-    version = data.get("format_version")
+    version = data.get("format_version", absent)
     if type(version) is not int or version < 1:
         raise ArtifactError(
             f"{source} has format_version {str(version)[:40]}, expected a number from 1 to "

@@ -11,6 +11,7 @@ numbers. Planning imports no torch.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -93,7 +94,8 @@ class SurveyRecord(Strict):
 
 def is_survey(folder: str | Path) -> bool:
     """Whether a folder claims to be a survey."""
-    return (Path(folder) / SURVEY_FILE).is_file()
+    # Not `Path.is_file`, which raises on a name that is too long for the file system.
+    return os.path.isfile(Path(folder) / SURVEY_FILE)  # noqa: PTH113
 
 
 def save_survey(survey: Survey, output: str | Path, *, overwrite: bool = False) -> Path:
@@ -127,7 +129,8 @@ def save_survey(survey: Survey, output: str | Path, *, overwrite: bool = False) 
     with new_folder(output, overwrite=overwrite) as folder:
         save_arrays(_arrays(survey), folder / CURVES_FILE)
         save_tensors(tensors, folder / FACTORS_FILE)
-        text = json.dumps(record.model_dump(mode="json", exclude_unset=True), indent=1, allow_nan=False)
+        data = record.model_dump(mode="json", exclude_unset=True)
+        text = json.dumps(data, indent=1, allow_nan=False)
         (folder / SURVEY_FILE).write_text(text + "\n", encoding="utf-8")
     return Path(output)
 

@@ -117,7 +117,7 @@ def parse_table(data: Mapping[str, Any], *, source: str) -> Table:
         ArtifactError: a newer format version, an unknown storage or number format, or a field
             that is missing, of the wrong type or out of bounds.
     """
-    check_version({"format_version": FORMAT_VERSION, **data}, FORMAT_VERSION, source=source)
+    check_version(data, FORMAT_VERSION, absent=1, source=source)
     check_nesting(data, source=source)
     table = checked(Table, dict(data), source=source)
     for name, entry in table.layers.items():

@@ -74,7 +74,8 @@ def save_survey_as_elastic(
         OutputError: the destination is taken or cannot be written; nothing is left there.
     """
     opened = open_elastic(survey, base=base, device="cpu", score=score)
-    recipe, elastic = validated(Recipe, survey.recipe, source=f"the survey of {survey.model_name}"), opened.elastic
+    recipe = validated(Recipe, survey.recipe, source=f"the survey of {survey.model_name}")
+    elastic = opened.elastic
     save_elastic(
         elastic,
         output,
