@@ -7,10 +7,10 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-import spectrim_vllm
 import torch
 from safetensors.torch import load_file
 
+import spectrim_vllm
 from plugins import fake_vllm
 from spectrim.errors import ArtifactError, ModelError
 from storage_cases import compressed

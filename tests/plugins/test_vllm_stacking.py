@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from spectrim_vllm.assembly import Assembly, packed_factors, stored_names
-from spectrim_vllm.naming import below, is_compressed, member_names, pieces_of
-from spectrim_vllm.stacking import Piece, Place, Stack
 
 from spectrim.errors import ArtifactError, ModelError
 from spectrim.layers.lowrank import LowRankLinear
 from spectrim.layers.packed import PackedLinear
 from spectrim.storage.table import parse_table
+from spectrim_vllm.assembly import Assembly, packed_factors, stored_names
+from spectrim_vllm.naming import below, is_compressed, member_names, pieces_of
+from spectrim_vllm.stacking import Piece, Place, Stack
 
 N = 24
 KINDS = {"factored": LowRankLinear, "packed": PackedLinear}

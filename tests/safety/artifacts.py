@@ -1,4 +1,4 @@
-"""Every kind of file that spectrim reads and a stranger may have written: how to make and read it."""
+"""Every kind of file that spectrim reads and a stranger may have written."""
 
 import json
 from collections.abc import Callable
@@ -112,7 +112,7 @@ def sound_survey(found):
 
 def write_model(folder):
     save(compressed("llama"), folder, max_shard_size="60KB")
-    # Weights of random numbers cannot be told from damaged ones; what counts is what describes them.
+    # Only what `read_model` looks into: configuration, index and shards.
     for name in ("README.md", "recipe.yaml", "spectrim_report.json", "generation_config.json"):
         (folder / name).unlink()
 

@@ -18,7 +18,8 @@ ODD = st.sampled_from(
     [
         None, True, False, 0, -1, 1, 2, 2**31, 2**63, 2**64, 10**400, 0.5, -0.0, 1e308, -1e308,
         float("inf"), float("nan"), "", "5", "../../etc/passwd", "/etc/passwd", "a/../b", "..",
-        "C:\\x", "a\x00b", "\ud800", "<script>alert(1)</script>", "__class__", "x" * 5000, "{{7*7}}",
+        "C:\\x", "a\x00b", "\ud800", "<script>alert(1)</script>", "__class__", "x" * 5000,
+        "{{7*7}}",
         [], {}, [[]], {"a": {"b": []}}, [1] * 3, NESTED, {"../x": 1}, [None] * 100,
     ]
 )  # fmt: skip

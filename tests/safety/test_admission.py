@@ -194,18 +194,18 @@ BOMB = "a: &a [x, x]\n" + "".join(
 )
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        BOMB,
-        "[" * 5000,
-        "seed: 2001-99-99",
-        "seed: !!int ''",
-        "!!python/name:os.system ''",
-        "keep: [",
-        "\x00",
-    ],  # fmt: skip  # noqa: E501
+NO_RECIPES = (
+    BOMB,
+    "[" * 5000,
+    "seed: 2001-99-99",
+    "seed: !!int ''",
+    "!!python/name:os.system ''",
+    "keep: [",
+    "\x00",
 )
+
+
+@pytest.mark.parametrize("text", NO_RECIPES)
 def test_a_recipe_file_is_data_and_no_larger_than_it_looks(tmp_path, text):
     path = tmp_path / "recipe.yaml"
     path.write_text(text)

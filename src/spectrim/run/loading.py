@@ -179,7 +179,8 @@ def _load_weights(name: str, dtype: torch.dtype, device: torch.device, trust_rem
     from transformers import AutoModelForCausalLM
 
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(
+        # The stubs do not know that loading information makes it a pair.
+        pair: Any = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=dtype,
             device_map={"": device},
@@ -194,6 +195,7 @@ def _load_weights(name: str, dtype: torch.dtype, device: torch.device, trust_rem
             f"{name!r} cannot be loaded as a causal language model from safetensors: "
             f"{_first_line(error)}"
         ) from error
+    loaded, info = pair
     missing = sorted(info["missing_keys"])
     if missing:
         code = " or it needs the Python code that comes with it: pass --trust-remote-code"

@@ -117,7 +117,7 @@ class SpectrimLinearMethod(LinearMethodBase):
         """Register the parameters under the names that the checkpoint's tensors arrive with.
 
         `down.weight` is the stacked first matrix, `weight` the vector of all up matrices. The
-        loader that vLLM offers is not used: it knows one rank per layer, here each part has its own.
+        loader that vLLM offers is not used: it knows one rank per layer, not one per part.
         """
         pieces = pieces_of(
             self.config.table, self.prefix, output_partition_sizes, self.config.fused
