@@ -169,6 +169,18 @@ def test_rooms_of_one_floor_do_not_import_each_other_in_circles():
             del below[name]
 
 
+def test_no_two_files_import_each_other_even_inside_functions():
+    left = {
+        module: {f.target for f in imports(path) if f.target in MODULES} - {module, "spectrim"}
+        for module, path in MODULES.items()
+    }
+    while left:
+        free = [module for module, targets in left.items() if not targets & left.keys()]
+        assert free, f"these import each other in a circle: {sorted(left)}"
+        for module in free:
+            del left[module]
+
+
 def test_help_imports_nothing_heavy():
     pending, seen, wrong = ["spectrim.cli.main", "spectrim.__main__"], set(), []
     while pending:

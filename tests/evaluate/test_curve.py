@@ -57,6 +57,7 @@ def test_what_is_no_size_is_refused(text):
 
 def point(**changes):
     base = dict.fromkeys(CurvePoint.__dataclass_fields__, 0.5) | {"recipe": "svd, plain"}
+    base |= dict.fromkeys(("target_bytes", "model_bytes", "peak_bytes"), 7)
     return CurvePoint(**(base | changes))
 
 

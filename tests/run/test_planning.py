@@ -240,7 +240,7 @@ def test_a_plan_file_may_outlive_its_survey(folders, tmp_path):
     (tmp_path / "p.json").write_text(json.dumps({**made.to_json(), "survey": "/gone"}))
     assert read_plan(tmp_path / "p.json") == (made, None)
     (tmp_path / "q.json").write_text("[]")
-    with pytest.raises(InputError, match="not a plan"):
+    with pytest.raises(InputError, match="expected a JSON object"):
         read_plan(tmp_path / "q.json")
 
 

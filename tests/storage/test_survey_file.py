@@ -143,7 +143,7 @@ def edit(folder, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(format_version=2), "format version 2"),
+        (lambda d: d.update(format_version=2), "format_version 2"),
         (lambda d: d.update(unknown=1), "unknown"),
         (lambda d: d.pop("key"), "key"),
         (lambda d: d["targets"][0].update(out_features=0), "out_features"),

@@ -12,9 +12,12 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from functools import cache
+from typing import Any, get_type_hints
 
-from spectrim.errors import InputError
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+from spectrim.errors import ArtifactError, InputError
 from spectrim.tolerances import STEP_COUNT
 
 __all__ = ["CurvePoint", "curve_csv", "lower_hull", "parse_keeps"]
@@ -69,13 +72,28 @@ class CurvePoint:
         """The point that `record` wrote.
 
         Raises:
-            InputError: a field is missing; names it.
+            ArtifactError: a field is missing or of another kind; names it.
         """
         names = [f.name for f in fields(cls)]
         missing = [name for name in names if name not in record]
         if missing:
-            raise InputError(f"a point of the curve lacks {missing[0]!r}; measure it again")
-        return cls(**{name: record[name] for name in names})
+            raise ArtifactError(f"a point of the curve lacks {missing[0]!r}; measure it again")
+        try:
+            return cls(**dict(_point_record().model_validate(record)))
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            raise ArtifactError(
+                f"a point of the curve is damaged: {first['loc'][0]}: {first['msg']}; "
+                "measure it again"
+            ) from error
+
+
+@cache
+def _point_record() -> type[BaseModel]:
+    """The fields of a point with strict types and finite numbers."""
+    hints: dict[str, Any] = {name: (hint, ...) for name, hint in get_type_hints(CurvePoint).items()}
+    strict = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+    return create_model("PointRecord", __config__=strict, **hints)
 
 
 def lower_hull(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -14,16 +14,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from spectrim.errors import ArtifactError, InputError
+from spectrim.storage.headers import read_header
+from spectrim.storage.strict import check_nesting, checked
 
 __all__ = ["FILE", "Checkpoint", "load_optimizer", "optimizer_tensors", "where_kept"]
 
 FILE = "learning.safetensors"
 _KEY = "state"
+
+
+class _State(BaseModel):
+    """What the header says; everything besides the identity belongs to the training."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    identity: dict[str, Any]
+
+
+class _Parts(dict[str, Any]):
+    """Tensors or counters of a checkpoint; asking for one that is absent is a clear error."""
+
+    def __missing__(self, name: str) -> Any:
+        raise ArtifactError(
+            f"the checkpoint of the training lacks {name!r}; remove it to start anew"
+        )
 
 
 @dataclass
@@ -68,15 +88,23 @@ class Checkpoint:
         if not self.path.exists():
             return None
         try:
+            names = read_header(self.path)
             with safe_open(str(self.path), framework="pt") as file:
                 state = json.loads((file.metadata() or {})[_KEY])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, KeyError, ValueError, OSError) as error:
+                tensors = {name: file.get_tensor(name) for name in names}
+            check_nesting(state if isinstance(state, dict) else {}, source=self.path)
+            state = checked(_State, state, source=self.path).model_dump()
+        except (ArtifactError, SafetensorError, KeyError, ValueError, OSError) as error:
             raise ArtifactError(
                 f"{self.path} is no checkpoint of a training ({error}); remove it to start anew"
             ) from error
+        except RecursionError as error:
+            raise ArtifactError(
+                f"{self.path} is no checkpoint of a training (nested too deeply); remove it to "
+                "start anew"
+            ) from error
         self._compare(state.pop("identity"))
-        return tensors, state
+        return _Parts(tensors), _Parts(state)
 
     def _compare(self, found: dict[str, Any]) -> None:
         here = json.loads(json.dumps(self.identity))
@@ -115,5 +143,10 @@ def load_optimizer(
         head, _, rest = name.partition(".")
         if head == prefix:
             index, _, key = rest.partition(".")
+            if not index.isdecimal():
+                raise ArtifactError(
+                    f"the checkpoint of the training holds {name!r}, which is no state of an "
+                    "optimizer; remove it to start anew"
+                )
             states.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": states})

@@ -12,41 +12,19 @@ from spectrim.errors import ArtifactError
 from spectrim.evaluate.curve import CurvePoint
 from spectrim.evaluate.distortion import Distortion
 from spectrim.evaluate.samples import Sample
-from spectrim.storage.json_file import JSON_LIMIT, read_json
+from spectrim.report.record import FORMAT_VERSION, ReportRecord
+from spectrim.storage.json_file import read_json
+from spectrim.storage.strict import check_version, checked
 
 __all__ = ["PageContent", "block_and_projection", "read_curve_file", "read_result"]
 
 REPORT_FILE = "spectrim_report.json"
 RECIPE_FILE = "recipe.yaml"
+RECIPE_LIMIT = 2**20
+"""Bytes of a recipe that are shown."""
 
-_NUMBER = (int, float)
-# Where each value of the report lies and what it must be; what may be absent is not listed.
-_NEEDED: tuple[tuple[tuple[str, ...], type | tuple[type, ...]], ...] = (
-    (("model",), str),
-    (("recipe", "name"), str),
-    (("recipe", "hash"), str),
-    (("keep", "asked"), _NUMBER),
-    (("keep", "achieved"), _NUMBER),
-    (("keep", "whole_model"), _NUMBER),
-    (("keep", "target_bytes", "dense"), int),
-    (("keep", "target_bytes", "stored"), int),
-    (("keep", "model_bytes", "dense"), int),
-    (("keep", "model_bytes", "stored"), int),
-    (("rule",), str),
-    (("targets",), list),
-    (("notes",), list),
-    (("seconds",), dict),
-    (("environment",), dict),
-    (("left_alone",), dict),
-)
-_TARGET: tuple[tuple[str, type | tuple[type, ...]], ...] = (
-    ("name", str),
-    ("shape", list),
-    ("storage", str),
-    ("weights", str),
-    ("bytes", int),
-    ("kept", _NUMBER),
-)
+MOST_POINTS = 10_000
+"""Points of one curve file."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +32,7 @@ class PageContent:
     """Everything a page shows; only the first two always exist.
 
     Attributes:
-        report: `spectrim_report.json`.
+        report: what a page shows of `spectrim_report.json`.
         recipe_yaml: the resolved recipe.
         curve: points of the rate-distortion curve.
         spectra: target -> energies of its ordered components.
@@ -79,48 +57,34 @@ def read_result(folder: str | Path) -> PageContent:
         ArtifactError: a file or a value is missing or of another kind; names it.
     """
     path = Path(folder) / REPORT_FILE
-    report = read_json(path)
-    for keys, kind in _NEEDED:
-        _check(_at(report, keys), kind, ".".join(keys), path)
-    for number, target in enumerate(report["targets"]):
-        _check(target, dict, f"targets[{number}]", path)
-        for key, kind in _TARGET:
-            _check(target.get(key), kind, f"targets[{number}].{key}", path)
+    data = read_json(path)
+    check_version(data, FORMAT_VERSION, absent=1, source=path)
+    report = checked(ReportRecord, data, source=path).model_dump()
     recipe = Path(folder) / RECIPE_FILE
     text = ""
     if recipe.is_file():
-        text = recipe.read_bytes()[:JSON_LIMIT].decode("utf-8", errors="replace")
+        with recipe.open("rb") as file:
+            text = file.read(RECIPE_LIMIT).decode("utf-8", errors="replace")
     return PageContent(report, text)
-
-
-def _at(data: Any, keys: Sequence[str]) -> Any:
-    for key in keys:
-        data = data.get(key) if isinstance(data, dict) else None
-    return data
-
-
-def _check(value: Any, kind: type | tuple[type, ...], name: str, path: Path) -> None:
-    if not isinstance(value, kind) or isinstance(value, bool):
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        wanted = " or ".join(k.__name__ for k in kinds)
-        raise ArtifactError(
-            f"{path}: {name} is {type(value).__name__}, expected {wanted}; the report is damaged "
-            "or not from this version"
-        )
 
 
 def read_curve_file(path: str | Path) -> list[CurvePoint]:
     """The points that `spectrim curve` wrote to `curve.json`.
 
     Raises:
-        ArtifactError: no readable curve.
-        InputError: a point lacks a value.
+        ArtifactError: no readable curve, or a point without a value or with one of another kind.
     """
     path = Path(path)
     if path.is_dir():
         path = path / "curve.json"
-    points = read_json(path).get("points")
-    if not isinstance(points, list) or not all(isinstance(p, dict) for p in points):
+    data = read_json(path)
+    check_version(data, FORMAT_VERSION, absent=1, source=path)
+    points = data.get("points")
+    if (
+        not isinstance(points, list)
+        or len(points) > MOST_POINTS
+        or not all(isinstance(p, dict) for p in points)
+    ):
         raise ArtifactError(f"{path} has no list of points; give what `spectrim curve` wrote")
     return [CurvePoint.from_record(point) for point in points]
 

@@ -20,6 +20,8 @@ from spectrim.report.figures import (
 __all__ = ["Picture", "pictures_of"]
 
 _SHOWN_SPECTRA = 6
+_MOST_PROJECTIONS = 64
+"""Kinds of targets that a figure can still tell apart; with more it is left out."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def pictures_of(content: PageContent) -> list[Picture]:
     targets = content.report["targets"]
     pictures = _curve_pictures(content)
     kept = {block_and_projection(t["name"]): float(t["kept"]) for t in targets}
-    if kept:
+    if kept and len({projection for _, projection in kept}) <= _MOST_PROJECTIONS:
         blocks = len({block for block, _ in kept})
         pictures.append(
             _picture(
@@ -66,7 +68,7 @@ def pictures_of(content: PageContent) -> list[Picture]:
             )
         )
     errors = _errors(targets)
-    if errors:
+    if 0 < len(errors) <= _MOST_PROJECTIONS:
         pictures.append(
             _picture(
                 "errors",

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 
-from spectrim.errors import InputError, ModelError
+from spectrim.errors import ArtifactError, InputError, ModelError
+from spectrim.storage.admission import admit_folder, needs_remote_code
 
 __all__ = ["LoadedModel", "load_model", "resolve_device"]
 
@@ -24,6 +27,17 @@ _DTYPES = {
     "bf16": torch.bfloat16,
 }
 
+
+# What transformers raises for a configuration of wrong types, beside what it raises on purpose.
+_BAD_CONFIGURATION = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    StrictDataclassError,
+)
 
 _CIRCUMSTANCES = frozenset({"_name_or_path", "dtype", "torch_dtype", "transformers_version"})
 
@@ -63,19 +77,42 @@ class LoadedModel:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """`auto` is the accelerator where there is one, else the CPU."""
-    if str(device) != "auto":
-        try:
-            return torch.device(device)
-        except RuntimeError as error:
-            raise InputError(f"unknown device {device!r}: {error}") from error
+    """`auto` is the accelerator where there is one, else the CPU.
+
+    Raises:
+        InputError: an unknown device, or one that this machine does not have; says what works.
+    """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return accelerator if accelerator is not None else torch.device("cpu")
+    if str(device) == "auto":
+        return accelerator if accelerator is not None else torch.device("cpu")
+    works = "auto, cpu"
+    if accelerator is not None:
+        count = torch.accelerator.device_count()
+        works += "".join(f", {accelerator.type}:{index}" for index in range(count))
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        raise InputError(
+            f"device {str(device)!r} cannot be used here ({_first_line(error)}); this machine has "
+            f"{works}"
+        ) from error
+    if place.type == "meta":
+        raise InputError(f"device 'meta' holds no numbers; this machine has {works}")
+    return place
 
 
-def resolve_dtype(dtype: str | torch.dtype, stored: torch.dtype, device: torch.device):
-    """The working dtype: on a CPU half precision is slow and coarse, so `auto` works in fp32."""
+def resolve_dtype(
+    dtype: str | torch.dtype, stored: torch.dtype, device: torch.device
+) -> torch.dtype:
+    """The working dtype: on a CPU half precision is slow and coarse, so `auto` works in fp32.
+
+    Raises:
+        InputError: not a dtype that a model can work in; says which are.
+    """
     if isinstance(dtype, torch.dtype):
+        if dtype not in {*_DTYPES.values(), torch.float64}:
+            raise InputError(f"cannot work in {dtype}; use auto, {', '.join(_DTYPES)}")
         return dtype
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else stored
@@ -97,7 +134,10 @@ def load_model(
     A model object keeps its device and, with `auto`, its dtype.
 
     Raises:
-        ModelError: nothing loadable there, or only pickled weights.
+        ModelError: nothing loadable there, only pickled weights, weights that are missing, or a
+            model that needs Python code of its own while `trust_remote_code` is off.
+        ArtifactError: a damaged or truncated file; names it.
+        InputError: a device or dtype that does not work here.
     """
     if isinstance(model, nn.Module):
         stored = next(model.parameters()).dtype
@@ -108,12 +148,17 @@ def load_model(
         name = getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
         return LoadedModel(model.eval(), tokenizer, name, stored)
     place = resolve_device(device)
+    if (Path(model) / "config.json").is_file():
+        admit_folder(model)
     config = _load_config(str(model), trust_remote_code)
     stored = _stored_dtype(config)
     loaded = _load_weights(
         str(model), resolve_dtype(dtype, stored, place), place, trust_remote_code
     )
     tokenizer = tokenizer or _load_tokenizer(str(model), trust_remote_code)
+    if not trust_remote_code:
+        # The classes in use are transformers' own: a result must not ask for the code again.
+        vars(loaded.config).pop("auto_map", None)
     return LoadedModel(loaded.eval(), tokenizer, str(model), stored)
 
 
@@ -122,7 +167,8 @@ def _load_config(name: str, trust_remote_code: bool):
 
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except _BAD_CONFIGURATION as error:
+        _refuse_remote_code(name, error)
         raise ModelError(
             f"no model at {name!r}: neither a folder with a config.json nor a model on the hub "
             f"that can be reached ({_first_line(error)})"
@@ -133,18 +179,57 @@ def _load_weights(name: str, dtype: torch.dtype, device: torch.device, trust_rem
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        # The stubs do not know that loading information makes it a pair.
+        pair: Any = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=dtype,
             device_map={"": device},
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except (SafetensorError, RuntimeError, *_BAD_CONFIGURATION) as error:
+        _refuse_remote_code(name, error)
+        _name_damaged_file(name, error)
         raise ModelError(
             f"{name!r} cannot be loaded as a causal language model from safetensors: "
             f"{_first_line(error)}"
         ) from error
+    loaded, info = pair
+    missing = sorted(info["missing_keys"])
+    if missing:
+        code = " or it needs the Python code that comes with it: pass --trust-remote-code"
+        raise ModelError(
+            f"{name!r} lacks {len(missing)} weights of a {type(loaded).__name__} "
+            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}), which would be "
+            f"random numbers; the checkpoint is incomplete{code if _has_code(name) else ''}"
+        )
+    return loaded
+
+
+def _has_code(name: str) -> bool:
+    return Path(name).is_dir() and needs_remote_code(name)
+
+
+def _refuse_remote_code(name: str, error: BaseException) -> None:
+    """Transformers says "no" to code with a long text; say what to do in one line."""
+    if isinstance(error, ValueError) and "trust_remote_code" in str(error):
+        raise ModelError(
+            f"{name!r} needs Python code that comes with it (auto_map), which could do anything; "
+            "pass --trust-remote-code (trust_remote_code=True) only if you trust its author"
+        ) from error
+
+
+def _name_damaged_file(name: str, error: BaseException) -> None:
+    """Safetensors does not name the file; a download lies in a folder that can be looked at."""
+    if not isinstance(error, SafetensorError):
+        return
+    from transformers.utils.hub import cached_file
+
+    config = cached_file(name, "config.json", local_files_only=True)
+    if config is not None:
+        admit_folder(Path(config).parent)
+    raise ArtifactError(f"a weight file of {name!r} is damaged: {_first_line(error)}") from error
 
 
 def _load_tokenizer(name: str, trust_remote_code: bool):
@@ -152,9 +237,15 @@ def _load_tokenizer(name: str, trust_remote_code: bool):
 
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError) as error:
+        _refuse_remote_code(name, error)
         # A folder without tokenizer is usable with token windows; text sources refuse None later.
         return None
+    except Exception as error:
+        # The tokenizers package raises bare `Exception` for a damaged file; nothing else is meant.
+        if type(error) is not Exception:
+            raise
+        raise ModelError(f"the tokenizer of {name!r} is damaged: {_first_line(error)}") from error
 
 
 def _stored_dtype(config) -> torch.dtype:

@@ -13,7 +13,10 @@ from spectrim.storage.inspect import inspect_folder
 __all__ = ["export_dense"]
 
 OWN_FILES = {"config.json", "generation_config.json", "recipe.yaml", "README.md"}
-"""Written anew or explained by the card; every other small file (tokenizer, template) is copied."""
+"""Written anew or explained by the card; tokenizer and templates are copied."""
+
+COMPANIONS = {".json", ".jinja", ".model", ".tiktoken", ".txt"}
+"""Suffixes of what is copied: data only, neither code nor pickles."""
 
 
 def export_dense(
@@ -61,8 +64,9 @@ def export_dense(
 
 
 def _is_companion(name: str) -> bool:
-    weights = ".safetensors" in name
-    return not weights and name not in OWN_FILES and not name.startswith(("spectrim", "."))
+    if ".safetensors" in name or name in OWN_FILES or name.startswith(("spectrim", ".")):
+        return False
+    return Path(name).suffix in COMPANIONS
 
 
 def _load(folder: Path) -> Any:

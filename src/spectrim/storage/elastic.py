@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -32,7 +32,18 @@ from spectrim.allocate.ladder import Limits
 from spectrim.errors import ArtifactError
 from spectrim.storage.atomic import new_folder
 from spectrim.storage.folder import RECIPE_FILE, REPORT_FILE
+from spectrim.storage.headers import read_header
 from spectrim.storage.json_file import read_json
+from spectrim.storage.strict import (
+    LARGEST_SIDE,
+    MOST_TARGETS,
+    Name,
+    Side,
+    Strict,
+    Text,
+    check_version,
+    checked,
+)
 
 __all__ = ["BASE_FOLDER", "Base", "Elastic", "is_elastic", "load_elastic", "save_elastic"]
 
@@ -41,19 +52,8 @@ TENSOR_FILE = "elastic.safetensors"
 BASE_FOLDER = "base"
 FORMAT_VERSION = 1
 
-MAX_SIDE = 2**24
-Text = Annotated[str, StringConstraints(max_length=1000)]
-Name = Annotated[
-    str, StringConstraints(pattern=r"^[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*$", max_length=400)
-]
-Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
 
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Base(_Strict):
+class Base(Strict):
     """The checkpoint that the artifact was made from.
 
     Attributes:
@@ -71,7 +71,7 @@ class Base(_Strict):
     self_contained: bool = False
 
 
-class _Target(_Strict):
+class _Target(Strict):
     name: Name
     block: Annotated[int, Field(ge=0)]
     projection: Name
@@ -79,22 +79,22 @@ class _Target(_Strict):
     in_features: Side
     bias: bool
     held: Side
-    adapters: Annotated[int, Field(ge=0, le=MAX_SIDE)]
+    adapters: Annotated[int, Field(ge=0, le=LARGEST_SIDE)]
     least: Side
 
 
-class _Limits(_Strict):
+class _Limits(Strict):
     floor: Annotated[float, Field(ge=0, lt=1)]
     multiple: Side
 
 
-class _Record(_Strict):
+class _Record(Strict):
     kind: Literal["elastic"] = "elastic"
     format_version: Annotated[int, Field(ge=1)] = FORMAT_VERSION
     source: Text
     base: Base
     limits: _Limits
-    targets: Annotated[tuple[_Target, ...], Field(min_length=1, max_length=200_000)]
+    targets: Annotated[tuple[_Target, ...], Field(min_length=1, max_length=MOST_TARGETS)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,7 +187,8 @@ def load_elastic(folder: str | Path) -> Elastic:
         floor=record.limits.floor,
         multiple=record.limits.multiple,
     )
-    tensors = _read_tensors(folder / TENSOR_FILE)
+    wanted = {f"{t.name}.{part}" for t in record.targets for part in ("up", "down")}
+    tensors = _read_tensors(folder / TENSOR_FILE, wanted | {"order.target", "order.score"})
     factors = {}
     for target in record.targets:
         shapes = {
@@ -244,24 +245,16 @@ def _record(elastic: Elastic, *, self_contained: bool) -> _Record:
 
 def _read_record(folder: Path) -> _Record:
     data = read_json(folder / JSON_FILE)
-    version = data.get("format_version")
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise ArtifactError(
-            f"{folder} has format_version {version}, this spectrim reads up to {FORMAT_VERSION}; "
-            "upgrade spectrim"
-        )
-    try:
-        return _Record.model_validate_json(json.dumps(data))
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part)[:80] for part in first["loc"]) or "top level"
-        raise ArtifactError(f"{folder / JSON_FILE}: {where}: {first['msg']}") from error
+    check_version(data, FORMAT_VERSION, source=folder / JSON_FILE)
+    return checked(_Record, data, source=folder / JSON_FILE)
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path, wanted: set[str]) -> dict[str, Tensor]:
+    """The tensors that the record asks for, out of a file that is whole."""
+    present = wanted & read_header(path).keys()
     try:
         with safe_open(str(path), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in present}
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
 
@@ -295,10 +288,12 @@ def _check(order: ElasticOrder, record: _Record, folder: Path) -> None:
     counts = np.bincount(order.target[inside], minlength=len(names))
     for target, curve, count in zip(record.targets, order.curves, counts, strict=True):
         most = components(curve.shape)
-        if count != target.held + 1 or target.held > most or target.least > target.held:
+        ranks = max(target.least, target.adapters)
+        if count != target.held + 1 or target.held > most or ranks > target.held:
             raise ArtifactError(
                 f"{folder}: {target.name} holds {target.held} of at most {most} components, its "
-                f"least rank is {target.least} and the order removes {count}: these do not agree"
+                f"least rank is {target.least}, {target.adapters} are adapters and the order "
+                f"removes {count}: these do not agree"
             )
     if np.isnan(order.score).any():
         raise ArtifactError(f"{folder / TENSOR_FILE}: order.score holds NaN")

@@ -20,6 +20,8 @@ HEADER_LIMIT = 100_000_000
 """The largest header that the format allows, in bytes."""
 
 MAX_AXES = 16
+LONGEST_NAME = 1000
+MOST_TENSORS = 1_000_000
 
 DTYPE_BITS = {
     "BOOL": 8,
@@ -106,6 +108,8 @@ def _entries(raw: bytes, path: Path) -> list[TensorEntry]:
     if not isinstance(header, dict):
         raise ArtifactError(f"{path} is damaged: its header is not a JSON object")
     header.pop("__metadata__", None)
+    if len(header) > MOST_TENSORS:
+        raise ArtifactError(f"{path} names {len(header)} tensors, more than {MOST_TENSORS}")
     return [_entry(name, fields, path) for name, fields in header.items()]
 
 
@@ -120,6 +124,8 @@ def _entry(name: str, fields: Any, path: Path) -> TensorEntry:
     def refuse(problem: str) -> ArtifactError:
         return ArtifactError(f"{path} is damaged: tensor {name[:200]!r} {problem}")
 
+    if len(name) > LONGEST_NAME or not name.isprintable():
+        raise refuse(f"has a name that is longer than {LONGEST_NAME} or cannot be printed")
     if not isinstance(fields, dict):
         raise refuse("has no description")
     dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))

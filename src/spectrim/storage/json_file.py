@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spectrim.errors import ArtifactError
+from spectrim.storage.strict import check_nesting
 
 __all__ = ["JSON_LIMIT", "read_json"]
 
@@ -18,7 +19,8 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        ArtifactError: the file is missing, larger than `JSON_LIMIT`, or not a JSON object.
+        ArtifactError: the file is missing, larger than `JSON_LIMIT`, nested too deeply, holds text
+            that is none, or is not a JSON object.
     """
     path = Path(path)
     try:
@@ -30,8 +32,12 @@ def read_json(path: str | Path) -> dict[str, Any]:
         raise ArtifactError(f"{path} is larger than the {JSON_LIMIT} bytes that are accepted")
     try:
         data = json.loads(raw.decode("utf-8"))
+        if b"\\u" in raw:
+            # Half of a surrogate pair can be written as an escape but never as text again.
+            json.dumps(data, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(data, dict):
         raise ArtifactError(f"{path} holds a {type(data).__name__}, expected a JSON object")
+    check_nesting(data, source=path)
     return data

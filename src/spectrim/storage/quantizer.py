@@ -20,8 +20,8 @@ from spectrim.errors import ArtifactError, ModelError
 from spectrim.layers.quantized import skeleton
 from spectrim.layers.swap import compressed_layers, dense_shape, restore_dense, swap_in
 from spectrim.model.weights import get_module
-from spectrim.storage.attach import check_storable, resolve_name, table_of
 from spectrim.storage.config import SpectrimConfig
+from spectrim.storage.describe import check_storable, resolve_name, table_of
 from spectrim.storage.table import FORMAT_VERSION, QUANT_METHOD, LayerEntry
 
 __all__ = ["SpectrimQuantizer"]

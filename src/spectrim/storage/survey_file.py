@@ -11,11 +11,12 @@ numbers. Planning imports no torch.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
@@ -26,6 +27,16 @@ from spectrim.errors import ArtifactError
 from spectrim.storage.atomic import new_folder
 from spectrim.storage.headers import read_header
 from spectrim.storage.json_file import read_json
+from spectrim.storage.strict import (
+    MOST_TARGETS,
+    Finite,
+    Name,
+    Side,
+    Strict,
+    Text,
+    check_version,
+    checked,
+)
 from spectrim.storage.survey_record import Factors, Survey, SurveyKey
 
 if TYPE_CHECKING:
@@ -37,31 +48,35 @@ SURVEY_FILE = "survey.json"
 CURVES_FILE = "curves.safetensors"
 FACTORS_FILE = "factors.safetensors"
 FORMAT_VERSION = 1
-LARGEST_SIDE = 2**24
-MOST_TARGETS = 100_000
 
 LossScore = Literal["second_order", "kfac"]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+Loss = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class TargetRecord(_Strict):
+class TargetRecord(Strict):
     """One target's entry in `survey.json`."""
 
-    name: str = Field(min_length=1, max_length=1024)
+    name: Name
     block: int = Field(ge=0, lt=MOST_TARGETS)
-    projection: str = Field(min_length=1, max_length=1024)
-    out_features: int = Field(ge=1, le=LARGEST_SIDE)
-    in_features: int = Field(ge=1, le=LARGEST_SIDE)
+    projection: Name
+    out_features: Side
+    in_features: Side
     bias: bool
-    total: float = Field(ge=0, allow_inf_nan=False)
-    irreducible: float = Field(ge=0, allow_inf_nan=False)
-    reference: tuple[int, float] | None = None
+    total: Loss
+    irreducible: Loss
+    reference: tuple[Annotated[int, Field(ge=0)], Finite] | None = None
 
 
-class SurveyRecord(_Strict):
+class Facts(Strict, extra="allow"):
+    """What people read about a survey; only these two are computed with."""
+
+    seconds: dict[Text, Finite] = Field(default={}, max_length=1000)
+    sign_stability: dict[Text, Finite] | None = Field(default=None, max_length=MOST_TARGETS)
+
+
+class SurveyRecord(Strict):
     """The whole of `survey.json`."""
 
     format_version: Literal[1]
@@ -71,15 +86,16 @@ class SurveyRecord(_Strict):
     other_bytes: int = Field(ge=0)
     scores: tuple[LossScore, ...] = Field(max_length=8)
     recipe: dict[str, Any]
-    facts: dict[str, Any]
-    table: tuple[tuple[str, float, float], ...] = Field(max_length=64 * MOST_TARGETS)
-    notes: tuple[str, ...] = Field(max_length=1000)
+    facts: Facts
+    table: tuple[tuple[Name, Finite, Finite], ...] = Field(max_length=64 * MOST_TARGETS)
+    notes: tuple[Text, ...] = Field(max_length=1000)
     targets: tuple[TargetRecord, ...] = Field(min_length=1, max_length=MOST_TARGETS)
 
 
 def is_survey(folder: str | Path) -> bool:
     """Whether a folder claims to be a survey."""
-    return (Path(folder) / SURVEY_FILE).is_file()
+    # Not `Path.is_file`, which raises on a name that is too long for the file system.
+    return os.path.isfile(Path(folder) / SURVEY_FILE)  # noqa: PTH113
 
 
 def save_survey(survey: Survey, output: str | Path, *, overwrite: bool = False) -> Path:
@@ -101,7 +117,7 @@ def save_survey(survey: Survey, output: str | Path, *, overwrite: bool = False) 
         other_bytes=survey.other_bytes,
         scores=tuple(survey.losses),  # type: ignore[arg-type]
         recipe=survey.recipe,
-        facts=survey.facts,
+        facts=Facts.model_validate(survey.facts),
         table=tuple((name, keep, value) for (name, keep), value in survey.table.items()),
         notes=survey.notes,
         targets=tuple(_target_record(c) for c in survey.curves),
@@ -113,7 +129,8 @@ def save_survey(survey: Survey, output: str | Path, *, overwrite: bool = False) 
     with new_folder(output, overwrite=overwrite) as folder:
         save_arrays(_arrays(survey), folder / CURVES_FILE)
         save_tensors(tensors, folder / FACTORS_FILE)
-        text = json.dumps(record.model_dump(mode="json"), indent=1, allow_nan=False)
+        data = record.model_dump(mode="json", exclude_unset=True)
+        text = json.dumps(data, indent=1, allow_nan=False)
         (folder / SURVEY_FILE).write_text(text + "\n", encoding="utf-8")
     return Path(output)
 
@@ -128,23 +145,15 @@ def load_survey(folder: str | Path) -> Survey:
     if not is_survey(folder):
         raise ArtifactError(f"{folder} is no survey: it has no {SURVEY_FILE}")
     data = read_json(folder / SURVEY_FILE)
-    if data.get("format_version") != FORMAT_VERSION:
-        raise ArtifactError(
-            f"{folder} has format version {data.get('format_version')!r}, this spectrim reads "
-            f"{FORMAT_VERSION}; survey again or update spectrim"
-        )
+    check_version(data, FORMAT_VERSION, source=folder / SURVEY_FILE)
+    record = checked(SurveyRecord, data, source=folder / SURVEY_FILE)
+    if len({target.name for target in record.targets}) != len(record.targets):
+        raise ArtifactError(f"{folder / SURVEY_FILE}: a target is named twice")
     try:
-        record = SurveyRecord.model_validate(data)
         odd = [e.name for e in read_header(folder / CURVES_FILE).values() if e.dtype != "F64"]
         if odd:
             raise ArtifactError(f"{folder / CURVES_FILE}: {odd[0]!r} does not hold fp64 numbers")
         arrays = load_arrays(folder / CURVES_FILE)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ArtifactError(
-            f"{folder / SURVEY_FILE} is damaged: {where}: {first['msg']}"
-        ) from error
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"{folder / CURVES_FILE} cannot be read: {error}") from error
     curves = tuple(_curve(target, arrays, folder) for target in record.targets)
@@ -160,7 +169,7 @@ def load_survey(folder: str | Path) -> Survey:
         dtype_bytes=record.dtype_bytes,
         other_bytes=record.other_bytes,
         recipe=record.recipe,
-        facts=record.facts,
+        facts=record.facts.model_dump(mode="json", exclude_unset=True),
         table={(name, keep): value for name, keep, value in record.table},
         notes=record.notes,
         folder=folder,
@@ -186,10 +195,17 @@ def load_factors(survey: Survey, name: str) -> Factors:
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"{path} does not give the factors of {name}: {error}") from error
     shape = next(c.shape for c in survey.curves if c.name == name)
-    found = (*factors.up.shape, *factors.down.shape)
-    expected = (shape.out_features, factors.rank, factors.rank, shape.in_features)
-    if found != expected:
-        raise ArtifactError(f"{path}: the factors of {name} have sizes {found}, not {expected}")
+    up, down = factors.up, factors.down
+    rank = up.shape[1] if up.ndim == 2 else 0
+    fits = 1 <= rank <= components(shape)
+    if not fits or (*up.shape, *down.shape) != (shape.out_features, rank, rank, shape.in_features):
+        raise ArtifactError(
+            f"{path}: the factors of {name} have sizes {tuple(up.shape)} and {tuple(down.shape)}, "
+            f"not ({shape.out_features}, r) and (r, {shape.in_features}) with r from 1 to "
+            f"{components(shape)}"
+        )
+    if not all(f.is_floating_point() and f.isfinite().all() for f in (up, down)):
+        raise ArtifactError(f"{path}: the factors of {name} hold numbers that are not finite")
     return factors
 
 

@@ -12,10 +12,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from spectrim.errors import ArtifactError
 from spectrim.layers.layout import layout_of
+from spectrim.storage.strict import (
+    MOST_TARGETS,
+    Name,
+    Side,
+    Strict,
+    Text,
+    check_nesting,
+    check_version,
+    checked,
+)
 
 __all__ = [
     "FORMAT_VERSION",
@@ -31,15 +41,6 @@ QUANT_METHOD = "spectrim"
 FORMAT_VERSION = 1
 KNOWN_WEIGHTS = ("native", "int8", "int4")
 """Number formats of stored matrices that this version reads."""
-
-MAX_LAYERS = 200_000
-MAX_SIDE = 2**24
-
-Name = Annotated[
-    str, StringConstraints(pattern=r"^[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*$", max_length=400)
-]
-Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
-Text = Annotated[str, StringConstraints(max_length=1000)]
 
 
 class LayerEntry(BaseModel):
@@ -60,7 +61,7 @@ class LayerEntry(BaseModel):
     shape: tuple[Side, Side] | None = None
 
 
-class Provenance(BaseModel):
+class Provenance(Strict):
     """Where a result comes from; every field may be unknown.
 
     Attributes:
@@ -70,8 +71,6 @@ class Provenance(BaseModel):
         base_model: name or folder of the model that was compressed.
         spectrim_version: the version that wrote the result.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     recipe: Text | None = None
     recipe_hash: Text | None = None
@@ -96,8 +95,8 @@ class Table(BaseModel):
 
     quant_method: Literal["spectrim"] = QUANT_METHOD
     format_version: Annotated[int, Field(ge=1)] = FORMAT_VERSION
-    layers: Annotated[dict[Name, LayerEntry], Field(max_length=MAX_LAYERS)] = {}
-    left_dense: Annotated[tuple[Name, ...], Field(max_length=MAX_LAYERS)] = ()
+    layers: Annotated[dict[Name, LayerEntry], Field(max_length=MOST_TARGETS)] = {}
+    left_dense: Annotated[tuple[Name, ...], Field(max_length=MOST_TARGETS)] = ()
     provenance: Provenance = Provenance()
     dequantize: bool = False
 
@@ -118,22 +117,9 @@ def parse_table(data: Mapping[str, Any], *, source: str) -> Table:
         ArtifactError: a newer format version, an unknown storage or number format, or a field
             that is missing, of the wrong type or out of bounds.
     """
-    version = data.get("format_version", FORMAT_VERSION)
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise ArtifactError(
-            f"{source} has format_version {version}, this spectrim reads up to {FORMAT_VERSION}; "
-            f"install a spectrim that reads format_version {version} "
-            "(pip install --upgrade spectrim)"
-        )
-    try:
-        table = Table.model_validate(dict(data))
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part)[:80] for part in first["loc"]) or "top level"
-        raise ArtifactError(
-            f"{source} is not a valid spectrim configuration: {where}: {first['msg']} "
-            f"({error.error_count()} problem(s))"
-        ) from error
+    check_version(data, FORMAT_VERSION, absent=1, source=source)
+    check_nesting(data, source=source)
+    table = checked(Table, dict(data), source=source)
     for name, entry in table.layers.items():
         if entry.weights not in KNOWN_WEIGHTS:
             raise ArtifactError(
@@ -149,5 +135,9 @@ def parse_table(data: Mapping[str, Any], *, source: str) -> Table:
         if entry.weights != "native" and entry.shape is None:
             raise ArtifactError(
                 f"{source}: {name} has weights {entry.weights!r} and no shape (out, in)"
+            )
+        if entry.shape is not None and (entry.rank or 0) > min(entry.shape):
+            raise ArtifactError(
+                f"{source}: {name} has rank {entry.rank}, more than its shape {entry.shape} allows"
             )
     return table

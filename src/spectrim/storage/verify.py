@@ -7,6 +7,8 @@ or a shape that does not fit, naming the file and the tensor.
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -35,9 +37,7 @@ def check_files(model: Any, quantizer: Any, files: Iterable[str]) -> None:
         ArtifactError: names the file and the tensor.
     """
     paths = [Path(file) for file in files]
-    for file in paths:
-        if file.suffix != ".safetensors":
-            raise ArtifactError(f"{file} is not a safetensors file; spectrim reads nothing else")
+    _check_places(model, paths)
     found = _in_memory_names(model, quantizer, paths)
     prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
     for name, layer in compressed_layers(model).items():
@@ -53,11 +53,63 @@ def check_files(model: Any, quantizer: Any, files: Iterable[str]) -> None:
                     f"{entry.file}: tensor {entry.name!r} has shape {list(entry.shape)}, the "
                     f"configuration asks for {list(expected.shape)}"
                 )
-            if entry.dtype.startswith(("I", "U")) == expected.is_floating_point():
+            allowed = _DTYPES.get(expected.dtype, _FLOATS)
+            if entry.dtype not in allowed:
                 raise ArtifactError(
                     f"{entry.file}: tensor {entry.name!r} has dtype {entry.dtype}, the layer "
-                    f"holds {expected.dtype}"
+                    f"holds {' or '.join(allowed)}"
                 )
+    _check_complete(model, found, paths)
+
+
+_FLOATS = ("F32", "BF16", "F16", "F64")
+_DTYPES = {torch.int32: ("I32",), torch.int8: ("I8",), torch.uint8: ("U8",)}
+
+
+def _check_places(model: Any, paths: list[Path]) -> None:
+    """Safetensors only, and inside the folder that was asked for: an index may name anything."""
+    folder = Path(getattr(model.config, "_name_or_path", "") or ".").absolute()
+    for file in paths:
+        if file.suffix != ".safetensors":
+            raise ArtifactError(f"{file} is not a safetensors file; spectrim reads nothing else")
+        inside = Path(os.path.normpath(file.absolute())).is_relative_to(folder)
+        if ".." in file.parts or (folder.is_dir() and not inside):
+            raise ArtifactError(f"the index of {folder} names {file}, which lies outside of it")
+
+
+def _check_complete(model: Any, found: dict[str, TensorEntry], paths: list[Path]) -> None:
+    """Every other weight of the base model must be there too: transformers makes up what is not.
+
+    Weights that the architecture builds out of several tensors are transformers' own business,
+    and so is a head in a checkpoint of the bare model.
+    """
+    prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
+    ignored = [re.compile(p) for p in model._keys_to_ignore_on_load_missing or ()]
+    built = [
+        re.compile(pattern)
+        for conversion in get_model_conversion_mapping(model)
+        if not isinstance(conversion, WeightRenaming)
+        for pattern in _patterns(conversion)
+    ]
+    headless = model.base_model is not model and not any(
+        entry.name.startswith(prefix) for entry in found.values()
+    )
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    for name in model.state_dict():
+        bare = name.removeprefix(prefix)
+        if bare in found or name in tied or any(p.search(name) for p in (*ignored, *built)):
+            continue
+        if headless and not name.startswith(prefix):
+            continue
+        raise ArtifactError(
+            f"{paths[0].parent} lacks the tensor {name!r}, which would be random numbers; the "
+            "folder is incomplete"
+        )
+
+
+def _patterns(conversion: Any) -> list[str]:
+    targets = getattr(conversion, "target_patterns", ())
+    return [targets] if isinstance(targets, str) else list(targets)
 
 
 def check_orders(model: Any) -> None:

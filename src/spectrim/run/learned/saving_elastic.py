@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from spectrim.allocate.budget import format_bytes
-from spectrim.recipe import Recipe
+from spectrim.recipe import Recipe, validated
 from spectrim.run.compress import Outcome
 from spectrim.run.learned.elastic import open_elastic
 from spectrim.run.loading import load_model
@@ -74,7 +74,8 @@ def save_survey_as_elastic(
         OutputError: the destination is taken or cannot be written; nothing is left there.
     """
     opened = open_elastic(survey, base=base, device="cpu", score=score)
-    recipe, elastic = Recipe.model_validate(survey.recipe), opened.elastic
+    recipe = validated(Recipe, survey.recipe, source=f"the survey of {survey.model_name}")
+    elastic = opened.elastic
     save_elastic(
         elastic,
         output,

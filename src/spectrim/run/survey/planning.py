@@ -17,7 +17,7 @@ from spectrim.allocate.rules import allocate
 from spectrim.allocate.sensitivity import CANDIDATES
 from spectrim.allocate.zero_sum import zero_sum
 from spectrim.errors import BudgetError, InputError
-from spectrim.recipe import Allocation, Recipe
+from spectrim.recipe import Allocation, Recipe, validated
 
 if TYPE_CHECKING:
     from spectrim.model.anatomy import Anatomy
@@ -184,7 +184,7 @@ def plan_from_survey(
     """
     if keep is not None and size is not None:
         raise BudgetError("keep and size exclude each other; give one")
-    recipe = Recipe.model_validate(survey.recipe)
+    recipe = validated(Recipe, survey.recipe, source=f"the survey of {survey.model_name}")
     chosen = {
         k: v
         for k, v in {"rule": rule, "score": score, "floor": floor, "multiple": multiple}.items()

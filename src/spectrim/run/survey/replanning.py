@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from spectrim.allocate.budget import parse_size
 from spectrim.allocate.plan import Plan
-from spectrim.errors import InputError
 from spectrim.run.survey.planning import plan_from_survey
+from spectrim.storage.plan_file import FORMAT_VERSION, load_plan
 from spectrim.storage.survey_file import is_survey, load_survey
 from spectrim.storage.survey_record import Survey
 
@@ -40,21 +39,17 @@ def replan(
 
 def plan_record(plan: Plan, survey: str | Path) -> dict[str, Any]:
     """A plan as JSON-ready data that says which survey has its decompositions."""
-    return {**plan.to_json(), "survey": str(Path(survey).resolve())}
+    folder = str(Path(survey).resolve())
+    return {"format_version": FORMAT_VERSION, **plan.to_json(), "survey": folder}
 
 
 def read_plan(path: str | Path) -> tuple[Plan, Survey | None]:
     """A plan file, and its survey where that still lies where it was.
 
     Raises:
-        InputError: the file is not a plan.
-        ArtifactError: the survey is damaged.
+        ArtifactError: the file is not a plan, or the survey is damaged.
     """
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-        plan, folder = Plan.from_json(data), data.get("survey")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is not a plan written by `spectrim plan`: {error}") from error
-    if isinstance(folder, str) and is_survey(folder):
+    plan, folder = load_plan(path)
+    if folder is not None and is_survey(folder):
         return plan, load_survey(folder)
     return plan, None

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from spectrim.errors import InputError
-from spectrim.recipe import Recipe
+from spectrim.recipe import Recipe, validated
 from spectrim.run.compress import Outcome, run_recipe
 from spectrim.run.job import Progress
 from spectrim.run.loading import LoadedModel
@@ -86,7 +86,7 @@ def cut_survey(
     rule = None if score is None else "knapsack"
     plan = plan_from_survey(survey, keep=keep, size=size, rule=rule, score=score)
     # What follows the cut in the recipe would need text: a resized model is a plain one-shot cut.
-    recipe = Recipe.model_validate(survey.recipe)
+    recipe = validated(Recipe, survey.recipe, source=f"the survey of {survey.model_name}")
     recipe = recipe.with_changes(
         keep=plan.keep,
         flow="one-shot",

@@ -1,0 +1,82 @@
+"""A model in memory in the words of a file: names of its layers, and the table of what they are.
+
+Saving (`attach`) and loading (`quantizer`) both need these, and neither needs the other for them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from spectrim.errors import ModelError
+from spectrim.layers.layout import layout_of
+from spectrim.layers.swap import compressed_layers
+from spectrim.storage.table import LayerEntry, Table
+
+__all__ = ["check_storable", "relative_name", "resolve_name", "table_of"]
+
+
+def relative_name(model: Any, name: str) -> str:
+    """A module path without the prefix of the base model: `layers.0...` for `model.layers.0...`.
+
+    Files name layers this way, because the same checkpoint is loaded with and without a head.
+    """
+    return name.removeprefix(f"{model.base_model_prefix}.") if _has_head(model) else name
+
+
+def resolve_name(model: Any, relative: str) -> str | None:
+    """The inverse of `relative_name`: the module path in this model, None if it has no such."""
+    prefixed = f"{model.base_model_prefix}.{relative}"
+    for name in (prefixed, relative) if _has_head(model) else (relative,):
+        try:
+            model.get_submodule(name)
+        except AttributeError:
+            continue
+        return name
+    return None
+
+
+def _has_head(model: Any) -> bool:
+    return model.base_model is not model
+
+
+def table_of(model: Any, *, previous: Table) -> Table:
+    """The table of the compressed layers that are in the model now; the rest from `previous`."""
+    layers = {}
+    for name, layer in compressed_layers(model).items():
+        relative = relative_name(model, name)
+        known = previous.layers.get(relative)
+        # A layer that was refitted keeps unknown keys of its entry only if it is still the same.
+        entry = _entry(layer)
+        if known is None or any(getattr(known, f) != getattr(entry, f) for f in _ENTRY_FIELDS):
+            known = entry
+        layers[relative] = known
+    return previous.model_copy(update={"layers": layers})
+
+
+_ENTRY_FIELDS = ("rank", "storage", "weights", "shape")
+
+
+def _entry(layer: Any) -> LayerEntry:
+    native = layer.weights == "native"
+    return LayerEntry(
+        rank=layer.rank,
+        storage=layer.storage,
+        weights=layer.weights,
+        shape=None if native else (layer.out_features, layer.in_features),
+    )
+
+
+def check_storable(layer: Any, name: str) -> None:
+    """Refuse a rank at which a loader without spectrim could take a factor for the dense weight.
+
+    That happens only where the stored tensor has the dense shape: a full-rank layer in native
+    numbers, which costs more than the dense weight and is better left dense.
+    """
+    out_features, in_features = layer.out_features, layer.in_features
+    layout = layout_of(layer.storage, layer.weights)
+    stored = layout.shapes(out_features, in_features, layer.rank or 0)[layout.weight_key]
+    if stored in {(out_features, in_features), (in_features, out_features)}:
+        raise ModelError(
+            f"{name} has rank {layer.rank} of {min(out_features, in_features)}: a full-rank layer "
+            "cannot be told from a dense one on disk; leave this target dense"
+        )

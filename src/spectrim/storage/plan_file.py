@@ -1,0 +1,69 @@
+"""A plan file: ranks that `spectrim plan` wrote and that a person may have edited. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, StringConstraints
+
+from spectrim.allocate.plan import Plan, PlanEntry, Storage, Weights
+from spectrim.errors import ArtifactError
+from spectrim.storage.json_file import read_json
+from spectrim.storage.strict import (
+    MOST_TARGETS,
+    Finite,
+    Name,
+    Side,
+    Strict,
+    Text,
+    check_version,
+    checked,
+)
+
+__all__ = ["FORMAT_VERSION", "load_plan"]
+
+FORMAT_VERSION = 1
+
+Bytes = Annotated[int, Field(ge=1, lt=2**63)]
+
+
+class _Entry(Strict):
+    name: Name
+    rank: Side | None
+    storage: Storage
+    bytes: Bytes
+    dense_bytes: Bytes
+    weights: Weights = "native"
+    loss: Finite | None = None
+
+
+class _Record(Strict):
+    format_version: Annotated[int, Field(ge=1)] = FORMAT_VERSION
+    entries: Annotated[tuple[_Entry, ...], Field(min_length=1, max_length=MOST_TARGETS)]
+    keep: Annotated[float, Field(gt=0, le=1)]
+    rule: Text
+    notes: Annotated[tuple[Text, ...], Field(max_length=10_000)] = ()
+    survey: Annotated[str, StringConstraints(max_length=4096)] | None = None
+
+
+def load_plan(path: str | Path) -> tuple[Plan, str | None]:
+    """A plan, and the folder of the survey that it says it was made from.
+
+    Raises:
+        ArtifactError: the file is not a plan, or contradicts itself; names what.
+    """
+    data = read_json(path)
+    source = f"{path}, which is not a plan written by `spectrim plan`:"
+    check_version(data, FORMAT_VERSION, absent=1, source=source)
+    record = checked(_Record, data, source=source)
+    if len({entry.name for entry in record.entries}) != len(record.entries):
+        raise ArtifactError(f"{path}: a target is named twice")
+    for entry in record.entries:
+        if (entry.rank is None) != (entry.storage == "dense"):
+            raise ArtifactError(
+                f"{path}: {entry.name} has rank {entry.rank}, which does not go with its storage "
+                f"{entry.storage!r}"
+            )
+    entries = tuple(PlanEntry(**dict(entry)) for entry in record.entries)
+    return Plan(entries, record.keep, record.rule, record.notes), record.survey

@@ -1,0 +1,188 @@
+"""The plugin's arithmetic against the layers of spectrim and against dense products."""
+
+import pytest
+import torch
+
+from spectrim.errors import ArtifactError, ModelError
+from spectrim.layers.lowrank import LowRankLinear
+from spectrim.layers.packed import PackedLinear
+from spectrim.storage.table import parse_table
+from spectrim_vllm.assembly import Assembly, packed_factors, stored_names
+from spectrim_vllm.naming import below, is_compressed, member_names, pieces_of
+from spectrim_vllm.stacking import Piece, Place, Stack
+
+N = 24
+KINDS = {"factored": LowRankLinear, "packed": PackedLinear}
+
+
+def layer(storage, m, n=N, k=5, seed=0):
+    """A layer of ours in fp64, and its tensors as they are on disk."""
+    generator = torch.Generator().manual_seed(seed + m)
+    up = torch.randn(m, k, generator=generator, dtype=torch.float64)
+    down = torch.randn(k, n, generator=generator, dtype=torch.float64)
+    if storage == "dense":
+        return up @ down, {"weight": up @ down}
+    made = KINDS[storage].from_factors(up, down, None, dtype=torch.float64, device="cpu")
+    renames = {"up.weight": "weight", "basis.weight": "weight"}
+    return made.dense_weight(), {renames.get(k, k): t for k, t in made.state_dict().items()}
+
+
+def assembled(storage, m, n=N, k=5, seed=0):
+    """Dense weight, down, up of one piece that came tensor by tensor."""
+    W, tensors = layer(storage, m, n, k, seed)
+    assembly = Assembly(Piece("p", None if storage == "dense" else k, storage, (m,)))
+    assert set(tensors) == set(stored_names(storage))
+    factors = None
+    for name, tensor in reversed(tensors.items()):
+        assert factors is None and assembly.missing()
+        factors = assembly.add(name, tensor)
+    assert not assembly.missing()
+    return W, *factors
+
+
+@pytest.mark.parametrize("m", [8, 24, 40])
+def test_packed_layers_become_factors_without_rounding(m):
+    made = PackedLinear.from_factors(
+        torch.randn(m, 5), torch.randn(5, N), None, dtype=torch.bfloat16, device="cpu"
+    )
+    up, down = packed_factors(made.basis.weight, made.coefficients.weight, made.order)
+    assert up.dtype == down.dtype == torch.bfloat16
+    exact = made.packed().to(torch.float64).product()
+    assert torch.allclose(up.double() @ down.double(), exact, rtol=1e-12, atol=1e-12)
+
+
+def stack_of(kinds, sizes, place, *, n=N):
+    share = place.ranks if place.splits == "out" else 1
+    pieces = [
+        Piece(f"p{i}", None if kind == "dense" else 3 + i, kind, (m // share,))
+        for i, (kind, m) in enumerate(zip(kinds, sizes, strict=True))
+    ]
+    return Stack(tuple(pieces), n // (1 if place.splits == "out" else place.ranks), place)
+
+
+def loaded(kinds, sizes, place, *, n=N):
+    """A stack with its tensors, and the dense weights of its pieces."""
+    stack = stack_of(kinds, sizes, place, n=n)
+    first = torch.full((stack.rows, stack.in_features), torch.nan, dtype=torch.float64)
+    ups = torch.full((stack.up_numbers,), torch.nan, dtype=torch.float64)
+    weights = []
+    for i, (kind, m) in enumerate(zip(kinds, sizes, strict=True)):
+        W, down, up = assembled(kind, m, n, 3 + i, seed=i)
+        stack.write(i, first, ups, down, up)
+        weights.append(W)
+    assert not first.isnan().any() and not ups.isnan().any()
+    return stack, first, ups, weights
+
+
+FUSED = [
+    ("factored", "factored", "factored"),
+    ("packed", "factored", "dense"),
+    ("dense", "packed", "packed"),
+]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("kinds", FUSED)
+def test_column_parallel_ranks_side_by_side_are_the_dense_product(kinds, ranks):
+    sizes = (32, 8, 16)
+    x = torch.randn(3, N, dtype=torch.float64)
+    parts = []
+    for rank in range(ranks):
+        stack, first, ups, weights = loaded(kinds, sizes, Place(rank, ranks, "out"))
+        y = stack.forward(x, first, ups, None)
+        parts.append(y.split([m // ranks for m in sizes], dim=-1))
+    for i, W in enumerate(weights):
+        y = torch.cat([part[i] for part in parts], dim=-1)
+        assert torch.allclose(y, x @ W.T, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["factored", "packed", "dense"])
+@pytest.mark.parametrize("m", [16, 40])
+def test_row_parallel_ranks_add_up_to_the_dense_product(kind, m, ranks):
+    x = torch.randn(3, N, dtype=torch.float64)
+    total = 0
+    for rank in range(ranks):
+        stack, first, ups, (W,) = loaded((kind,), (m,), Place(rank, ranks, "in"))
+        total = total + stack.forward(x.chunk(ranks, dim=-1)[rank], first, ups, None)
+    assert torch.allclose(total, x @ W.T, rtol=1e-10, atol=1e-10)
+
+
+def test_a_layer_is_one_product_and_one_per_compressed_piece(monkeypatch):
+    stack, first, ups, _ = loaded(("factored", "dense", "packed"), (32, 8, 16), Place(0, 1, "out"))
+    shapes, real = [], torch.nn.functional.linear
+    monkeypatch.setattr(
+        torch.nn.functional, "linear", lambda x, w, b=None: shapes.append(w.shape) or real(x, w, b)
+    )
+    stack.forward(torch.randn(2, N, dtype=torch.float64), first, ups, torch.zeros(56))
+    assert [tuple(s) for s in shapes] == [(3 + 8 + 5, N), (32, 3), (16, 5)]
+
+
+@pytest.mark.parametrize(("rank", "start"), [(0, 0), (1, 0), (2, 4), (3, 4)])
+def test_repeated_heads_lie_on_neighbouring_ranks(rank, start):
+    piece = Piece("k", 2, "factored", (4,))
+    assert piece.own_rows(8, Place(rank, 4, "out")) == [(start, 4)]
+
+
+def test_a_piece_that_is_fused_in_the_checkpoint_is_dealt_out_part_by_part():
+    piece = Piece("qkv", 2, "factored", (4, 2, 2))
+    assert piece.own_rows(16, Place(1, 2, "out")) == [(4, 4), (10, 2), (14, 2)]
+    assert piece.own_rows(8, Place(0, 1, "out")) == [(0, 4), (4, 2), (6, 2)]
+    with pytest.raises(ModelError, match="cannot be dealt"):
+        piece.own_rows(20, Place(0, 2, "out"))
+    with pytest.raises(ModelError, match="cannot be dealt"):
+        Piece("k", 2, "factored", (4,)).own_rows(9, Place(0, 2, "out"))
+
+
+def test_tensors_that_do_not_fit_are_refused():
+    _, tensors = layer("packed", 16)
+    assembly = Assembly(Piece("p", 5, "packed", (16,)))
+    assembly.add("weight", tensors["weight"])
+    assembly.add("order", torch.zeros(16, dtype=torch.int32))
+    with pytest.raises(ArtifactError, match="not a permutation"):
+        assembly.add("coefficients.weight", tensors["coefficients.weight"])
+    assembly = Assembly(Piece("p", 4, "factored", (16,)))
+    with pytest.raises(ArtifactError, match="no tensor 'up'"):
+        assembly.add("up", torch.ones(2))
+    assembly.add("weight", torch.ones(16, 5))
+    with pytest.raises(ArtifactError, match="do not fit factored storage of rank 4"):
+        assembly.add("down.weight", torch.ones(5, N))
+    stack, first, ups, _ = loaded(("factored",), (16,), Place(0, 2, "in"))
+    with pytest.raises(ModelError, match=f"reads {N + 2} features"):
+        stack.write(0, first, ups, torch.ones(3, N + 2), torch.ones(16, 3))
+
+
+def table(**layers):
+    entries = {
+        name.replace("__", "."): {"rank": 4, "storage": "factored"} | entry
+        for name, entry in layers.items()
+    }
+    return parse_table({"layers": entries}, source="test")
+
+
+def test_names_of_vllm_lead_to_names_of_the_file():
+    made = table(layers__0__self_attn__k_proj={}, layers__0__mlp__down_proj={"storage": "packed"})
+    prefix = "model.layers.0.self_attn.qkv_proj"
+    assert is_compressed(made, prefix, {})
+    pieces = pieces_of(made, prefix, [8, 4, 4], {})
+    assert [(p.storage, p.rank) for p in pieces] == [
+        ("dense", None),
+        ("factored", 4),
+        ("dense", None),
+    ]
+    assert not is_compressed(made, "model.layers.0.mlp.gate_up_proj", {})
+    assert not is_compressed(made, "model.layers.10.self_attn.qkv_proj", {})
+    assert is_compressed(made, "language_model.model.layers.0.mlp.down_proj", {})
+    assert member_names("a.in_proj", {"in_proj": ["x", "y"]}) == ["a.x", "a.y"]
+    assert below(made, "model.layers.0.mlp") == ["layers.0.mlp.down_proj"]
+    whole = table(layers__0__self_attn__qkv_proj={})
+    assert pieces_of(whole, prefix, [8, 4, 4], {})[0].outputs == (8, 4, 4)
+
+
+def test_what_is_not_served_is_refused_with_a_way_out():
+    made = table(layers__0__mlp__down_proj={"weights": "int8", "shape": [8, 8]})
+    with pytest.raises(ModelError, match=r"int8 weights.*export --dense"):
+        pieces_of(made, "model.layers.0.mlp.down_proj", [8], {})
+    made = table(layers__0__self_attn__k_proj={})
+    with pytest.raises(ModelError, match="fusion is not known"):
+        pieces_of(made, "model.layers.0.self_attn.qkv_proj", [8, 4], {})
