@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import spectrim.measure.curve as curve_module
+import spectrim.measure.running as running_module
 from architectures import tiny, windows
 from spectrim import api, studies
 from spectrim.errors import InputError
@@ -80,9 +81,9 @@ def test_a_second_call_measures_only_what_is_new(dense, drawn, tmp_path, monkeyp
     damaged = sorted((folder / "points").iterdir())[0]
     damaged.write_text('{"point": 3')
     runs = []
-    real = curve_module.run_recipe
+    real = running_module.run_recipe
     monkeypatch.setattr(
-        curve_module, "run_recipe", lambda *a, **k: runs.append(a[1].name) or real(*a, **k)
+        running_module, "run_recipe", lambda *a, **k: runs.append(a[1].name) or real(*a, **k)
     )
     options = {"measure": MEASURE, "text": CALIBRATION, "output": folder}
     again = studies.curve(dense, recipes=["svd", "svd-llm"], keep=[0.8, 0.4], **options)

@@ -17,7 +17,9 @@ from typing import Any
 from spectrim.errors import InputError
 from spectrim.tolerances import STEP_COUNT
 
-__all__ = ["CurvePoint", "curve_csv", "lower_hull", "parse_keeps"]
+__all__ = ["CurvePoint", "curve_csv", "dense_name", "is_dense_format", "lower_hull", "parse_keeps"]
+
+_DENSE = "dense "
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,16 @@ class CurvePoint:
         if missing:
             raise InputError(f"a point of the curve lacks {missing[0]!r}; measure it again")
         return cls(**{name: record[name] for name in names})
+
+
+def dense_name(weights: str) -> str:
+    """What the points of the dense model in a number format are called: `dense int8`."""
+    return _DENSE + weights
+
+
+def is_dense_format(point: CurvePoint) -> bool:
+    """Whether the point is the dense model in another number format, which no recipe made."""
+    return point.recipe.startswith(_DENSE)
 
 
 def lower_hull(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from spectrim.evaluate.curve import CurvePoint, lower_hull
+from spectrim.evaluate.curve import CurvePoint, is_dense_format, lower_hull
 from spectrim.evaluate.distortion import BLOCK, Distortion
 from spectrim.report.drawing import INK, logarithmic, series_styles
 
@@ -25,6 +25,8 @@ __all__ = [
 _LEAST_SHOWN = 1e-5
 """Share of a spectrum below which it is not drawn."""
 
+_FORMAT_MARKERS = ("*", "P")
+
 _LOG_SPAN = 20.0
 """Axes become logarithmic when the largest value exceeds the smallest by this factor."""
 
@@ -40,12 +42,14 @@ def group_by_recipe(points: Sequence[CurvePoint]) -> dict[str, list[CurvePoint]]
 def draw_curve(axes: Axes, points: Sequence[CurvePoint], *, measure: str = "excess") -> None:
     """Distortion against rate, one line per recipe, with the lower convex hull.
 
+    The dense model in other number formats is drawn as single marks in ink.
+
     Args:
         axes: to draw on.
         points: measured.
         measure: `excess` (nats per token above dense, with its interval) or `kl`.
     """
-    groups = group_by_recipe(points)
+    groups = group_by_recipe([p for p in points if not is_dense_format(p)])
     for (name, group), style in zip(groups.items(), series_styles(len(groups)), strict=True):
         x = [p.bits_per_weight for p in group]
         y = [getattr(p, measure) for p in group]
@@ -54,6 +58,17 @@ def draw_curve(axes: Axes, points: Sequence[CurvePoint], *, measure: str = "exce
         for rate, interval in zip(x, bars, strict=True):
             if interval is not None:
                 axes.plot([rate, rate], interval, color=style["color"], linewidth=1, marker="_")
+    formats = group_by_recipe([p for p in points if is_dense_format(p)])
+    for (name, group), marker in zip(formats.items(), _FORMAT_MARKERS, strict=False):
+        axes.plot(
+            [p.bits_per_weight for p in group],
+            [getattr(p, measure) for p in group],
+            color=INK,
+            linestyle="none",
+            marker=marker,
+            markersize=9,
+            label=name,
+        )
     hull = lower_hull((p.bits_per_weight, getattr(p, measure)) for p in points)
     axes.plot(
         [r for r, _ in hull],
