@@ -132,10 +132,10 @@ def test_no_size_below_the_end_can_be_chosen(tabs):
 
 def test_strange_prompts_are_answered_in_words(tabs):
     tab = tabs()
-    for prompt, words in ((" \n ", "at least one word"), ("w1 " * 5000, "its last 32 are used")):
+    for prompt, answer in ((" \n ", "at least one word"), ("w1 " * 5000, "its last 32 are used")):
         tab.fill("#prompt", prompt)
         tab.click("#go")
-        until(tab, "message", lambda text, words=words: words in text)
+        until(tab, "message", lambda text, answer=answer: answer in text)
     until(tab, "text-dense", bool)
 
 

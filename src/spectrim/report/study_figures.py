@@ -74,8 +74,11 @@ def draw_layer_errors(panels: Sequence[Axes], errors: Sequence[LayerErrors]) -> 
         axes.set_title(projection, fontsize=10)
         axes.tick_params(labelsize=9)
         if values:
-            axes.set_ylim(min(values) / 1.3, max(values) * 1.3)
+            low, high = min(values), max(values)
+            # One scale for all panels, so that projections can be compared too.
+            axes.yaxis.set_data_interval(low, high, ignore=True)
             logarithmic(axes.yaxis)
+            axes.set_ylim(low / 1.3, high * 1.3)
         axes.xaxis.set_major_locator(_whole_numbers())
     for axes in panels[len(projections) :]:
         axes.set_axis_off()
