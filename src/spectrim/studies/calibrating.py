@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from spectrim.api import resolve_recipe
 from spectrim.errors import InputError
@@ -63,6 +63,8 @@ def calibration_study(
         raise InputError("a calibration study needs recipes, numbers of windows, and seeds")
     if min(windows) < 1:
         raise InputError(f"{min(windows)} calibration windows are none; give numbers from 1")
+    if isinstance(calibration.get("text"), Tensor):
+        raise InputError("ready windows have one number; give a text, a source or documents")
     resolved = [resolve_recipe(recipe, keep=keep, **calibration) for recipe in recipes]
     resolved = [recipe.with_changes(keep=resolved[0].keep) for recipe in resolved]
     names = [recipe.name for recipe in resolved]
