@@ -83,6 +83,25 @@ def test_data_that_cannot_be_fetched_is_skipped_and_the_rest_runs(model, words, 
     assert "task file" in found.skipped["piqa"]
 
 
+def test_a_task_file_that_does_not_fit_is_skipped_and_the_rest_runs(model, words, tmp_path):
+    rows = [{"good": "He came.", "bad": "He come."}] * 3 + [{"good": None, "bad": "He come."}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    choices = {"misnamed": "{{[fine.good, bad]}}", "late": "{{[good.upper(), bad]}}"}
+    for name, choice in choices.items():
+        (tmp_path / f"{name}.yaml").write_text(
+            f"task: {name}\ndataset_path: json\ndataset_kwargs:\n  data_files:\n"
+            f"    test: {tmp_path}/rows.jsonl\noutput_type: multiple_choice\ntest_split: test\n"
+            f"doc_to_text: ''\ndoc_to_target: 0\ndoc_to_choice: '{choice}'\n"
+            "metric_list:\n  - metric: acc\n    aggregation: mean\n    higher_is_better: true\n"
+        )
+    names = ["misnamed", "late", "spectrim_tense"]
+    found = zero_shot(model, words, names, limit=4, task_folders=[tmp_path])
+    assert list(found.tasks) == ["spectrim_tense"]
+    assert "task file of 'misnamed' does not fit its data" in found.skipped["misnamed"]
+    assert "'fine' is undefined" in found.skipped["misnamed"]
+    assert "'late' failed on its data" in found.skipped["late"]
+
+
 def test_unknown_names_are_refused(model, words, monkeypatch):
     # lm-eval's own thousands of task files would take long to read.
     ours = zero_shot_module.task_manager(["spectrim_tense"], [zero_shot_module.TASK_FOLDER])

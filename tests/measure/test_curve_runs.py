@@ -10,15 +10,35 @@ import pytest
 import torch
 
 import spectrim.measure.curve as curve_module
+import spectrim.measure.running as running_module
 from architectures import tiny, windows
 from spectrim import api, studies
 from spectrim.errors import InputError
 from spectrim.evaluate.agreement import agreement
 from spectrim.evaluate.perplexity import perplexity
+from spectrim.linalg.rounding import from_int4, from_int8, to_int4, to_int8
+from spectrim.model.tracing import trace
+from spectrim.model.weights import get_module
+from spectrim.recipes import get_recipe
 
 CALIBRATION = windows(8)
 HELD_OUT = windows(6, seed=1)
 MEASURE = studies.Measure(text=HELD_OUT)
+ACIP = {
+    "learn": {
+        "stop_keep": 0.5,
+        "lora_rank": 1,
+        "learning_rate": 4e-3,
+        "lora_learning_rate": 2e-3,
+        "steps": 10,
+        "max_steps": 30,
+        "pressure_growth": 1.5,
+        "pressure_every": 1,
+        "size_every": 1,
+        "heal_steps": 2,
+        "heal_grid": 3,
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +100,9 @@ def test_a_second_call_measures_only_what_is_new(dense, drawn, tmp_path, monkeyp
     damaged = sorted((folder / "points").iterdir())[0]
     damaged.write_text('{"point": 3')
     runs = []
-    real = curve_module.run_recipe
+    real = running_module.run_recipe
     monkeypatch.setattr(
-        curve_module, "run_recipe", lambda *a, **k: runs.append(a[1].name) or real(*a, **k)
+        running_module, "run_recipe", lambda *a, **k: runs.append(a[1].name) or real(*a, **k)
     )
     options = {"measure": MEASURE, "text": CALIBRATION, "output": folder}
     again = studies.curve(dense, recipes=["svd", "svd-llm"], keep=[0.8, 0.4], **options)
@@ -105,6 +125,63 @@ def test_one_survey_serves_all_sizes(dense, monkeypatch):
         dense, recipes=["svd-llm"], keep=[0.8, 0.6, 0.4], measure=MEASURE, text=CALIBRATION
     )
     assert len(surveys) == 1
+
+
+def test_one_training_serves_all_sizes_of_a_learned_recipe(dense, tmp_path, monkeypatch):
+    recipe = get_recipe("acip").with_changes(**ACIP)
+    runs = []
+    real = running_module.run_recipe
+    monkeypatch.setattr(
+        running_module, "run_recipe", lambda *a, **k: runs.append(k["work"]) or real(*a, **k)
+    )
+    options = {"measure": MEASURE, "text": CALIBRATION, "output": tmp_path}
+    found = studies.curve(dense, recipes=[recipe], keep=[0.8, 0.6, 0.1], **options)
+    assert len(runs) == 1
+    assert list(found.skipped) == ["acip 0.1"]
+    for point in found.points:
+        alone = api.compress(copy.deepcopy(dense), recipe=recipe, keep=point.keep, text=CALIBRATION)
+        assert point.nll == pytest.approx(perplexity(alone.model, HELD_OUT).nll, rel=1e-4)
+        assert point.achieved == pytest.approx(alone.plan.achieved_keep)
+        assert point.model_bytes == alone.report["keep"]["model_bytes"]["stored"]
+    # A further size finds the training's checkpoint; known sizes need neither.
+    more = studies.curve(dense, recipes=[recipe], keep=[0.8, 0.6], **options)
+    assert more.measured == 0 and len(runs) == 1
+    studies.curve(dense, recipes=[recipe], keep=[0.7], **options)
+    assert len(runs) == 2 and runs[0] == runs[1] and runs[0].is_dir()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_dense_model_in_integers_is_the_rounded_dense_model(name, tmp_path):
+    dense = tiny(name)[0]
+    found = studies.curve(
+        dense,
+        recipes=["svd"],
+        keep=[0.5],
+        formats=["int8", "int4"],
+        measure=MEASURE,
+        output=tmp_path,
+    )
+    points = {p.recipe: p for p in found.points}
+    assert list(points) == ["svd", "dense int8", "dense int4"]
+    for weights, back in (("int8", from_int8), ("int4", None)):
+        model = copy.deepcopy(dense)
+        bits = rows = 0
+        for target in trace(model, HELD_OUT[:1, :8]).targets:
+            module = get_module(model, target.name)
+            W = module.weight.data.T if target.transposed else module.weight.data
+            groups = -(-W.shape[1] // 32)
+            bits += 8 * W.numel() if back else 4 * 32 * groups * W.shape[0]
+            bits += 32 * W.shape[0] * (1 if back else groups) + 32 * W.shape[0] * target.bias
+            rows += W.numel()
+            W.copy_(from_int8(*to_int8(W)) if back else from_int4(*to_int4(W, 32), W.shape[1]))
+        expected = perplexity(model, HELD_OUT).nll
+        point = points[f"dense {weights}"]
+        assert point.nll == pytest.approx(expected, rel=1e-5)
+        assert point.bits_per_weight == pytest.approx(bits / rows)
+        assert point.excess_low <= point.excess <= point.excess_high
+    assert points["dense int8"].kl < points["dense int4"].kl < points["svd"].kl
+    with pytest.raises(InputError, match="int2"):
+        studies.curve(dense, recipes=["svd"], keep=[0.5], formats=["int2"], measure=MEASURE)
 
 
 def test_what_makes_no_curve_is_refused(dense, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -18,6 +19,8 @@ from spectrim.report.content import (
     read_curve_file,
     read_result,
 )
+from spectrim.report.drawing import new_figure
+from spectrim.report.figures import draw_curve
 from spectrim.report.page import render_page
 
 NASTY = "<script>alert('1')</script>&\"$x^2$"
@@ -191,3 +194,36 @@ def test_a_curve_file_is_read_and_others_are_refused(tmp_path):
 def test_names_become_places():
     assert block_and_projection("model.layers.3.mlp.experts.2.up") == (3, "mlp.experts.2.up")
     assert block_and_projection("lm_head") == (0, "lm_head")
+
+
+def drawn_lines(points, **options):
+    with new_figure() as (figure, axes):
+        draw_curve(axes, points, **options)
+        figure.canvas.draw()
+        lines = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
+        return lines, axes.get_yscale(), axes.get_ylim(), axes.get_xlabel()
+
+
+def test_the_hull_is_drawn_as_chords_and_dense_formats_stand_alone():
+    points = [point("a", 4.0), point("a", 12.0), replace(point("dense int8", 8.1), excess=1e-3)]
+    points.append(replace(point("a", 14.0), excess=1e-4))
+    lines, scale, _, label = drawn_lines(points)
+    assert scale == "log" and "lower edge" not in label
+    assert lines["dense int8"] == [[8.1, 1e-3]]
+    assert [x for x, _ in lines["a"]] == [4.0, 12.0, 14.0]
+    hull = lines["lower convex hull"]
+    # Straight in nats on every piece, which is a curve on this axis.
+    ends = [(4.0, 0.25), (8.1, 1e-3), (14.0, 1e-4)]
+    for x, y in hull:
+        (x1, y1), (x2, y2) = ends[:2] if x <= 8.1 else ends[1:]
+        assert y == pytest.approx(y1 + (x - x1) / (x2 - x1) * (y2 - y1))
+    assert len(hull) > 20
+
+
+def test_a_loss_below_zero_stands_on_the_edge_of_a_logarithmic_axis():
+    points = [point("a", 4.0), replace(point("a", 12.0), excess=1e-3)]
+    points.append(replace(point("dense int8", 8.1), excess=-1e-5, excess_low=-1e-4))
+    lines, scale, (bottom, _), label = drawn_lines(points)
+    assert scale == "log" and "no loss could be measured" in label
+    ((_, shown),) = lines["dense int8"]
+    assert bottom < shown < 1e-3

@@ -6,58 +6,16 @@ import http.client
 import json
 import threading
 import time
-from types import SimpleNamespace
 
 import pytest
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+from slider_cases import IDS, Elastic, tiny, words
 from spectrim.data.windows import given_windows
 from spectrim.errors import OutputError
 from spectrim.evaluate.perplexity import perplexity
 from spectrim.evaluate.samples import continuations
 from spectrim.slider.engine import Engine
 from spectrim.slider.server import SliderServer
-
-VOCABULARY = {"</s>": 0} | {f"w{i}": i for i in range(1, 40)}
-IDS = torch.randint(1, 40, (4, 12), generator=torch.Generator().manual_seed(0))
-
-
-def words():
-    backend = Tokenizer(models.WordLevel(VOCABULARY, unk_token="</s>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
-
-
-def tiny(seed):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=40,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    model = AutoModelForCausalLM.from_config(config).eval()
-    for parameter in model.parameters():
-        parameter.data.mul_(4.0 if parameter.ndim > 1 else 1.0)
-    return model
-
-
-class Elastic:
-    """A model that only claims to change its size, and may take its time over it."""
-
-    def __init__(self):
-        self.model = tiny(1)
-        self.asked = []
-
-    def resize(self, keep):
-        self.asked.append(keep)
-        return SimpleNamespace(entries=[SimpleNamespace(bytes=int(1000 * keep), dense_bytes=1000)])
 
 
 @pytest.fixture
@@ -148,6 +106,8 @@ def test_the_stream_writes_what_both_models_write(served):
         assert "".join(event["text"] for event in mine) == sample.continuation
         assert mine[-1]["done"] and mine[-1]["tokens"] == 9
         assert mine[-1]["tokens_per_second"] > 0
+        # The speed is told while the text is written, not only at its end.
+        assert [event["tokens"] for event in mine] == list(range(1, 10))
     # Side by side, not one after the other.
     assert [event["model"] for event in events[1:5]] == ["dense", "compressed"] * 2
 
@@ -158,9 +118,14 @@ def test_a_very_long_prompt_is_cut_and_said_so(served):
     assert status == 200
     assert events[1] == {"note": "the prompt has 5000 tokens; its last 60 are used"}
     assert events[-1]["done"]
-    status, answer = ask(served, "/continue", {"prompt": "w1 " * 500_000, "keep": 0.5})
+
+
+def test_a_request_of_megabytes_is_read_to_its_end_and_refused(served):
+    # Closing early would cut the connection, and a browser would show no reason.
+    status, answer = ask(served, "/continue", {"prompt": "w1 " * 700_000, "keep": 0.5})
     assert status == 400
-    assert "at most" in answer["error"]
+    assert "at most 1048576" in answer["error"]
+    assert ask(served, "/size", {"keep": 0.5})[0] == 200
 
 
 def test_a_second_tab_is_told_that_the_model_is_busy_and_a_closed_one_frees_it(served):

@@ -30,6 +30,15 @@ def curve(
         str,
         typer.Option("--keep", metavar="SIZES", help="0.9..0.3, 0.9..0.3:0.05, or 0.8,0.6,0.4."),
     ] = "0.9..0.3",
+    dense_quantized: Annotated[
+        str | None,
+        typer.Option(
+            "--dense-quantized",
+            "--dense-quantised",
+            metavar="A,B",
+            help="Reference points: the uncut model in int8, int4, or both as int8,int4.",
+        ),
+    ] = None,
     text: options.Text = None,
     windows: options.Windows = None,
     window_length: options.WindowLength = None,
@@ -58,6 +67,7 @@ def curve(
             model,
             recipes=study.names(recipes),
             keep=keep,
+            formats=study.names(dense_quantized),
             measure=study.measure(
                 evaluation_text, evaluation_length, max_tokens, device, dtype, trust_remote_code
             ),

@@ -14,12 +14,17 @@ __all__ = ["distortion"]
 
 def distortion(
     model: options.Model,
-    results: Annotated[
-        list[Path], typer.Argument(metavar="OUT...", help="Folders of compressed models.")
-    ],
     output: Annotated[
         Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for table and pictures.")
     ],
+    results: study.Results = None,
+    recipes: study.Recipes = None,
+    objectives: study.Objectives = None,
+    keep: options.Keep = None,
+    text: options.Text = None,
+    windows: options.Windows = None,
+    window_length: options.WindowLength = None,
+    seed: options.Seed = None,
     evaluation_text: study.EvaluationText = None,
     evaluation_length: study.EvaluationLength = None,
     max_tokens: study.MaxTokens = None,
@@ -31,36 +36,29 @@ def distortion(
 ) -> None:
     """Compare the output of every block and projection with the dense MODEL's.
 
-    DIR receives distortion.csv and .json, and the squared error and cosine distance of the blocks
-    as pictures, one line per OUT.
+    Give folders of compressed models, or --recipes to run on MODEL at --keep. DIR receives
+    distortion.csv and .json, and the squared error and cosine distance of the blocks as pictures,
+    one line per result. Finished runs of recipes are kept there and reused.
     """
     from spectrim.cli.session import session
 
-    with session(verbose=verbose, quiet=quiet, output=output):
+    with session(verbose=verbose, quiet=quiet, output=output) as progress:
         from spectrim import studies
 
         found = studies.distortion(
             model,
-            results,
+            results or (),
+            recipes=study.names(recipes),
+            objectives=study.names(objectives),
             measure=study.measure(
                 evaluation_text, evaluation_length, max_tokens, device, dtype, trust_remote_code
             ),
             output=output,
+            progress=progress,
+            **options.given(
+                keep=keep, text=text, windows=windows, window_length=window_length, seed=seed
+            ),
         )
-    from spectrim.cli.render import print_facts, print_table
+    from spectrim.cli.study_tables import print_depth
 
-    print_table(
-        ("model", "block", "squared error", "relative error", "cosine distance"),
-        [
-            (
-                one.model,
-                str(one.block),
-                f"{one.mse:.4g}",
-                f"{one.relative:.4g}",
-                f"{one.cosine:.4g}",
-            )
-            for one in found
-            if one.projection == "block"
-        ],
-    )
-    print_facts({"output": output})
+    print_depth(found, output)

@@ -13,6 +13,7 @@ import typer
 from spectrim import __version__
 from spectrim.cli import (
     bench,
+    calibration_study,
     compare,
     compress,
     curve,
@@ -21,6 +22,7 @@ from spectrim.cli import (
     evaluate,
     export,
     inspect,
+    layer_errors,
     lm_eval,
     plan,
     recipes,
@@ -78,6 +80,8 @@ app.command()(resize.resize)
 app.command()(curve.curve)
 app.command()(compare.compare)
 app.command()(distortion.distortion)
+app.command("layer-errors")(layer_errors.layer_errors)
+app.command("calibration-study")(calibration_study.calibration_study)
 app.command()(report.report)
 app.command()(slider.slider)
 app.command(

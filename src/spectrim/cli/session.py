@@ -75,12 +75,14 @@ def set_up_logging(console: Console, *, verbose: bool, quiet: bool) -> None:
 
 
 def silence_foreign_bars(console: Console, *, quiet: bool) -> None:
-    """Switch the hub's and transformers' own bars off where nobody would see them move.
+    """Switch other libraries' own bars off where nobody would see them move.
 
-    Both read this variable when they are imported, which happens after this call.
+    The hub, transformers and tqdm (lm-eval's bars) read these variables when they are imported,
+    which happens after this call.
     """
     if quiet or not console.is_terminal:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def new_progress(console: Console, *, quiet: bool) -> Progress:

@@ -24,7 +24,9 @@ def slider(
     max_tokens: study.MaxTokens = None,
     curve: Annotated[
         Path | None,
-        typer.Option("--curve", metavar="DIR", help="What `spectrim curve ELASTIC` wrote."),
+        typer.Option(
+            "--curve", metavar="DIR", help="What `spectrim curve ELASTIC` wrote; spares measuring."
+        ),
     ] = None,
     host: Annotated[
         str, typer.Option("--host", help="Address to listen on; others than this one are exposed.")
@@ -42,9 +44,9 @@ def slider(
     """
     from spectrim.cli.session import session
 
-    with session(verbose=verbose):
+    with session(verbose=verbose) as progress:
         from spectrim import studies
-        from spectrim.cli.render import print_facts
+        from spectrim.cli.render import print_facts, print_note
 
         server = studies.slider(
             artifact,
@@ -54,9 +56,13 @@ def slider(
             curve=curve,
             host=host,
             port=port,
+            progress=progress,
         )
         print_facts({"page": server.url, "end": "Ctrl-C"})
         try:
             server.serve_forever()
+        except KeyboardInterrupt:
+            # The way to end it that its own line names, not an interruption of work.
+            print_note("stopped")
         finally:
             server.server_close()

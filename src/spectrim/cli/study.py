@@ -17,10 +17,13 @@ __all__ = [
     "EvaluationLength",
     "EvaluationText",
     "MaxTokens",
+    "Objectives",
     "Recipes",
+    "Results",
     "as_length",
     "measure",
     "names",
+    "numbers",
     "print_comparison",
     "print_curve",
     "print_tasks",
@@ -29,6 +32,18 @@ __all__ = [
 Recipes = Annotated[
     str | None,
     typer.Option("--recipes", metavar="A,B,...", help="Recipes by name, or YAML files."),
+]
+Results = Annotated[
+    list[Path] | None,
+    typer.Argument(metavar="OUT...", help="Folders of compressed models.", show_default=False),
+]
+Objectives = Annotated[
+    str | None,
+    typer.Option(
+        "--objectives",
+        metavar="A,B,...",
+        help="Objectives to run block by block with equal ranks: plain, whitened, shifted, ...",
+    ),
 ]
 EvaluationText = Annotated[
     str | None,
@@ -54,6 +69,16 @@ MaxTokens = Annotated[
 def names(text: str | None) -> list[str]:
     """`a,b` as a list, empty if nothing was given."""
     return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def numbers(option: str, words: str | None, *, least: int) -> list[int] | None:
+    """`8,16,32` as numbers, None if nothing was given."""
+    if words is None:
+        return None
+    parts = names(words)
+    if not parts or not all(part.isdecimal() and int(part) >= least for part in parts):
+        raise InputError(f"{option} is {words!r}; expected numbers from {least}, such as 8,16,32")
+    return [int(part) for part in parts]
 
 
 def as_length(words: str | None) -> Any:

@@ -20,7 +20,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from spectrim.errors import ArtifactError, InputError
 from spectrim.tolerances import STEP_COUNT
 
-__all__ = ["CurvePoint", "curve_csv", "lower_hull", "parse_keeps"]
+__all__ = ["CurvePoint", "curve_csv", "dense_name", "is_dense_format", "lower_hull", "parse_keeps"]
+
+_DENSE = "dense "
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,16 @@ def _point_record() -> type[BaseModel]:
     hints: dict[str, Any] = {name: (hint, ...) for name, hint in get_type_hints(CurvePoint).items()}
     strict = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
     return create_model("PointRecord", __config__=strict, **hints)
+
+
+def dense_name(weights: str) -> str:
+    """What the points of the dense model in a number format are called: `dense int8`."""
+    return _DENSE + weights
+
+
+def is_dense_format(point: CurvePoint) -> bool:
+    """Whether the point is the dense model in another number format, which no recipe made."""
+    return point.recipe.startswith(_DENSE)
 
 
 def lower_hull(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:

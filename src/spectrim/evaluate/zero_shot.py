@@ -36,6 +36,11 @@ OFFLINE_TASKS = (
 )
 _SETS = {"literature": LITERATURE_TASKS, "offline": OFFLINE_TASKS}
 
+REMEDY = (
+    "connect to the hub, fill its cache, or give a folder with a task file of this name that "
+    "reads local files (--task-folder)"
+)
+
 TASK_FOLDER = Path(__file__).parent / "tasks"
 """Our own task files; `lm-eval --include_path` takes it."""
 
@@ -159,36 +164,51 @@ def task_manager(names: Sequence[str], folders: Sequence[Path]) -> Any:
 def _add(result: ZeroShot, name: str, model: Any, manager: Any, limit: int | None) -> None:
     """Measure one task, or note why not."""
     import lm_eval
+    from jinja2 import TemplateError
 
+    # What a task file and its data do to each other: names that no row has, choices that are none.
+    misfits = (TemplateError, KeyError, TypeError, SyntaxError)
     simple_evaluate: Any = lm_eval.simple_evaluate
     try:
-        # Building a task fetches its data; afterwards nothing may fail quietly.
+        # Building a task fetches its data and tries its templates on one row.
         loaded = manager.load_task_or_group([name])
     except (OSError, ValueError, ImportError) as error:
         # Hub, cache, disk and loading scripts: all of them mean that the data is not here.
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        result.skipped[name] = (
-            f"the data of {name!r} cannot be fetched ({type(error).__name__}: {reason}); connect "
-            "to the hub, fill its cache, or give a folder with a task file of this name that "
-            "reads local files"
-        )
-        logger.warning("%s", result.skipped[name])
+        _skip(result, name, f"the data of {name!r} cannot be fetched ({_words(error)}); {REMEDY}")
         return
-    found = simple_evaluate(
-        model=model,
-        tasks=list(loaded.values()),
-        task_manager=manager,
-        limit=limit,
-        # Accuracies get their error from a formula; 0 would switch that off too.
-        bootstrap_iters=100,
-        log_samples=False,
-    )
+    except misfits as error:
+        _skip(result, name, f"the task file of {name!r} does not fit its data ({_words(error)})")
+        return
+    try:
+        found = simple_evaluate(
+            model=model,
+            tasks=list(loaded.values()),
+            task_manager=manager,
+            limit=limit,
+            # Accuracies get their error from a formula; 0 would switch that off too.
+            bootstrap_iters=100,
+            log_samples=False,
+        )
+    except (*misfits, ValueError) as error:
+        # A later row that does not fit ends this task; the others still get their numbers.
+        _skip(result, name, f"the task {name!r} failed on its data ({_words(error)})")
+        return
     assert found is not None  # only ranks other than the first get nothing
     for task, values in found["results"].items():
         if "acc,none" not in values:
             result.skipped[task] = f"{task!r} reports no accuracy, only {', '.join(values)}"
             continue
         result.tasks[task] = _facts(values, found, task)
+
+
+def _skip(result: ZeroShot, name: str, reason: str) -> None:
+    result.skipped[name] = reason
+    logger.warning("%s", reason)
+
+
+def _words(error: Exception) -> str:
+    """Kind and first line of an error that another library raised."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no reason given'])[0]}"
 
 
 def _facts(values: dict[str, Any], found: dict[str, Any], task: str) -> dict[str, Any]:

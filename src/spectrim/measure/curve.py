@@ -6,20 +6,20 @@ size measures only that size.
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from torch import nn
 
 from spectrim.errors import BudgetError, InputError
-from spectrim.evaluate.curve import CurvePoint
+from spectrim.evaluate.curve import CurvePoint, is_dense_format
 from spectrim.measure.measuring import Measured, PointStore, Reference, Size
+from spectrim.measure.quantized import quantized_points
+from spectrim.measure.running import gives_every_size, run_and_measure, train_every_size
 from spectrim.recipe import Recipe
-from spectrim.run.compress import run_recipe
 from spectrim.run.job import Progress, Silent
 from spectrim.run.loading import LoadedModel
 from spectrim.run.opening import open_job
@@ -32,6 +32,8 @@ from spectrim.storage.survey_record import Survey
 __all__ = ["Curve", "Resizable", "elastic_curve", "recipe_curve"]
 
 logger = logging.getLogger(__name__)
+
+STAGE = "curve"
 
 
 @dataclass
@@ -49,6 +51,11 @@ class Curve:
     points: list[CurvePoint] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     measured: int = 0
+
+    def skip(self, note: str, error: BudgetError) -> None:
+        """Note a size that is out of reach."""
+        self.skipped[note] = str(error)
+        logger.warning("%s was skipped: %s", note, error)
 
     def record(self) -> dict[str, Any]:
         """JSON-ready values."""
@@ -80,6 +87,7 @@ def recipe_curve(
     keeps: Sequence[float],
     *,
     text: UserText = None,
+    formats: Sequence[str] = (),
     store: PointStore | None = None,
     progress: Progress | None = None,
 ) -> Curve:
@@ -90,6 +98,7 @@ def recipe_curve(
         recipes: resolved; their own keep plays no part.
         keeps: sizes, fractions in (0, 1].
         text: calibration text, None for each recipe's.
+        formats: number formats, `int8` and `int4`, in which the dense model is measured too.
         store: finished points.
         progress: told of every point.
 
@@ -99,40 +108,60 @@ def recipe_curve(
     """
     store, progress = store or PointStore(None), progress or Silent()
     curve = Curve(reference.dense_record())
-    stage = "curve"
-    progress.start(stage, len(recipes) * len(keeps))
+    progress.start(STAGE, len(recipes) * len(keeps) + len(formats))
     for recipe in recipes:
         sized = [recipe.with_changes(keep=keep) for keep in keeps]
         keys = [store.key(one, reference, text) for one in sized]
         found = [store.find(key) for key in keys]
-        missing = sum(one is None for one in found)
-        survey = _survey(reference.loaded, recipe, text) if missing > 1 else None
+        measure = _measuring(
+            reference, recipe, text, store, progress, missing=sum(one is None for one in found)
+        )
         for one, key, known in zip(sized, keys, found, strict=True):
             note = f"{one.name} {one.keep:g}"
             try:
-                measured = known or _measure(reference, one, text, survey)
+                measured = known or measure(one)
             except BudgetError as error:
-                curve.skipped[note] = str(error)
-                logger.warning("%s was skipped: %s", note, error)
+                curve.skip(note, error)
             else:
                 if known is None:
                     store.keep(key, measured)
                     curve.measured += 1
                 curve.points.append(measured.point)
-            progress.advance(stage, note)
-    progress.finish(stage)
-    if not curve.points:
-        raise InputError(
-            f"no size could be measured; the last was: {[*curve.skipped.values()][-1]}"
+            progress.advance(STAGE, note)
+    for weights in formats:
+        curve.points += quantized_points(reference, [weights], store=store)
+        progress.advance(STAGE, weights)
+    progress.finish(STAGE)
+    return _checked(curve)
+
+
+def _measuring(
+    reference: Reference,
+    recipe: Recipe,
+    text: UserText,
+    store: PointStore,
+    progress: Progress,
+    *,
+    missing: int,
+) -> Callable[[Recipe], Measured]:
+    """How a size of a recipe is measured, once what all its sizes share is there."""
+    if missing and gives_every_size(recipe):
+        work = None
+        if store.folder is not None:
+            work = store.folder / f"training-{store.key(_sizeless(recipe), reference, text)}"
+        started = time.perf_counter()
+        artifact = train_every_size(
+            reference.loaded, recipe, text=text, work=work, progress=progress
         )
-    return curve
+        seconds = time.perf_counter() - started
+        return lambda one: _slice(reference, artifact, one.keep, one.name, seconds)
+    survey = _survey(reference.loaded, recipe, text) if missing > 1 else None
+    return lambda one: run_and_measure(reference, one, text=text, survey=survey)
 
 
-def _checked(curve: Curve) -> Curve:
-    if not curve.points:
-        name, reason = list(curve.skipped.items())[-1]
-        raise InputError(f"no size could be measured; {name} was the last: {reason}")
-    return curve
+def _sizeless(recipe: Recipe) -> Recipe:
+    """The same for every size, so that a later size finds the training of an earlier one."""
+    return recipe.with_changes(keep=1.0)
 
 
 def _survey(loaded: LoadedModel, recipe: Recipe, text: UserText) -> Survey | None:
@@ -145,28 +174,14 @@ def _survey(loaded: LoadedModel, recipe: Recipe, text: UserText) -> Survey | Non
     return replace(make_survey(job), key=survey_key(loaded, recipe, job.windows))
 
 
-def _measure(
-    reference: Reference, recipe: Recipe, text: UserText, survey: Survey | None
-) -> Measured:
-    dense = reference.loaded
-    dtype = next(dense.model.parameters()).dtype
-    started = time.perf_counter()
-    outcome = run_recipe(
-        replace(dense, model=copy.deepcopy(dense.model)), recipe, text=text, survey=survey
-    )
-    seconds = time.perf_counter() - started
-    # Rounded to the stored dtype by the run; measured in the dtype that the dense model was.
-    model = outcome.model.to(dtype)
-    size = Size.from_report(outcome.report)
-    return reference.measure(model, size, recipe=recipe.name, seconds=seconds)
-
-
 def elastic_curve(
     reference: Reference,
     artifact: Resizable,
     keeps: Sequence[float],
     *,
     name: str,
+    formats: Sequence[str] = (),
+    store: PointStore | None = None,
     progress: Progress | None = None,
 ) -> Curve:
     """Measure an elastic artifact at several sizes; nothing is decomposed or trained.
@@ -176,34 +191,46 @@ def elastic_curve(
         artifact: resized in place.
         keeps: sizes, fractions in (0, 1].
         name: of the artifact, in tables and pictures.
+        formats: number formats in which the dense model is measured too.
+        store: finished points of the dense model; slices are always measured.
         progress: told of every point.
 
     Raises:
         InputError: no size is within the artifact's reach.
     """
-    progress = progress or Silent()
+    store, progress = store or PointStore(None), progress or Silent()
     curve = Curve(reference.dense_record())
-    stage = "curve"
-    progress.start(stage, len(keeps))
+    progress.start(STAGE, len(keeps) + len(formats))
     for keep in keeps:
-        started = time.perf_counter()
+        note = f"{name} {keep:g}"
         try:
-            plan = artifact.resize(keep)
-        except BudgetError as error:
-            curve.skipped[f"{name} {keep:g}"] = str(error)
-            logger.warning("%s at %g was skipped: %s", name, keep, error)
-        else:
-            seconds = time.perf_counter() - started
-            size = elastic_size(artifact.model, plan, keep, reference)
-            measured = reference.measure(artifact.model, size, recipe=name, seconds=seconds)
-            curve.points.append(measured.point)
+            curve.points.append(_slice(reference, artifact, keep, name, None).point)
             curve.measured += 1
-        progress.advance(stage, f"{name} {keep:g}")
-    progress.finish(stage)
-    if not curve.points:
-        raise InputError(
-            f"no size could be measured; the last was: {[*curve.skipped.values()][-1]}"
-        )
+        except BudgetError as error:
+            curve.skip(note, error)
+        progress.advance(STAGE, note)
+    for weights in formats:
+        curve.points += quantized_points(reference, [weights], store=store)
+        progress.advance(STAGE, weights)
+    progress.finish(STAGE)
+    return _checked(curve)
+
+
+def _slice(
+    reference: Reference, artifact: Resizable, keep: float, name: str, seconds: float | None
+) -> Measured:
+    """One size of an artifact; it took as long as its slice, or as the training given."""
+    started = time.perf_counter()
+    plan = artifact.resize(keep)
+    taken = time.perf_counter() - started if seconds is None else seconds
+    size = elastic_size(artifact.model, plan, keep, reference)
+    return reference.measure(artifact.model, size, recipe=name, seconds=taken)
+
+
+def _checked(curve: Curve) -> Curve:
+    if not any(not is_dense_format(point) for point in curve.points):
+        name, reason = list(curve.skipped.items())[-1]
+        raise InputError(f"no size could be measured; {name} was the last: {reason}")
     return curve
 
 

@@ -113,7 +113,8 @@ def evaluate_model(
         "perplexity": {},
         "skipped": {},
     }
-    names = [] if text is None and wanted else _text_names(text)
+    # Tasks alone need no text; a comparison does.
+    names = [] if text is None and wanted and reference is None else _text_names(text)
     for name in names:
         try:
             windows = evaluation_windows_of(loaded, name, window_length, max_tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from spectrim.run.loading import LoadedModel, load_model
 from spectrim.run.texts import UserText
 from spectrim.storage.json_file import read_json
 
-__all__ = ["Measured", "PointStore", "Reference", "Size", "open_reference"]
+__all__ = ["Measured", "PointStore", "Reference", "Size", "open_reference", "result_key"]
 
 
 @dataclass
@@ -164,10 +165,13 @@ def open_reference(
 
 
 class PointStore:
-    """Finished points, one JSON file each, so that a run that was cut off goes on where it was.
+    """Finished results, one JSON file each, so that a run that was cut off goes on where it was.
 
     A file's name is the hash of everything its numbers depend on: the recipe with its size, the
     model, both texts, and the version.
+
+    Attributes:
+        folder: where the files lie; None keeps nothing.
     """
 
     def __init__(self, folder: Path | None):
@@ -176,41 +180,71 @@ class PointStore:
     @staticmethod
     def key(recipe: Recipe, reference: Reference, text: UserText, *, alone: bool = False) -> str:
         """The name of a point."""
-        parts = [
-            recipe.hash(),
-            reference.loaded.identity(),
-            reference.windows.fingerprint(),
-            str(reference.loaded.model.dtype),
-            calibration_hash(recipe, text),
-            "alone" if alone else "together",
-            __version__,
-        ]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+        kind = "alone" if alone else "together"
+        return result_key(recipe, reference.loaded, reference.windows, text, kind=kind)
 
     def find(self, key: str) -> Measured | None:
         """A finished point; None if it is missing or its file is damaged."""
+        data = self.read(key)
+        if data is None:
+            return None
+        try:
+            return Measured(CurvePoint.from_record(data["point"]), list(data["per_window_nll"]))
+        except (InputError, KeyError, TypeError):
+            # A damaged cache costs time, never a result: the point is measured again.
+            return None
+
+    def keep(self, key: str, measured: Measured) -> None:
+        """Write a finished point, whole or not at all."""
+        self.write(key, measured.record())
+
+    def read(self, key: str) -> dict[str, Any] | None:
+        """A finished result of any kind; None if it is missing or no JSON object."""
         if self.folder is None:
             return None
         path = self.folder / f"{key}.json"
         if not path.is_file():
             return None
         try:
-            data = read_json(path)
-            return Measured(CurvePoint.from_record(data["point"]), list(data["per_window_nll"]))
-        except (ArtifactError, InputError, KeyError, TypeError):
-            # A damaged cache costs time, never a result: the point is measured again.
+            return read_json(path)
+        except ArtifactError:
             return None
 
-    def keep(self, key: str, measured: Measured) -> None:
-        """Write a finished point, whole or not at all."""
+    def write(self, key: str, record: dict[str, Any]) -> None:
+        """Write a finished result, whole or not at all."""
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{key}.json"
-        partial = path.with_suffix(".partial")
-        text = json.dumps(measured.record(), indent=1, allow_nan=False)
+        # Named after the process, since two studies may share a folder.
+        partial = path.with_suffix(f".partial{os.getpid()}")
+        text = json.dumps(record, indent=1, allow_nan=False)
         partial.write_text(text + "\n", encoding="utf-8")
         partial.replace(path)
+
+
+def result_key(
+    recipe: Recipe, loaded: LoadedModel, windows: Windows, text: UserText, *, kind: str
+) -> str:
+    """The hash of everything that a result depends on.
+
+    Args:
+        recipe: resolved, with its size.
+        loaded: the dense model.
+        windows: to measure on.
+        text: calibration text that the recipe cannot name.
+        kind: of result, since several kinds of one run may lie in one folder.
+    """
+    parts = [
+        recipe.hash(),
+        loaded.identity(),
+        windows.fingerprint(),
+        str(loaded.model.dtype),
+        calibration_hash(recipe, text),
+        kind,
+        __version__,
+    ]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
 def calibration_hash(recipe: Recipe, text: UserText) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from spectrim.evaluate.curve import CurvePoint, lower_hull
+from spectrim.evaluate.curve import CurvePoint, is_dense_format, lower_hull
 from spectrim.evaluate.distortion import BLOCK, Distortion
 from spectrim.report.drawing import INK, logarithmic, series_styles
 
@@ -25,6 +26,12 @@ __all__ = [
 _LEAST_SHOWN = 1e-5
 """Share of a spectrum below which it is not drawn."""
 
+_FORMAT_MARKERS = ("*", "P")
+
+_CHORD_STEPS = 40
+_BELOW = 3.0
+"""Points without a measurable loss are drawn this factor below the least loss there is."""
+
 _LOG_SPAN = 20.0
 """Axes become logarithmic when the largest value exceeds the smallest by this factor."""
 
@@ -40,21 +47,30 @@ def group_by_recipe(points: Sequence[CurvePoint]) -> dict[str, list[CurvePoint]]
 def draw_curve(axes: Axes, points: Sequence[CurvePoint], *, measure: str = "excess") -> None:
     """Distortion against rate, one line per recipe, with the lower convex hull.
 
+    The dense model in other number formats is drawn as single marks in ink.
+
     Args:
         axes: to draw on.
         points: measured.
         measure: `excess` (nats per token above dense, with its interval) or `kl`.
     """
-    groups = group_by_recipe(points)
+    values = [getattr(p, measure) for p in points]
+    positive = [value for value in values if value > 0]
+    log = bool(positive) and max(positive) > _LOG_SPAN * min(positive)
+    floor = min(positive) / _BELOW if log else min(values)
+    groups = group_by_recipe([p for p in points if not is_dense_format(p)])
     for (name, group), style in zip(groups.items(), series_styles(len(groups)), strict=True):
         x = [p.bits_per_weight for p in group]
-        y = [getattr(p, measure) for p in group]
+        y = [max(getattr(p, measure), floor) for p in group]
         axes.plot(x, y, label=name, **style)
-        bars = [_interval(p, measure) for p in group]
-        for rate, interval in zip(x, bars, strict=True):
-            if interval is not None:
-                axes.plot([rate, rate], interval, color=style["color"], linewidth=1, marker="_")
-    hull = lower_hull((p.bits_per_weight, getattr(p, measure)) for p in points)
+        _draw_intervals(axes, group, measure, style["color"])
+    formats = group_by_recipe([p for p in points if is_dense_format(p)])
+    for (name, group), marker in zip(formats.items(), _FORMAT_MARKERS, strict=False):
+        x = [p.bits_per_weight for p in group]
+        y = [max(getattr(p, measure), floor) for p in group]
+        axes.plot(x, y, color=INK, linestyle="none", marker=marker, markersize=9, label=name)
+        _draw_intervals(axes, group, measure, INK)
+    hull = _chords(lower_hull((p.bits_per_weight, max(getattr(p, measure), floor)) for p in points))
     axes.plot(
         [r for r, _ in hull],
         [d for _, d in hull],
@@ -64,13 +80,33 @@ def draw_curve(axes: Axes, points: Sequence[CurvePoint], *, measure: str = "exce
         label="lower convex hull",
         zorder=1,
     )
-    values = [getattr(p, measure) for p in points]
-    _maybe_log(axes, values)
-    axes.set_xlabel("rate: bits per original target weight")
+    if log:
+        logarithmic(axes.yaxis)
+        axes.set_ylim(bottom=floor / 1.3)
+    none = log and len(positive) < len(values)
+    lost = "\n(on the lower edge: no loss could be measured)" if none else ""
+    axes.set_xlabel(f"rate: bits per original target weight{lost}")
     axes.set_ylabel(
         "nats per token above dense" if measure == "excess" else "KL to dense, nats per token"
     )
     axes.legend()
+
+
+def _chords(hull: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Points along the hull: its chords are straight in nats and curves on a logarithmic axis."""
+    found = list(hull[:1])
+    for (r1, d1), (r2, d2) in pairwise(hull):
+        shares = [step / _CHORD_STEPS for step in range(1, _CHORD_STEPS + 1)]
+        found += [(r1 + s * (r2 - r1), d1 + s * (d2 - d1)) for s in shares]
+    return found
+
+
+def _draw_intervals(axes: Axes, group: Sequence[CurvePoint], measure: str, color: str) -> None:
+    for point in group:
+        interval = _interval(point, measure)
+        if interval is not None:
+            rate = [point.bits_per_weight] * 2
+            axes.plot(rate, interval, color=color, linewidth=1, marker="_")
 
 
 def _interval(point: CurvePoint, measure: str) -> tuple[float, float] | None:

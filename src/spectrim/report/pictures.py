@@ -73,8 +73,9 @@ def pictures_of(content: PageContent) -> list[Picture]:
             _picture(
                 "errors",
                 "Predicted and measured error",
-                "Relative squared error of each target on its calibration inputs. Points on the "
-                "dotted line behave as the decomposition predicted.",
+                "Relative squared error of each target on its calibration inputs: predicted in "
+                "the recipe's own objective, measured of the layer's plain output. On the dotted "
+                "line both agree; an objective with weights of its own promises another number.",
                 lambda axes: draw_errors(axes, errors),
             )
         )

@@ -54,7 +54,8 @@ class Engine:
         smallest_keep: the artifact's end.
         other_bytes: of everything that is not a target.
         windows: to measure perplexity on; None shows no perplexity.
-        known: keep -> perplexity measured earlier on the same windows, for estimates.
+        known: keep -> perplexity of an earlier study on the same text, for predictions.
+        measured: keep -> perplexity measured on the windows.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Engine:
         other_bytes: int,
         windows: Windows | None = None,
         known: Mapping[float, float] | None = None,
+        measured: Mapping[float, float] | None = None,
     ):
         if tokenizer is None:
             raise TextError(f"{name!r} has no tokenizer; the page cannot read prompts")
@@ -79,7 +81,7 @@ class Engine:
         self.other_bytes = other_bytes
         self.windows = windows
         self._known = dict(known or {})
-        self._measured: dict[float, float] = {}
+        self._measured = dict(measured or {})
         self._lock = threading.Lock()
         self._longest = longest_window(dense.config)  # type: ignore[arg-type]
 
@@ -163,8 +165,8 @@ class Engine:
         """Both models' next words, token by token in turn.
 
         Yields:
-            First the size's facts, maybe a note, then pieces `{model, text}`, and at the end of
-            each model `{model, done, tokens, tokens_per_second}`.
+            First the size's facts, maybe a note, then pieces `{model, text, tokens,
+            tokens_per_second}`, the last of each model with `done`.
 
         Raises:
             TextError: an empty prompt.
@@ -213,7 +215,7 @@ class _Writer:
         self._stream = sampled_tokens(model, torch.tensor([ids]), steps=tokens, chances=None)
 
     def step(self) -> dict[str, Any]:
-        """The next piece of text; the last one carries the speed."""
+        """The next piece of text, with the speed so far."""
         started = time.perf_counter()
         token: Tensor | None = next(self._stream, None)
         self._seconds += time.perf_counter() - started
@@ -221,11 +223,10 @@ class _Writer:
         if token is not None and not ended:
             self._written.append(int(token))
         self.done = ended or len(self._written) >= self._wanted
-        piece = {"text": self._fresh()}
-        if not self.done:
-            return piece
-        speed = len(self._written) / self._seconds if self._seconds > 0 else None
-        return piece | {"done": True, "tokens": len(self._written), "tokens_per_second": speed}
+        written = len(self._written)
+        speed = written / self._seconds if written and self._seconds > 0 else None
+        piece = {"text": self._fresh(), "tokens": written, "tokens_per_second": speed}
+        return piece | {"done": True} if self.done else piece
 
     def _fresh(self) -> str:
         """What has become readable since the last piece."""

@@ -23,6 +23,9 @@ __all__ = ["SliderServer"]
 LARGEST_REQUEST = 2**20
 """Bytes of a request's body: a prompt of any sensible length."""
 
+MOST_SKIPPED = 64 * LARGEST_REQUEST
+SKIPPED_AT_A_TIME = 2**16
+
 LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; " + (
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'"
@@ -114,7 +117,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _asked(self) -> dict[str, Any]:
         length = self.headers.get("Content-Length", "")
-        if not length.isdigit() or int(length) > LARGEST_REQUEST:
+        if not length.isdecimal() or int(length) > LARGEST_REQUEST:
+            self._skip(int(length) if length.isdecimal() else 0)
             raise InputError(
                 f"a request of {length or 'unknown'} bytes is not read; at most {LARGEST_REQUEST}"
             )
@@ -125,6 +129,16 @@ class _Handler(BaseHTTPRequestHandler):
         if not isinstance(asked, dict):
             raise InputError("the request is no JSON object")
         return asked
+
+    def _skip(self, length: int) -> None:
+        """Read a body that is refused, up to a limit: browsers hear nothing before they have sent.
+
+        What is longer than that loses its connection.
+        """
+        left = min(length, MOST_SKIPPED)
+        while left > 0:
+            read = len(self.rfile.read(min(left, SKIPPED_AT_A_TIME)))
+            left = left - read if read else 0
 
     def _stream(self, events: Iterator[dict[str, Any]]) -> None:
         """One JSON object per line, each as soon as it exists."""

@@ -17,9 +17,8 @@ from spectrim.recipe import Recipe
 from spectrim.report.content import as_json
 from spectrim.report.tables import comparison_csv, comparison_markdown
 from spectrim.run.job import Progress
-from spectrim.studies.curves import POINTS_FOLDER
 from spectrim.studies.files import study_folder, write_whole
-from spectrim.studies.measure import Measure, own_text
+from spectrim.studies.measure import POINTS_FOLDER, Measure, own_text
 
 __all__ = ["compare"]
 

@@ -16,17 +16,14 @@ from spectrim.measure.curve import Curve, elastic_curve, recipe_curve
 from spectrim.measure.measuring import PointStore
 from spectrim.recipe import Recipe
 from spectrim.report.content import as_json
-from spectrim.report.drawing import new_figure, save_figure
+from spectrim.report.drawing import new_figure
 from spectrim.report.figures import draw_curve
 from spectrim.run.job import Progress
-from spectrim.studies.files import study_folder, write_whole
-from spectrim.studies.measure import Measure, own_text
+from spectrim.studies.files import save_pictures, study_folder, write_whole
+from spectrim.studies.measure import POINTS_FOLDER, Measure, own_text
 from spectrim.studies.opening import dense_twin, has_every_size, open_sizes
 
-__all__ = ["POINTS_FOLDER", "curve"]
-
-POINTS_FOLDER = "points"
-"""Finished points inside a study's folder."""
+__all__ = ["curve"]
 
 
 def curve(
@@ -34,6 +31,7 @@ def curve(
     *,
     recipes: Sequence[str | Path | Recipe] = (),
     keep: str | Sequence[float] = "0.9..0.3",
+    formats: Sequence[str] = (),
     measure: Measure | None = None,
     output: str | Path | None = None,
     tokenizer: Any = None,
@@ -46,6 +44,7 @@ def curve(
         model: a hub name, a folder, a model object, or the folder of an elastic artifact.
         recipes: to draw one line each; none for an artifact, whose sizes need no recipe.
         keep: sizes: a list, or text that `parse_keeps` reads.
+        formats: `int8`, `int4`: reference points of the dense model in these number formats.
         measure: evaluation text and its protocol.
         output: folder for `curve.json`, `.csv`, `.png`, `.svg` and the finished points, which a
             later call takes up again.
@@ -60,10 +59,11 @@ def curve(
     measure = measure or Measure()
     keeps = parse_keeps(keep) if isinstance(keep, str) else list(keep)
     folder = None if output is None else study_folder(output)
+    store = PointStore(None if folder is None else folder / POINTS_FOLDER)
     if has_every_size(model):
         if recipes:
             raise InputError(f"{model} is an elastic artifact and has its sizes; give no recipes")
-        found = _elastic(Path(str(model)), keeps, measure, progress)
+        found = _elastic(Path(str(model)), keeps, formats, measure, store, progress)
     else:
         if not recipes:
             raise InputError("a curve needs recipes, for example svd-llm,aa-svd")
@@ -73,7 +73,8 @@ def curve(
             resolved,
             keeps,
             text=own_text(calibration.get("text")),
-            store=PointStore(None if folder is None else folder / POINTS_FOLDER),
+            formats=formats,
+            store=store,
             progress=progress,
         )
     if folder is not None:
@@ -81,17 +82,29 @@ def curve(
         write_whole(folder / "curve.csv", curve_csv(found.points))
         with new_figure(width=7.2, height=4.4) as (figure, axes):
             draw_curve(axes, found.points)
-            for suffix in ("png", "svg"):
-                save_figure(figure, folder / f"curve.{suffix}")
+            save_pictures(figure, folder / "curve")
     return found
 
 
 def _elastic(
-    folder: Path, keeps: Sequence[float], measure: Measure, progress: Progress | None
+    folder: Path,
+    keeps: Sequence[float],
+    formats: Sequence[str],
+    measure: Measure,
+    store: PointStore,
+    progress: Progress | None,
 ) -> Curve:
     elastic = open_sizes(folder, measure)
     reference = replace(measure, device="auto", dtype="auto").reference(
         dense_twin(elastic.model), elastic.tokenizer
     )
     reference.loaded.stored_dtype = elastic.elastic.dtype
-    return elastic_curve(reference, elastic, keeps, name=folder.name, progress=progress)
+    return elastic_curve(
+        reference,
+        elastic,
+        keeps,
+        name=folder.resolve().name,
+        formats=formats,
+        store=store,
+        progress=progress,
+    )

@@ -1,30 +1,63 @@
-"""Where along the depth several results depart from their original, with table and pictures."""
+"""Where along the depth several results depart from their original, with tables and pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from spectrim.api import resolve_recipe
+from spectrim.decompose import OBJECTIVES
 from spectrim.errors import InputError
-from spectrim.evaluate.distortion import Distortion, distortion_by_depth, distortion_rows
+from spectrim.evaluate.distortion import Distortion, distortion_rows
+from spectrim.measure.depth import DepthRun, LayerError, follow, run_along_depth
 from spectrim.measure.evaluating import evaluation_windows_of
-from spectrim.report.content import as_json
-from spectrim.report.drawing import new_figure, save_figure
+from spectrim.measure.measuring import PointStore
+from spectrim.model.tracing import trace
+from spectrim.recipe import Recipe
+from spectrim.report.content import REPORT_FILE, as_json, read_result
+from spectrim.report.drawing import new_figure
 from spectrim.report.figures import draw_depth
+from spectrim.report.study_figures import draw_layer_errors, shown_projections
 from spectrim.report.tables import rows_csv
+from spectrim.run.job import Progress, Silent
 from spectrim.run.loading import load_model
-from spectrim.studies.files import study_folder, write_whole
-from spectrim.studies.measure import Measure
+from spectrim.run.reporting import environment
+from spectrim.run.texts import vocabulary_size
+from spectrim.studies.files import save_pictures, study_folder, write_whole
+from spectrim.studies.measure import POINTS_FOLDER, Measure, own_text
 
-__all__ = ["distortion"]
+__all__ = ["PUBLISHED_OBJECTIVES", "distortion", "layer_errors", "objective_recipe"]
+
+PUBLISHED_OBJECTIVES = ("plain", "whitened", "shifted", "anchored")
+"""The four objectives of AA-SVD (arXiv 2604.02119), in its order."""
+
+STAGE = "depth"
+
+
+def objective_recipe(objective: str) -> Recipe:
+    """A recipe that differs from others only in its objective: block by block, equal ranks.
+
+    Raises:
+        InputError: no such objective.
+    """
+    if objective not in OBJECTIVES:
+        raise InputError(f"no objective is called {objective!r}; use {', '.join(OBJECTIVES)}")
+    return resolve_recipe("aa-svd").with_changes(
+        name=objective, decompose={"objective": objective}, refine=[]
+    )
 
 
 def distortion(
     model: str | Path,
-    results: Sequence[str | Path],
+    results: Sequence[str | Path] = (),
     *,
     measure: Measure | None = None,
     output: str | Path | None = None,
+    **options: Any,
 ) -> list[Distortion]:
     """Distance of every block's and target's output from the original's, for several results.
 
@@ -32,15 +65,97 @@ def distortion(
         model: the dense model.
         results: folders of compressed models; named by their last part.
         measure: text and protocol.
-        output: folder for `distortion.json`, `.csv`, and `mse` and `cosine` as `.png` and `.svg`.
+        output: folder for `distortion.json`, `.csv`, and `mse` and `cosine` as `.png` and `.svg`,
+            and for the finished runs of recipes, which a later call takes up again.
+        **options: recipes to run and follow, as in `layer_errors`.
 
     Raises:
         SpectrimError: no results, two of one name, or models that cannot be compared.
     """
-    measure = measure or Measure()
-    names = [Path(result).name or str(result) for result in results]
-    if not names or len(set(names)) < len(names):
-        raise InputError(f"expected results with different folder names, found {names}")
+    record, runs = _follow_all(model, results, measure, output, **options)
+    found = [one for run in runs for one in run.distortion]
+    if output is not None:
+        folder = study_folder(output)
+        record["distortion"] = [one.record() for one in found]
+        write_whole(folder / "distortion.json", as_json(record))
+        write_whole(folder / "distortion.csv", rows_csv(distortion_rows(found)))
+        for name in ("mse", "cosine"):
+            with new_figure() as (figure, axes):
+                draw_depth(axes, found, measure=name)
+                save_pictures(figure, folder / name)
+    return found
+
+
+def layer_errors(
+    model: str | Path,
+    results: Sequence[str | Path] = (),
+    *,
+    measure: Measure | None = None,
+    output: str | Path | None = None,
+    **options: Any,
+) -> list[LayerError]:
+    """Predicted and measured error of every target, for several objectives, recipes or results.
+
+    Args:
+        model: the dense model.
+        results: folders of compressed models; named by their last part.
+        measure: text and protocol.
+        output: folder for `layer_errors.json`, `.csv`, `.png` and `.svg`, and for the finished
+            runs, which a later call takes up again.
+        **options: `recipes` and `objectives` to run and follow, at the size `keep`; `progress`;
+            `text`, `windows`, `window_length`, `seed` as in `spectrim.compress`.
+
+    Raises:
+        SpectrimError: no results, two of one name, or models that cannot be compared.
+    """
+    record, runs = _follow_all(model, results, measure, output, **options)
+    found = [one for run in runs for one in run.errors]
+    if output is not None:
+        folder = study_folder(output)
+        record["errors"] = [one.record() for one in found]
+        write_whole(folder / "layer_errors.json", as_json(record))
+        write_whole(folder / "layer_errors.csv", rows_csv([one.record() for one in found]))
+        panels = len(shown_projections(found)) + 1
+        columns = min(4, panels)
+        rows = math.ceil(panels / columns)
+        size = {"width": 2.7 * columns, "height": 2.4 * rows}
+        with new_figure(**size, nrows=rows, ncols=columns, squeeze=False) as (figure, axes):
+            draw_layer_errors(list(axes.flat), found)
+            save_pictures(figure, folder / "layer_errors")
+    return found
+
+
+def _report_of(result: str | Path) -> Mapping[str, Any]:
+    """The report of a result; empty for a model that no run of ours has made."""
+    if not (Path(result) / REPORT_FILE).is_file():
+        return {}
+    return read_result(result).report
+
+
+def _follow_all(
+    model: str | Path,
+    results: Sequence[str | Path],
+    measure: Measure | None,
+    output: str | Path | None,
+    *,
+    recipes: Sequence[str | Path | Recipe] = (),
+    objectives: Sequence[str] = (),
+    keep: float | None = None,
+    progress: Progress | None = None,
+    **calibration: Any,
+) -> tuple[dict[str, Any], list[DepthRun]]:
+    """What both studies record, and every result and recipe followed along depth."""
+    measure, progress = measure or Measure(), progress or Silent()
+    chosen = [objective_recipe(name) for name in objectives]
+    resolved = [resolve_recipe(one, keep=keep, **calibration) for one in (*chosen, *recipes)]
+    folders = {Path(result).name or str(result): result for result in results}
+    names = [*folders, *(recipe.name for recipe in resolved)]
+    if not names or len(folders) < len(results) or len(set(names)) < len(names):
+        raise InputError(
+            "expected results, recipes or objectives with different names, found "
+            + (", ".join([*(str(r) for r in results), *(r.name for r in resolved)]) or "none")
+        )
+    reports = {name: _report_of(result) for name, result in folders.items()}
     options = {
         "device": measure.device,
         "dtype": measure.dtype,
@@ -48,24 +163,37 @@ def distortion(
     }
     dense = load_model(model, **options)
     windows = evaluation_windows_of(dense, measure.text, measure.window_length, measure.max_tokens)
-    loaded = {
-        name: load_model(result, **options).model
-        for name, result in zip(names, results, strict=True)
+    place = next(dense.model.parameters()).device
+    first = torch.arange(8, device=place)[None] % vocabulary_size(dense.model)
+    anatomy = trace(dense.model, first)
+    store = PointStore(None if output is None else study_folder(output) / POINTS_FOLDER)
+    progress.start(STAGE, len(names))
+    runs = []
+    for name, result in folders.items():
+        compressed = load_model(result, **options).model
+        runs.append(
+            follow(name, dense, compressed, reports[name], windows, anatomy, batch=measure.batch)
+        )
+        progress.advance(STAGE, name)
+    for recipe in resolved:
+        runs.append(
+            run_along_depth(
+                dense,
+                recipe,
+                windows,
+                anatomy,
+                text=own_text(calibration.get("text")),
+                batch=measure.batch,
+                store=store,
+            )
+        )
+        progress.advance(STAGE, recipe.name)
+    progress.finish(STAGE)
+    record = {
+        "format_version": 1,
+        "model": dense.name,
+        "keep": {run.name: run.keep for run in runs},
+        "protocol": windows.record(),
+        "environment": environment(),
     }
-    found = distortion_by_depth(dense.model, loaded, windows, batch=measure.batch)
-    if output is not None:
-        folder = study_folder(output)
-        record = {
-            "format_version": 1,
-            "model": dense.name,
-            "protocol": windows.record(),
-            "distortion": [one.record() for one in found],
-        }
-        write_whole(folder / "distortion.json", as_json(record))
-        write_whole(folder / "distortion.csv", rows_csv(distortion_rows(found)))
-        for name in ("mse", "cosine"):
-            with new_figure() as (figure, axes):
-                draw_depth(axes, found, measure=name)
-                for suffix in ("png", "svg"):
-                    save_figure(figure, folder / f"{name}.{suffix}")
-    return found
+    return record, runs

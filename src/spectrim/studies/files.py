@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from spectrim.errors import OutputError
+from spectrim.report.drawing import save_figure
 
-__all__ = ["study_folder", "write_whole"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["save_pictures", "study_folder", "write_whole"]
 
 
 def study_folder(output: str | Path) -> Path:
@@ -31,3 +36,17 @@ def write_whole(path: Path, text: str) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise OutputError(f"cannot write {path}: {error.strerror}") from error
+
+
+def save_pictures(figure: Figure, path: Path) -> None:
+    """Write a figure as `path.png` and `path.svg`, both whole or not at all."""
+    for suffix in (".png", ".svg"):
+        whole = path.with_name(path.name + suffix)
+        # The suffix comes last: it tells matplotlib the format.
+        partial = path.with_name(f".{path.name}.{os.getpid()}{suffix}")
+        try:
+            save_figure(figure, partial)
+            partial.replace(whole)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise OutputError(f"cannot write {whole}: {error.strerror}") from error

@@ -12,7 +12,10 @@ from torch import nn
 from spectrim.measure.measuring import Reference, open_reference
 from spectrim.run.texts import UserText
 
-__all__ = ["Measure", "own_text"]
+__all__ = ["POINTS_FOLDER", "Measure", "own_text"]
+
+POINTS_FOLDER = "points"
+"""Finished points inside a study's folder."""
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from spectrim.data.windows import Windows
 from spectrim.errors import InputError
+from spectrim.evaluate.curve import is_dense_format
 from spectrim.evaluate.perplexity import perplexity
 from spectrim.measure.evaluating import evaluation_windows_of
 from spectrim.report.content import read_curve_file
+from spectrim.run.job import Progress, Silent
+from spectrim.run.learned.elastic import ElasticModel
 from spectrim.run.loading import LoadedModel
 from spectrim.slider.engine import Engine
 from spectrim.slider.server import SliderServer
@@ -15,6 +19,10 @@ from spectrim.studies.measure import Measure
 from spectrim.studies.opening import dense_twin, has_every_size, open_sizes
 
 __all__ = ["slider"]
+
+STAGE = "measure sizes"
+LANDMARKS = 4
+"""Sizes below 1 that are measured before the page is served."""
 
 
 def slider(
@@ -24,15 +32,18 @@ def slider(
     curve: str | Path | None = None,
     host: str = "127.0.0.1",
     port: int = 7860,
+    progress: Progress | None = None,
 ) -> SliderServer:
     """The slider's server, ready for `serve_forever`.
 
     Args:
         artifact: the folder of an elastic artifact or a survey.
         measure: with a text, the page shows perplexities.
-        curve: what `spectrim curve` wrote for this artifact and text, for estimates.
+        curve: what `spectrim curve` wrote for this artifact and text, for predictions; without
+            it a few sizes are measured first.
         host: address to listen on.
         port: 0 takes any free one.
+        progress: told of the sizes that are measured first.
 
     Raises:
         SpectrimError: the artifact cannot be loaded, or the address is taken.
@@ -45,17 +56,21 @@ def slider(
         )
     elastic = open_sizes(Path(artifact), measure)
     dense = dense_twin(elastic.model)
-    windows, known = None, {}
+    windows: Windows | None = None
+    known: dict[float, float] = {}
+    measured: dict[float, float] = {}
     if measure.text is not None:
         loaded = LoadedModel(dense, elastic.tokenizer, str(artifact), elastic.elastic.dtype)
         windows = evaluation_windows_of(
             loaded, measure.text, measure.window_length, measure.max_tokens
         )
-        known[1.0] = perplexity(dense, windows, batch=measure.batch).perplexity
+        measured[1.0] = perplexity(dense, windows, batch=measure.batch).perplexity
         if curve is not None:
-            known |= {p.achieved: p.perplexity for p in read_curve_file(curve)}
+            known = _from_curve(curve, Path(artifact).resolve().name)
+        else:
+            measured |= _landmarks(elastic, windows, measure.batch, progress or Silent())
     engine = Engine(
-        name=Path(artifact).name,
+        name=Path(artifact).resolve().name,
         dense=dense,
         elastic=elastic,
         tokenizer=elastic.tokenizer,
@@ -63,5 +78,35 @@ def slider(
         other_bytes=elastic.elastic.base.other_bytes,
         windows=windows,
         known=known,
+        measured=measured,
     )
     return SliderServer(engine, host=host, port=port)
+
+
+def _landmarks(
+    elastic: ElasticModel, windows: Windows, batch: int, progress: Progress
+) -> dict[float, float]:
+    """Perplexity of some sizes down to the end, so that every size between has a prediction."""
+    smallest = elastic.sizes.smallest_keep
+    found = {}
+    progress.start(STAGE, LANDMARKS)
+    for step in range(LANDMARKS):
+        plan = elastic.resize(smallest + (1.0 - smallest) * step / LANDMARKS)
+        found[plan.achieved_keep] = perplexity(elastic.model, windows, batch=batch).perplexity
+        progress.advance(STAGE, f"keep {plan.achieved_keep:.2f}")
+    progress.finish(STAGE)
+    elastic.resize(1.0)
+    return found
+
+
+def _from_curve(curve: str | Path, name: str) -> dict[float, float]:
+    """Points of this artifact; other recipes in the same file predict other models."""
+    points = [p for p in read_curve_file(curve) if not is_dense_format(p)]
+    names = sorted({p.recipe for p in points})
+    chosen = name if name in names else names[0] if len(names) == 1 else None
+    if chosen is None:
+        raise InputError(
+            f"{curve} has the points of {', '.join(names) or 'nothing'}, none of {name}; make "
+            f"them with `spectrim curve {name}`"
+        )
+    return {p.achieved: p.perplexity for p in points if p.recipe == chosen}

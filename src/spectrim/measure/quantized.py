@@ -1,0 +1,90 @@
+"""The dense model in integers: what low rank must be held against at equal bytes.
+
+Every target is rounded to nearest in int8 or int4 and none is cut; embeddings, norms and head stay
+as they are, as they do in every other point of a curve.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from spectrim.allocate.budget import Shape, layer_bytes
+from spectrim.errors import InputError
+from spectrim.evaluate.curve import CurvePoint, dense_name
+from spectrim.layers.quantized import QuantizedDense, QuantizedLinear
+from spectrim.layers.swap import swap_in
+from spectrim.measure.measuring import Measured, PointStore, Reference, Size
+from spectrim.model.weights import get_module, read_bias, read_weight
+from spectrim.recipe import Recipe
+from spectrim.run.opening import open_job, other_bytes
+
+__all__ = ["FORMATS", "quantized_points"]
+
+Format = Literal["int8", "int4"]
+FORMATS: tuple[Format, ...] = ("int8", "int4")
+
+
+def quantized_points(
+    reference: Reference, formats: Sequence[str] = FORMATS, *, store: PointStore | None = None
+) -> list[CurvePoint]:
+    """One point per number format, of the dense model in it.
+
+    Args:
+        reference: the dense model; copies of it are rounded.
+        formats: `int8`, `int4`.
+        store: finished points.
+
+    Raises:
+        InputError: another format.
+    """
+    store = store or PointStore(None)
+    points = []
+    for weights in formats:
+        if weights not in FORMATS:
+            raise InputError(f"{weights!r} is no number format; use {', '.join(FORMATS)}")
+        recipe = Recipe(
+            name=dense_name(weights), keep=1.0, storage={"kind": "factored", "weights": weights}
+        )
+        key = store.key(recipe, reference, None)
+        measured = store.find(key)
+        if measured is None:
+            measured = _measure(reference, recipe, weights)
+            store.keep(key, measured)
+        points.append(measured.point)
+    return points
+
+
+def _measure(reference: Reference, recipe: Recipe, weights: Format) -> Measured:
+    dense = reference.loaded
+    dtype = next(dense.model.parameters()).dtype
+    started = time.perf_counter()
+    model: Any = copy.deepcopy(dense.model)
+    targets = open_job(replace(dense, model=model), recipe, calibrate=False).anatomy
+    others = other_bytes(model, targets, dense.stored_dtype)
+    before = after = 0
+    for target in targets.targets:
+        layer = get_module(model, target.name)
+        inner = QuantizedLinear.from_weight(
+            read_weight(layer), read_bias(layer), weights, dtype=dense.stored_dtype
+        )
+        swap_in(model, target.name, QuantizedDense(inner))
+        shape = Shape(target.out_features, target.in_features, target.bias)
+        itemsize = dense.stored_dtype.itemsize
+        before += layer_bytes(shape, rank=None, storage="dense", dtype_bytes=itemsize)
+        after += layer_bytes(
+            shape, rank=None, storage="dense", weights=weights, dtype_bytes=itemsize
+        )
+    model.to(dtype)
+    size = Size(
+        keep=after / before,
+        target_bytes=after,
+        dense_target_bytes=before,
+        model_bytes=after + others,
+        target_weights=sum(t.out_features * t.in_features for t in targets.targets),
+    )
+    seconds = time.perf_counter() - started
+    return reference.measure(model, size, recipe=recipe.name, seconds=seconds)

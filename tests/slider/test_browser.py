@@ -1,0 +1,171 @@
+"""The slider's page in a real browser: sizes, texts, prompts, busy models, closed tabs."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+
+import pytest
+
+from slider_cases import IDS, Elastic, tiny, words
+from spectrim.data.windows import given_windows
+from spectrim.evaluate.perplexity import perplexity
+from spectrim.evaluate.samples import continuations
+from spectrim.slider.engine import Engine
+from spectrim.slider.server import SliderServer
+
+playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = (
+    *("--no-sandbox", "--disable-gpu", "--no-first-run"),
+    *("--disable-background-networking", "--disable-sync"),
+)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    windows = given_windows(IDS)
+    dense = tiny(0)
+    return Engine(
+        name="tiny <artifact>",
+        dense=dense,
+        elastic=Elastic(),
+        tokenizer=words(),
+        smallest_keep=0.25,
+        other_bytes=500,
+        windows=windows,
+        measured={1.0: perplexity(dense, windows).perplexity, 0.25: 64.0},
+    )
+
+
+@pytest.fixture(scope="module")
+def server(engine):
+    server = SliderServer(engine, port=0)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("needs the browser chromium")
+    with playwright.sync_playwright() as runner:
+        browser = runner.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def tabs(browser, server):
+    """Opens tabs of one window; a message in a tab's console fails the test."""
+    context = browser.new_context(viewport={"width": 400, "height": 800})
+    said = []
+
+    def open_tab():
+        tab = context.new_page()
+        tab.on("pageerror", lambda error: said.append(str(error)))
+        tab.goto(server.url)
+        until(tab, "bytes", lambda text: text == "1.500 kB")
+        return tab
+
+    yield open_tab
+    context.close()
+    assert not said
+
+
+def until(tab, place, right, seconds=30):
+    """The text of a place of the page, once it is right."""
+    deadline = time.monotonic() + seconds
+    while not right(text := tab.text_content(f"#{place}")):
+        assert time.monotonic() < deadline, f"{place} says {text!r}"
+        tab.wait_for_timeout(20)
+    return text
+
+
+def move(tab, keep):
+    tab.locator("#keep").fill(str(keep))
+
+
+def written(engine, model, prompt, tokens=32):
+    # Half of the 64 positions at most: what the engine leaves for the answer.
+    found = continuations({"it": model}, words(), [prompt], new_tokens=tokens)
+    return found[0].continuation.strip()
+
+
+def test_moving_the_slider_changes_size_prediction_measurement_and_text(engine, tabs):
+    tab = tabs()
+    assert tab.title() == "spectrim slider"
+    assert tab.text_content("#name") == "tiny <artifact>"
+    tab.fill("#prompt", "w3 w5")
+    tab.click("#go")
+    dense = written(engine, engine.dense, "w3 w5")
+    until(tab, "text-dense", lambda text: text == dense)
+    large = written(engine, engine.elastic.large, "w3 w5")
+    until(tab, "text-compressed", lambda text: text == large)
+    until(tab, "speed-compressed", lambda text: text.startswith("32 tokens, "))
+    assert "tokens/s" in tab.text_content("#speed-dense")
+
+    move(tab, 0.4)
+    until(tab, "bytes", lambda text: text == "900.0 B")
+    assert tab.text_content("#shown") == "40 %"
+    assert tab.text_content("#share") == "60.0 %"
+    small = written(engine, engine.elastic.small, "w3 w5")
+    assert small != large
+    until(tab, "text-compressed", lambda text: text == small)
+    before = perplexity(engine.dense, IDS).perplexity
+    predicted = before**0.2 * 64**0.8  # straight in the logarithm between 1 and 0.25
+    assert float(tab.text_content("#estimated")) == pytest.approx(predicted, abs=0.01)
+    expected = perplexity(engine.elastic.small, IDS).perplexity
+    until(tab, "measured", lambda text: text == f"{expected:.2f}")
+
+
+def test_no_size_below_the_end_can_be_chosen(tabs):
+    tab = tabs()
+    tab.evaluate("(() => { document.getElementById('keep').value = 0.01; })()")
+    assert tab.input_value("#keep") == "0.25"
+
+
+def test_strange_prompts_are_answered_in_words(tabs):
+    tab = tabs()
+    for prompt, answer in ((" \n ", "at least one word"), ("w1 " * 5000, "its last 32 are used")):
+        tab.fill("#prompt", prompt)
+        tab.click("#go")
+        until(tab, "message", lambda text, answer=answer: answer in text)
+    until(tab, "text-dense", bool)
+
+
+def test_a_second_tab_waits_until_the_first_is_closed(engine, tabs):
+    first, second = tabs(), tabs()
+    events = engine.continuations("w1", 0.5, 32)
+    next(events)
+    second.click("#go")
+    until(second, "message", lambda text: "busy" in text)
+    assert second.text_content("#text-dense") == ""
+    events.close()
+    until(second, "text-dense", bool)
+    until(second, "message", lambda text: text == "")
+    first.click("#go")
+    first.close()
+    second.click("#go")
+    until(second, "speed-dense", lambda text: text.startswith("32 tokens"))
+
+
+def test_nothing_overflows_or_overlaps(tabs):
+    tab = tabs()
+    tab.click("#go")
+    until(tab, "speed-compressed", lambda text: text.startswith("32 tokens"))
+    for width in (400, 1400):
+        tab.set_viewport_size({"width": width, "height": 900})
+        assert tab.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+        places = tab.locator("dl div, article, textarea, button").all()
+        boxes = [place.bounding_box() for place in places]
+        boxes = [(b["x"], b["y"], b["x"] + b["width"], b["y"] + b["height"]) for b in boxes]
+        for i, a in enumerate(boxes):
+            assert a[0] >= 0 and a[2] <= width
+            for b in boxes[:i]:
+                assert min(a[2], b[2]) <= max(a[0], b[0]) or min(a[3], b[3]) <= max(a[1], b[1])
