@@ -29,6 +29,9 @@ if TYPE_CHECKING:
         resize,
         survey,
     )
+    from spectrim.layers.fusion import fuse
+    from spectrim.layers.latent.switch import latent_cache
+    from spectrim.layers.prepack import prepack
     from spectrim.recipe import Recipe
 
 __version__ = "0.1.0"
@@ -39,15 +42,23 @@ __all__ = [
     "compress",
     "evaluate",
     "export",
+    "fuse",
     "inspect",
+    "latent_cache",
     "load_elastic",
     "plan",
+    "prepack",
     "resize",
     "survey",
 ]
 
 _API = ("compress", "export", "inspect", "load_elastic", "plan", "resize", "survey")
-_HOMES = dict.fromkeys(_API, "spectrim.api") | {"Recipe": "spectrim.recipe"}
+_HOMES = dict.fromkeys(_API, "spectrim.api") | {
+    "Recipe": "spectrim.recipe",
+    "fuse": "spectrim.layers.fusion",
+    "latent_cache": "spectrim.layers.latent.switch",
+    "prepack": "spectrim.layers.prepack",
+}
 
 
 class _EvaluateRoom(ModuleType):

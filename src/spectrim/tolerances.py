@@ -8,6 +8,7 @@ __all__ = [
     "DAMPING_FACTOR",
     "DAMPING_LIMIT",
     "DAMPING_START",
+    "LATENT_MATCH",
     "LEAST_SQUARES_RIDGE",
     "PACKED_ERROR_SHARE",
     "PIVOT_GROWTH_LIMIT",
@@ -34,6 +35,10 @@ DAMPING_LIMIT = 1e-2
 
 LEAST_SQUARES_RIDGE = 1e-6
 """Ridge of least-squares maps against shifted inputs, as a share of the mean diagonal."""
+
+LATENT_MATCH = 1e-2
+"""Largest relative difference between cached states and those restored from latents for which both
+count as the same. Rounding to half precision stays below; a missing rotation or norm does not."""
 
 STEP_COUNT = 1e-9
 """Share by which a span of sizes may miss a whole number of steps and still count it."""

@@ -5,12 +5,12 @@ from typer.testing import CliRunner
 
 from architectures import tiny
 from spectrim import api
-from spectrim.cli.bench import as_numbers
+from spectrim.cli.bench import as_numbers, print_bench
 from spectrim.cli.main import app
 from spectrim.errors import InputError
 
 
-def test_dense_and_compressed_are_timed_side_by_side(tmp_path):
+def test_dense_and_compressed_are_timed_side_by_side(tmp_path, capsys):
     tiny("llama")[0].save_pretrained(tmp_path / "dense")
     api.compress(tmp_path / "dense", keep=0.5, recipe="svd", output=tmp_path / "small")
     sizes = ["--batch", "1,2", "--lengths", "4", "--new-tokens", "2", "--repeats", "1"]
@@ -27,9 +27,20 @@ def test_dense_and_compressed_are_timed_side_by_side(tmp_path):
     ):
         key = "decode_tokens_per_second"
         assert gain["decode"] == pytest.approx(small[key] / dense[key])
-    shown = CliRunner().invoke(app, [*arguments, "--fuse", "-q"], catch_exceptions=False)
-    assert "ideal" in shown.stdout
-    assert "1 x 4" in shown.stdout
+    ran = CliRunner().invoke(
+        app, [*arguments, "--fuse", "--latent-cache", "--json"], catch_exceptions=False
+    )
+    found = json.loads(ran.stdout)
+    whole = found["compressed"]["cells"][0]["cache_bytes_per_token"]
+    assert whole == found["dense"]["cells"][0]["cache_bytes_per_token"] == 3 * 2 * 20 * 4
+    assert found["latent_cache"]["cells"][0]["cache_bytes_per_token"] < whole
+    print_bench(found)
+    shown = capsys.readouterr().out
+    assert "latent cache" in shown
+    assert "1 x 4" in shown
+    wrong = ["bench", str(tmp_path / "dense"), "--against", str(tmp_path / "small"), *sizes]
+    refused = CliRunner().invoke(app, wrong)
+    assert refused.exit_code != 0
 
 
 @pytest.mark.parametrize("words", ["", "1,x", "0", "-3", "1,,2"])

@@ -87,11 +87,12 @@ def test_prompts_that_cannot_be_continued_are_named():
 
 
 def test_speed_is_tokens_over_the_median_second(monkeypatch):
-    runs = iter([(9.0, 9.0), (1.0, 4.0), (2.0, 8.0), (4.0, 2.0)])
+    runs = iter([(9.0, 9.0, 0), (1.0, 4.0, 0), (2.0, 8.0, 0), (4.0, 2.0, 128)])
     monkeypatch.setattr(speed_module, "_run", lambda *_: next(runs))
     found = speed(tiny(), prompt_length=10, new_tokens=6, batch=4, repeats=3, warmup=1)
     assert found.prefill == 4 * 10 / 2.0
     assert found.decode == 4 * 6 / 4.0
+    assert found.cache_bytes == 128 / (4 * 16)
 
 
 def test_speed_of_a_real_model_is_recorded_with_its_circumstances():

@@ -137,3 +137,28 @@ def test_parts_of_the_larger_side_are_refused():
     parts = pack(*factors(12, 30, 5), side="in")
     with pytest.raises(ValueError, match="'out'"):
         PackedLinear.from_packed(parts, None, dtype=torch.float32, device="cpu")
+
+
+@pytest.mark.parametrize(("m", "n"), [(13, 21), (21, 13)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(), (1,), (9,), (2, 5), (0, 4)])
+def test_every_dtype_and_number_of_tokens_gathers_alike(m, n, dtype, shape):
+    # Such small integers are never rounded in any dtype, so every way to gather is exact.
+    def whole(*size, seed):
+        return torch.randint(-1, 2, size, generator=torch.Generator().manual_seed(seed)).float()
+
+    layer = PackedLinear(n, m, 4, True, dtype=dtype)
+    for seed, p in enumerate(layer.parameters()):
+        p.data = whole(*p.shape, seed=seed).to(dtype)
+    layer.order = torch.randperm(min(m, n), generator=torch.Generator().manual_seed(5)).int()
+    x = whole(*shape, n, seed=9)
+    expected = x @ layer.dense_weight().mT + layer.bias.float()
+    if dtype is not torch.float32:
+        expected = expected.to(dtype).float()
+    with torch.no_grad():
+        assert torch.equal(layer(x.to(dtype)).float(), expected)
+    with_gradient = x.to(dtype).requires_grad_()
+    y = layer(with_gradient)
+    assert torch.equal(y.float(), expected)
+    y.sum().backward()
+    assert torch.equal(with_gradient.grad.float(), layer.dense_weight().sum(0).expand(*shape, n))

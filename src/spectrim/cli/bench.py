@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -36,6 +37,14 @@ def bench(
     fused: Annotated[
         bool, typer.Option("--fuse", help="Join factors of OUT that read the same input.")
     ] = False,
+    prepacked: Annotated[
+        bool,
+        typer.Option("--prepack", help="CPU: order the weights of both for its fast kernels."),
+    ] = False,
+    latent_cache: Annotated[
+        bool,
+        typer.Option("--latent-cache", help="Time OUT also with a cache of latents, not heads."),
+    ] = False,
     device: options.Device = None,
     dtype: options.Dtype = None,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -57,6 +66,8 @@ def bench(
             model,
             against,
             fused=fused,
+            prepacked=prepacked,
+            latent_cache=latent_cache,
             trust_remote_code=trust_remote_code,
             progress=progress,
             **options.given(
@@ -82,43 +93,102 @@ def as_numbers(option: str, words: str | None) -> list[int] | None:
 
 
 def print_bench(found: dict[str, Any]) -> None:
-    """Print one row per batch and length, both models and the ideal."""
-    from spectrim.cli.render import print_facts, print_table
+    """Print tables that fit a terminal of 60 columns, the ideal above what was reached."""
+    from spectrim.cli.render import format_bytes, print_facts, print_table
 
+    dense, small, ideal = found["dense"], found["compressed"], found["ideal"]
+    places = [f"{cell['batch']} x {cell['prompt_length']}" for cell in dense["cells"]]
+    for phase, title in (
+        ("prefill", f"Reading a prompt, tokens/s; ideal {ideal['prefill']:.2f}x by products"),
+        ("decode", f"Writing, tokens/s; ideal {ideal['decode']:.2f}x by bytes"),
+    ):
+        key = f"{phase}_tokens_per_second"
+        rows = [
+            [
+                place,
+                format_rate(before[key]),
+                format_rate(after[key]),
+                f"{gain[phase]:.2f}x",
+                f"{100 * gain[phase] / ideal[phase]:.0f} %",
+            ]
+            for place, before, after, gain in zip(
+                places, dense["cells"], small["cells"], found["speedup"], strict=True
+            )
+        ]
+        headers = ("batch x prompt", "dense", "compressed", "speed-up", "of ideal")
+        print_table(headers, rows, title=title)
     rows = [
-        row(before, after, gain)
-        for before, after, gain in zip(
-            found["dense"]["cells"], found["compressed"]["cells"], found["speedup"], strict=True
+        [place, pair(a["first_token_seconds"], b["first_token_seconds"], format_seconds), memory]
+        for place, a, b, memory in zip(
+            places, dense["cells"], small["cells"], peaks(dense, small), strict=True
         )
     ]
-    headers = ("batch x prompt", "prefill, tokens/s", "speed-up", "decode, tokens/s", "speed-up")
-    print_table((*headers, "first token, s", "peak memory"), rows, title="dense -> compressed")
-    ideal, protocol, environment = found["ideal"], found["protocol"], found["environment"]
+    print_table(("batch x prompt", "first token", "peak memory"), rows, title="dense -> compressed")
+    if "latent_cache" in found:
+        print_latent_cache(found, places)
+    uncut = found["uncut_bytes"]
+    protocol, environment = found["protocol"], found["environment"]
+    threads = environment["threads"]
     print_facts(
         {
-            "ideal": f"prefill {ideal['prefill']:.2f}x by multiplications, "
-            f"decode {ideal['decode']:.2f}x by bytes",
+            "bytes per token": f"{format_bytes(dense['bytes'])} dense, "
+            f"{format_bytes(small['bytes'])} compressed; the same layers uncut would need "
+            f"{format_bytes(uncut['int8'])} in int8, {format_bytes(uncut['int4'])} in int4",
             "measured": f"median of {protocol['repeats']}, {protocol['new_tokens']} new tokens, "
-            f"{protocol['dtype']} on {protocol['device']}, {environment['threads']} threads, "
-            f"torch {environment['torch']}",
+            f"{protocol['dtype']} on {protocol['device']}, {threads} "
+            f"thread{'s' if threads != 1 else ''}, torch {environment['torch']}"
+            + (", both prepacked" if small["prepacked"] else "")
+            + (", compressed fused" if small["fused"] else ""),
         }
     )
 
 
-def row(before: dict[str, Any], after: dict[str, Any], gain: dict[str, Any]) -> list[str]:
-    """The cells of one batch and length as text."""
+def print_latent_cache(found: dict[str, Any], places: list[str]) -> None:
+    """What the latent cache saves, and what it costs in time."""
+    from spectrim.cli.render import format_bytes, print_table
+
+    latent = found["latent_cache"]
+    ordinary = found["compressed"]
+    rows = [
+        [
+            place,
+            pair(a["cache_bytes_per_token"], b["cache_bytes_per_token"], format_bytes),
+            format_rate(b["decode_tokens_per_second"]),
+            f"{gain['decode']:.2f}x",
+        ]
+        for place, a, b, gain in zip(
+            places,
+            ordinary["cells"],
+            latent["cells"],
+            latent["speedup_over_ordinary_cache"],
+            strict=True,
+        )
+    ]
+    headers = ("batch x prompt", "cache per token", "writing", "speed-up")
+    print_table(headers, rows, title="Compressed, ordinary -> latent cache")
+
+
+def peaks(dense: dict[str, Any], small: dict[str, Any]) -> list[str]:
+    """Peak memory of both models, `-` where the platform does not tell."""
     from spectrim.cli.render import format_bytes
 
-    def pair(key: str, words: str) -> str:
-        return f"{before[key]:{words}} -> {after[key]:{words}}"
-
-    memory = [cell["peak_memory_bytes"] for cell in (before, after)]
-    return [
-        f"{before['batch']} x {before['prompt_length']}",
-        pair("prefill_tokens_per_second", ".0f"),
-        f"{gain['prefill']:.2f}x",
-        pair("decode_tokens_per_second", ".1f"),
-        f"{gain['decode']:.2f}x",
-        pair("first_token_seconds", ".3f"),
-        "-" if None in memory else " -> ".join(format_bytes(size) for size in memory),
+    pairs = [
+        (a["peak_memory_bytes"], b["peak_memory_bytes"])
+        for a, b in zip(dense["cells"], small["cells"], strict=True)
     ]
+    return ["-" if None in one else pair(*one, format_bytes) for one in pairs]
+
+
+def pair(before: float, after: float, words: Callable[[float], str]) -> str:
+    """`before -> after`."""
+    return f"{words(before)} -> {words(after)}"
+
+
+def format_rate(per_second: float) -> str:
+    """Three digits at least: `1234`, `23.4`, `0.123`."""
+    return f"{per_second:.0f}" if per_second >= 100 else f"{per_second:.3g}"
+
+
+def format_seconds(seconds: float) -> str:
+    """`12.3 s`, `62 ms`."""
+    return f"{seconds:.1f} s" if seconds >= 10 else f"{1e3 * seconds:.0f} ms"

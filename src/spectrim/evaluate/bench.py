@@ -17,12 +17,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from spectrim.allocate.budget import Shape, layer_bytes
 from spectrim.errors import InputError
 from spectrim.evaluate.speed import Speed, speed
+from spectrim.layers.prepack import PrepackedLinear
+from spectrim.layers.prepack_int4 import PrepackedInt4
 from spectrim.layers.quantized import QuantizedLinear
+from spectrim.layers.swap import compressed_layers
 from spectrim.model.weights import is_linear
 
-__all__ = ["Cell", "Work", "measure_cells", "work_of"]
+__all__ = ["Cell", "Work", "measure_cells", "uncut_bytes", "work_of"]
+
+# Their matrices are no parameters and no buffers.
+_PREPACKED = (PrepackedLinear, PrepackedInt4)
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,7 @@ class Cell:
             "decode_tokens_per_second": self.speed.decode,
             "first_token_seconds": self.first_token,
             "peak_memory_bytes": self.peak_memory_bytes,
+            "cache_bytes_per_token": self.speed.cache_bytes,
         }
 
 
@@ -80,10 +88,30 @@ def work_of(model: Any) -> Work:
     tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     if looked_up:
         tensors.pop(id(embedding), None)
+    packed = (m.weight_bytes for m in model.modules() if isinstance(m, _PREPACKED))
     return Work(
-        bytes=sum(t.numel() * t.element_size() for t in tensors.values()),
+        bytes=sum(t.numel() * t.element_size() for t in tensors.values()) + sum(packed),
         products=sum(_products(module) for module in model.modules()),
     )
+
+
+def uncut_bytes(model: Any, work: Work) -> dict[str, int]:
+    """Bytes that a token would read if no compressed layer were cut, only rounded: int8, int4.
+
+    What low rank has to be held against: rounding alone saves more than most cuts.
+    """
+    found = {}
+    for weights in ("int8", "int4"):
+        change = 0
+        for layer in compressed_layers(model).values():
+            shape = Shape(layer.out_features, layer.in_features, layer.bias is not None)
+            stored = {"weights": layer.weights, "dtype_bytes": model.dtype.itemsize}
+            change -= layer_bytes(shape, rank=layer.rank, storage=layer.storage, **stored)
+            change += layer_bytes(
+                shape, rank=None, storage="dense", **(stored | {"weights": weights})
+            )
+        found[weights] = work.bytes + change
+    return found
 
 
 def measure_cells(
@@ -123,7 +151,7 @@ def measure_cells(
 
 
 def _products(module: nn.Module) -> int:
-    if isinstance(module, QuantizedLinear):
+    if isinstance(module, (QuantizedLinear, *_PREPACKED)):
         return module.in_features * module.out_features
     return module.weight.numel() if is_linear(module) else 0  # type: ignore[union-attr]
 

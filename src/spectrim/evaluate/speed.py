@@ -33,6 +33,8 @@ class Speed:
         prompt_length: tokens per prompt.
         new_tokens: tokens written per sequence.
         repeats: measurements behind each median.
+        cache_bytes: of everything cached for a token of one sequence, at the end of a run; None
+            for a cache that does not show its tensors.
         device: name of the device.
         dtype: of the model.
         threads: CPU threads of torch.
@@ -45,6 +47,7 @@ class Speed:
     prompt_length: int
     new_tokens: int
     repeats: int
+    cache_bytes: float | None
     device: str
     dtype: str
     threads: int
@@ -94,7 +97,8 @@ def speed(
     ids = ids.to(weight.device)
     with evaluation_mode(model):
         runs = [_run(model, ids, new_tokens) for _ in range(warmup + repeats)][warmup:]
-    prefill, decode = (statistics.median(seconds) for seconds in zip(*runs, strict=True))
+    prefill, decode = (statistics.median(run[i] for run in runs) for i in range(2))
+    cached, tokens = runs[-1][2], batch * (prompt_length + new_tokens)
     return Speed(
         prefill=batch * prompt_length / prefill,
         decode=batch * new_tokens / decode,
@@ -102,6 +106,7 @@ def speed(
         prompt_length=prompt_length,
         new_tokens=new_tokens,
         repeats=repeats,
+        cache_bytes=None if cached is None else cached / tokens,
         device=_device_name(weight.device),
         dtype=str(model.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
@@ -110,8 +115,8 @@ def speed(
 
 
 @torch.no_grad()
-def _run(model: Any, ids: Tensor, new_tokens: int) -> tuple[float, float]:
-    """Seconds of reading the prompt and of writing the new tokens greedily."""
+def _run(model: Any, ids: Tensor, new_tokens: int) -> tuple[float, float, int | None]:
+    """Seconds of reading the prompt and of writing new tokens greedily; bytes cached after it."""
     _wait(ids.device)
     start = time.perf_counter()
     output = model(input_ids=ids, use_cache=True)
@@ -121,7 +126,21 @@ def _run(model: Any, ids: Tensor, new_tokens: int) -> tuple[float, float]:
         token = output.logits[:, -1:].argmax(-1)  # (batch, 1)
         output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
     _wait(ids.device)
-    return read - start, time.perf_counter() - read
+    return read - start, time.perf_counter() - read, _cache_bytes(output.past_key_values)
+
+
+def _cache_bytes(cache: Any) -> int | None:
+    """What a cache holds, None if it cannot be seen."""
+    if hasattr(cache, "nbytes"):
+        return cache.nbytes
+    tensors = [
+        getattr(layer, name, None)
+        for layer in getattr(cache, "layers", [])
+        for name in ("keys", "values")
+    ]
+    if not tensors or any(t is None for t in tensors):
+        return None
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def _wait(device: torch.device) -> None:

@@ -98,6 +98,14 @@ class LowRankLinear(nn.Module):
         """(..., in) -> (..., out)."""
         return self.up(self.down(x))
 
+    def latent(self, x: Tensor) -> Tensor:
+        """The k numbers per token from which the output follows: (..., in) -> (..., k)."""
+        return self.down(x)
+
+    def expand(self, latent: Tensor) -> Tensor:
+        """The output from what `latent` returned: (..., k) -> (..., out)."""
+        return self.up(latent)
+
     def dense_weight(self) -> Tensor:
         """The (out, in) matrix that the layer stands for, multiplied in fp32 or better."""
         return wide_weight(self.up) @ wide_weight(self.down)

@@ -187,8 +187,9 @@ def rounded(W: Tensor, weights: str, dtype: torch.dtype) -> Tensor:
 
 def wide_weight(linear: nn.Module) -> Tensor:
     """The weight of a linear part in fp32 or better, however it is stored."""
-    if isinstance(linear, QuantizedLinear):
-        return linear.wide_weight()
+    restore: Any = getattr(linear, "wide_weight", None)
+    if restore is not None:  # integers, in whatever order they lie
+        return restore()
     weight: Any = linear.weight
     return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
 

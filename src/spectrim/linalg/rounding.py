@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["from_int4", "from_int8", "to_int4", "to_int8", "unpacked_int4"]
+__all__ = ["INT4_MIDDLE", "from_int4", "from_int8", "to_int4", "to_int8", "unpacked_int4"]
 
 INT8_TOP = 127
 INT4_TOP = 15

@@ -1,15 +1,24 @@
-"""Two models timed on this machine, dense beside compressed, with the ideal beside both."""
+"""Two models timed on this machine, dense beside compressed, with the ideal beside both.
+
+What is done to run faster is done to both where it can be (`prepack`); what only a compressed model
+can do (`fused`, `latent_cache`) is done to it alone, and the latent cache is timed beside the
+ordinary one, because it pays for memory with time.
+"""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spectrim.errors import ModelError
-from spectrim.evaluate.bench import Cell, Work, measure_cells, work_of
+from spectrim.errors import InputError, ModelError
+from spectrim.evaluate.bench import Cell, Work, measure_cells, uncut_bytes, work_of
 from spectrim.layers.fusion import fuse
+from spectrim.layers.latent.switch import latent_cache as switch_over
+from spectrim.layers.prepack import prepack
+from spectrim.layers.swap import compressed_layers
 from spectrim.run.job import Progress, Silent
 from spectrim.run.loading import load_model
 from spectrim.run.reporting import environment
@@ -22,6 +31,16 @@ NEW_TOKENS = 16
 REPEATS = 3
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """One model: its work, its cells, and the bytes that rounding alone would leave."""
+
+    work: Work
+    cells: list[Cell]
+    latent: list[Cell] | None
+    uncut: dict[str, int]
+
+
 def bench(
     model: str | Path,
     against: str | Path,
@@ -31,12 +50,14 @@ def bench(
     new_tokens: int = NEW_TOKENS,
     repeats: int = REPEATS,
     fused: bool = False,
+    prepacked: bool = False,
+    latent_cache: bool = False,
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Prefill and decode speed, time to first token and peak memory of two models.
+    """Prefill and decode speed, time to first token, memory and cache of two models.
 
     One model is in memory at a time, so that peak memory is its own.
 
@@ -48,6 +69,8 @@ def bench(
         new_tokens: tokens to write per sequence.
         repeats: counted runs behind each median.
         fused: join the first factors of the compressed model that read the same input.
+        prepacked: put the weights of both models into the order of the CPU's kernels.
+        latent_cache: measure the compressed model once more with a latent key-value cache.
         device: `auto`, or a torch device.
         dtype: to work in; `auto` is fp32 on a CPU and the checkpoint's elsewhere.
         trust_remote_code: run code that comes with the checkpoints.
@@ -57,59 +80,84 @@ def bench(
         JSON-ready: both models' work and cells, speed-ups with their ideal, hardware, versions.
 
     Raises:
-        SpectrimError: a model that cannot be loaded, or sizes it cannot run.
+        SpectrimError: a model that cannot be loaded, sizes it cannot run, or an option that does
+            nothing for it.
     """
     progress = progress or Silent()
-    measured: dict[str, tuple[Work, list[Cell]]] = {}
+    sizes = {"batches": batches, "lengths": lengths, "new_tokens": new_tokens, "repeats": repeats}
+    measured = {}
     for role, name in (("dense", against), ("compressed", model)):
         loaded = load_model(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-        if fused and role == "compressed" and not fuse(loaded.model).groups:
+        network: Any = loaded.model
+        _check_role(network, str(name), role)
+        if fused and role == "compressed" and not fuse(network).groups:
             raise ModelError(f"{name} has no compressed layers that read the same input")
-        cells = []
-        progress.start(role, len(batches) * len(lengths))
-        for cell in measure_cells(
-            loaded.model,
-            batches=batches,
-            lengths=lengths,
-            new_tokens=new_tokens,
-            repeats=repeats,
-        ):
-            cells.append(cell)
-            progress.advance(role, f"batch {cell.speed.batch}, {cell.speed.prompt_length} tokens")
-        progress.finish(role)
-        measured[role] = (work_of(loaded.model), cells)
-        del loaded
+        uncut = uncut_bytes(network, work_of(network))
+        if prepacked and not prepack(network):
+            raise InputError(
+                f"nothing of {name} can be prepacked in {network.dtype} on {network.device}: that "
+                "is for CPUs whose oneDNN multiplies in this dtype; leave --prepack out"
+            )
+        cells = _cells(network, role, sizes, progress)
+        latent = None
+        if latent_cache and role == "compressed":
+            switch_over(network)
+            latent = _cells(network, "latent cache", sizes, progress)
+        measured[role] = _Measured(work_of(network), cells, latent, uncut)
+        del loaded, network
         gc.collect()
-    return _record(str(model), str(against), measured, fused)
+    options = {"fused": fused, "prepacked": prepacked}
+    return _record(str(model), str(against), measured, options)
+
+
+def _check_role(network: Any, name: str, role: str) -> None:
+    """Two names in the wrong places give ratios that nobody would notice to be upside down."""
+    compressed = bool(compressed_layers(network))
+    if role == "dense" and compressed:
+        raise ModelError(
+            f"--against {name} is compressed itself; name the dense model that it came from"
+        )
+    if role == "compressed" and not compressed:
+        raise ModelError(
+            f"{name} has no compressed layers; the first name is the compressed folder, "
+            "--against the dense model"
+        )
+
+
+def _cells(network: Any, stage: str, sizes: dict[str, Any], progress: Progress) -> list[Cell]:
+    progress.start(stage, len(sizes["batches"]) * len(sizes["lengths"]))
+    cells = []
+    for cell in measure_cells(network, **sizes):
+        cells.append(cell)
+        progress.advance(stage, f"batch {cell.speed.batch}, {cell.speed.prompt_length} tokens")
+    progress.finish(stage)
+    return cells
 
 
 def _record(
-    model: str, against: str, measured: dict[str, tuple[Work, list[Cell]]], fused: bool
+    model: str, against: str, measured: dict[str, _Measured], options: dict[str, bool]
 ) -> dict[str, Any]:
-    (dense, before), (compressed, after) = measured["dense"], measured["compressed"]
-    one = after[0].speed
-    return {
+    dense, compressed = measured["dense"], measured["compressed"]
+    one = compressed.cells[0].speed
+    record = {
         "format_version": 1,
-        "dense": {"model": against, **dense.record(), "cells": [c.record() for c in before]},
+        "dense": {
+            "model": against,
+            **dense.work.record(),
+            "cells": [c.record() for c in dense.cells],
+        },
         "compressed": {
             "model": model,
-            "fused": fused,
-            **compressed.record(),
-            "cells": [c.record() for c in after],
+            **options,
+            **compressed.work.record(),
+            "cells": [c.record() for c in compressed.cells],
         },
         "ideal": {
-            "decode": dense.bytes / compressed.bytes,
-            "prefill": dense.products / compressed.products,
+            "decode": dense.work.bytes / compressed.work.bytes,
+            "prefill": dense.work.products / compressed.work.products,
         },
-        "speedup": [
-            {
-                "batch": a.speed.batch,
-                "prompt_length": a.speed.prompt_length,
-                "decode": a.speed.decode / b.speed.decode,
-                "prefill": a.speed.prefill / b.speed.prefill,
-            }
-            for b, a in zip(before, after, strict=True)
-        ],
+        "uncut_bytes": compressed.uncut,
+        "speedup": _speedups(dense.cells, compressed.cells),
         "protocol": {
             "new_tokens": one.new_tokens,
             "repeats": one.repeats,
@@ -118,3 +166,21 @@ def _record(
         },
         "environment": environment(),
     }
+    if compressed.latent is not None:
+        record["latent_cache"] = {
+            "cells": [c.record() for c in compressed.latent],
+            "speedup_over_ordinary_cache": _speedups(compressed.cells, compressed.latent),
+        }
+    return record
+
+
+def _speedups(before: list[Cell], after: list[Cell]) -> list[dict[str, Any]]:
+    return [
+        {
+            "batch": a.speed.batch,
+            "prompt_length": a.speed.prompt_length,
+            "decode": a.speed.decode / b.speed.decode,
+            "prefill": a.speed.prefill / b.speed.prefill,
+        }
+        for b, a in zip(before, after, strict=True)
+    ]

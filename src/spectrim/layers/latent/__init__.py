@@ -1,0 +1,1 @@
+"""A key-value cache that holds what compressed projections pass on instead of whole heads."""
