@@ -74,7 +74,7 @@ ACIP: dict[str, Any] = {
     "heal_steps": 160,
     "heal_learning_rate": 1e-3,
     "heal_parts": "factors",
-    "heal_factor_learning_rate": 2e-4,
+    "heal_factor_learning_rate": 1e-4,
     "heal_grid": 16,
 }
 SOCO: dict[str, Any] = {

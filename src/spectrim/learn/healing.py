@@ -125,13 +125,14 @@ def heal(
     Raises:
         NonFiniteError: the training diverged; the last checkpoint stays.
     """
-    groups = _trained(gated, settings)
-    if not groups or settings.steps == 0:
+    plans = _plans(order, settings) if settings.steps else []
+    # Without a size at which anything is cut there is nothing to train.
+    groups = _trained(gated, settings) if plans else []
+    if not groups:
         return []
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     parameters = [p for group in groups for p in group["params"]]
     peaks = [group["lr"] for group in groups]
-    plans = _plans(order, settings)
     start, history = _resume(checkpoint, parameters, optimizer)
     guard = lessons.guard(pruned.first_loss, "heal_learning_rate or heal_factor_learning_rate")
     line = RateLine.over(history)
@@ -174,7 +175,7 @@ def _trained(gated: Gated, settings: HealingSettings) -> list[dict[str, Any]]:
     groups: list[dict[str, Any]] = []
     if gated.corrections():
         groups.append({"params": gated.corrections(), "lr": settings.learning_rate})
-    if settings.parts == "factors" and settings.steps > 0:
+    if settings.parts == "factors":
         factors = [p for layer in gated.layers.values() for p in layer.train_factors()]
         groups.append({"params": factors, "lr": settings.factor_learning_rate})
     return groups

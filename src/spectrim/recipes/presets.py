@@ -195,8 +195,8 @@ PRESETS: dict[str, Recipe] = {
             equation="W' = U (Σ ⊙ S) Vᵀ,  min_{S, d} KL(original ‖ W'),  S > 1/2 kept",
             differences=(
                 "No code was published: what the paper leaves open is ours, see the documentation. "
-                "Components of inputs and output gradients, phases that end by criterion, the budget "
-                "met exactly."
+                "Components of inputs and output gradients, phases that end by criterion, exact "
+                "budgets."
             ),
             flow="learned",
             calibration=_LITERATURE,

@@ -22,6 +22,9 @@ __all__ = ["StepReporter", "checkpoint_of", "put_factors", "recomputes", "settin
 
 PROSE = {"title", "paper", "equation", "differences"}
 
+WITHOUT_EFFECT = {"learn.recompute", "learn.checkpoint_every"}
+"""What a run out of memory may be resumed with: the result is the same."""
+
 
 def recomputes(job: Job, section: AcipLearning | SocoLearning) -> bool:
     """Whether blocks recompute their activations in the backward pass."""
@@ -50,7 +53,7 @@ def checkpoint_of(job: Job, base: Base | None, work: Path | None, every: int) ->
     if work is None:
         return None
     assert job.windows is not None
-    identity = _flat(job.recipe)
+    identity = {k: v for k, v in _flat(job.recipe).items() if k not in WITHOUT_EFFECT}
     identity["windows"] = job.windows.fingerprint()
     identity["model"] = "" if base is None else base.identity
     return Checkpoint(Path(work), identity, every)
