@@ -1,49 +1,63 @@
 """Learned spectra on the bundled model: ACIP's curve from one run, SoCo with its parts taken out.
 
-    python benchmarks/learned.py --calibration books_train.txt.gz --evaluation books_eval.txt \
-        [--parts acip,fisher,recomputed,soco,ablation] [--windows 128]
+    python benchmarks/learned.py --train-text books_train.txt.gz --eval-text books_eval.txt
+    python benchmarks/learned.py ... --only '^soco'
+    python benchmarks/learned.py --show
 
-`benchmarks/prepare_books.py` makes the texts. One ACIP training gives every keep; it stands beside
-zs-svd and svd-llm, decided anew for every keep, and beside the one-pass Fisher order of the same
-components, cut without training. SoCo is trained once per keep, at 0.4 also with only one of its
-effects. Rows go to benchmarks/results/learned.json, with the CPU seconds that each took.
+Protocol and token cache are those of layerwise.py: 128 calibration windows of 256 tokens,
+evaluation on the first 781 windows of 256 tokens of a novel that the model never saw, fp32.
+
+One ACIP training gives every keep. It stands beside zs-svd (one-shot) and svd-llm, decided anew for
+every keep, and beside the one-pass Fisher order of the same components, cut without training, and
+healed like ACIP's. SoCo is trained once per keep, at 0.4 also with only one of its effects.
+
+Every run has a process of its own, one thread; a run whose rows are all there, made by the same
+recipe on as many evaluation windows, is not repeated. The recipes' own hyper-parameters are for 7B
+models; those below are for this size of model and were chosen on other windows of the training text
+(`--held-out`), never on the evaluation text.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import tempfile
+import re
+import resource
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from layerwise import (
+    EVALUATION,
+    LENGTH,
+    MODEL,
+    TOKEN_CACHE,
+    environment,
+    fill_cache,
+    read_results,
+    read_windows,
+)
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from spectrim import api
-from spectrim.allocate.elastic import elastic_order
-from spectrim.data import calibration_windows, evaluation_windows, read_text
-from spectrim.demo.run import MODEL
 from spectrim.evaluate.perplexity import perplexity
-from spectrim.learn.healing import apply_plan
-from spectrim.learn.surrogate import mean_square_gradients
+from spectrim.recipe import Recipe
 from spectrim.recipes import get_recipe
-from spectrim.run.learned.gating import Adapters, build_gated, gates_in_place, lessons_for
+from spectrim.run.compress import run_recipe
+from spectrim.run.learned.elastic import ElasticModel
 from spectrim.run.loading import load_model
-from spectrim.run.opening import open_job
-from spectrim.run.reporting import environment
 
 RESULTS = Path(__file__).parent / "results" / "learned.json"
-KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
-EVALUATED_TOKENS = 200_000
-FISHER_STEPS = 64
+CURVE = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+SOCO_KEEPS = (0.8, 0.6, 0.4)
+HELD_OUT_SEED, HELD_OUT = 12345, 96
 
-# The recipes' defaults are for 7B models; these are for 6 million parameters and one CPU core.
-ACIP = {
+ACIP: dict[str, Any] = {
     "stop_keep": 0.3,
     "batch": 2,
     "learning_rate": 4e-4,
@@ -59,9 +73,11 @@ ACIP = {
     "size_every": 2,
     "heal_steps": 160,
     "heal_learning_rate": 1e-3,
+    "heal_parts": "factors",
+    "heal_factor_learning_rate": 1e-4,
     "heal_grid": 16,
 }
-SOCO = {
+SOCO: dict[str, Any] = {
     "batch": 2,
     "learning_rate": 0.03,
     "warmup_steps": 5,
@@ -74,141 +90,206 @@ SOCO = {
     "dead_after": 8,
     "sensitivity_steps": 24,
 }
-
-
-@dataclass
-class Bench:
-    """Windows to calibrate on and to measure on."""
-
-    calibration: Tensor
-    evaluation: Tensor
-
-    def measure(self, model: nn.Module, method: str, keep: float, kept: float, cpu: float) -> None:
-        """Add one row and write all of them."""
-        result = perplexity(model.float(), self.evaluation, batch=16)
-        row = {
-            "method": method,
-            "keep": keep,
-            "kept": kept,
-            "nll": result.nll,
-            "perplexity": result.perplexity,
-            "cpu_seconds": cpu,
-            "load_average": os.getloadavg()[0],
-        }
-        others = [r for r in rows_so_far() if (r["method"], r["keep"]) != (method, keep)]
-        record = {
-            "protocol": {
-                "calibration_windows": list(self.calibration.shape),
-                "evaluation_windows": list(self.evaluation.shape),
-            },
-            "settings": {"acip": ACIP, "soco": SOCO},
-            "environment": environment(),
-            "rows": sorted([*others, row], key=lambda r: (r["method"], -r["keep"])),
-        }
-        RESULTS.write_text(json.dumps(record, indent=2) + "\n")
-        print(
-            f"{method:22} keep {keep:.2f} kept {kept:.4f} nll {result.nll:.4f} "
-            f"perplexity {result.perplexity:.2f} cpu {cpu:.0f} s",
-            flush=True,
-        )
-
-
-def rows_so_far() -> list[dict[str, Any]]:
-    """Read anew for every row, as parts may run side by side."""
-    return json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
-
-
-def acip(bench: Bench) -> None:
-    """One training, all sizes."""
-    started = time.process_time()
-    recipe = get_recipe("acip").with_changes(keep=ACIP["stop_keep"], learn=ACIP)
-    with tempfile.TemporaryDirectory() as folder:
-        artifact = Path(folder) / "elastic"
-        api.compress(MODEL, recipe=recipe, text=bench.calibration, output=artifact)
-        cpu = time.process_time() - started
-        opened = api.load_elastic(artifact)
-        for keep in KEEPS:
-            if keep >= opened.sizes.smallest_keep:
-                plan = opened.resize(keep)
-                bench.measure(opened.model, "acip", keep, plan.achieved_keep, cpu)
-
-
-def fisher(bench: Bench) -> None:
-    """The one-pass order of the same components, cut without any training."""
-    started = time.process_time()
-    loaded = load_model(MODEL)
-    job = open_job(loaded, get_recipe("acip"), text=bench.calibration)
-    gated, replay = build_gated(job, adapters=Adapters())
-    lessons = lessons_for(job, replay, batch=4, accumulate=1, teacher=False)
-    with gates_in_place(job, gated):
-        squares = mean_square_gradients(gated, lessons, steps=FISHER_STEPS)
-        costs = gated.spans.weights(gated.costs(), gated.device)
-        keys = [(part,) for part in gated.spans.split(squares / costs)]
-        order, kept = elastic_order(gated.curves, keys, limits=gated.limits)
-        for layer, index in zip(gated.layers.values(), kept, strict=True):
-            layer.order_components(torch.from_numpy(index))
-        cpu = time.process_time() - started
-        for keep in KEEPS:
-            plan = order.plan(keep)
-            apply_plan(gated, plan)
-            bench.measure(loaded.model, "fisher order", keep, plan.achieved_keep, cpu)
-
-
-def recomputed(bench: Bench) -> None:
-    """Methods that decide anew for every size."""
-    for name in ("svd-llm", "zs-svd"):
-        for keep in KEEPS:
-            _one(bench, name, name, keep, {})
-
-
-def soco(bench: Bench) -> None:
-    """One training per size."""
-    for keep in (0.8, 0.6, 0.4):
-        _one(bench, "soco", "soco", keep, {"learn": SOCO})
-
-
-def ablation(bench: Bench) -> None:
-    """Which of SoCo's effects does the work."""
-    for parts in ("selection", "rescaling", "allocation"):
-        _one(bench, f"soco {parts} only", "soco", 0.4, {"learn": SOCO | {"parts": parts}})
-
-
-def _one(bench: Bench, method: str, recipe: str, keep: float, changes: dict[str, Any]) -> None:
-    started = time.process_time()
-    chosen = get_recipe(recipe).with_changes(keep=keep, **changes)
-    result = api.compress(MODEL, recipe=chosen, text=bench.calibration)
-    cpu = time.process_time() - started
-    bench.measure(result.model, method, keep, result.plan.achieved_keep, cpu)
-
-
-PARTS: dict[str, Callable[[Bench], None]] = {
-    f.__name__: f for f in (acip, fisher, recomputed, soco, ablation)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "fisher order, cut": {"order": "fisher", "lora_rank": 0, "heal_steps": 0},
+    "fisher order, healed": {"order": "fisher"},
+    "acip as published": {
+        "objective": "plain",
+        "gate_dtype": "bfloat16",
+        "weigh_by_cost": False,
+        "heal_parts": "corrections",
+        "heal_sizes": "stop",
+        "heal_objective": "cross_entropy",
+        "heal_final_learning_rate": 1.0,
+    },
+    "acip, corrections only healed": {"heal_parts": "corrections"},
 }
+"""What is changed in ACIP's recipe for the rows beside it."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One process: a recipe and the sizes that its result is measured at.
+
+    Attributes:
+        recipe: with the keep that it is carried out at.
+        keeps: of the rows; several where the result is an elastic artifact.
+    """
+
+    recipe: Recipe
+    keeps: tuple[float, ...]
+
+
+def runs() -> dict[str, Run]:
+    """Every run by the name of its rows; a name may end in ` @keep`, which is not part of it."""
+    found: dict[str, Run] = {}
+
+    def single(name: str, keeps: tuple[float, ...], recipe: Recipe) -> None:
+        for keep in keeps:
+            found[f"{name} @{keep}"] = Run(recipe.with_changes(keep=keep), (keep,))
+
+    acip = get_recipe("acip").with_changes(keep=ACIP["stop_keep"], learn=ACIP)
+    soco = get_recipe("soco").with_changes(learn=SOCO)
+    found["acip"] = Run(acip, CURVE)
+    single("soco", SOCO_KEEPS, soco)
+    for part in ("selection", "rescaling", "allocation"):
+        single(f"soco, {part} only", (0.4,), soco.with_changes(learn={"parts": part}))
+    for name, learn in VARIANTS.items():
+        changes = {k: v for k, v in learn.items() if k != "objective"}
+        chosen = acip.with_changes(learn=changes)
+        if "objective" in learn:
+            chosen = chosen.with_changes(decompose={"objective": learn["objective"]})
+        found[name] = Run(chosen, CURVE)
+    one_shot = [{"step": "projected_gradient", "stages": 1}]
+    single("zs-svd one-shot", CURVE, get_recipe("zs-svd").with_changes(refine=one_shot))
+    single("svd-llm", CURVE, get_recipe("svd-llm"))
+    return found
+
+
+def windows_of(arguments: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """Calibration windows, and those to measure on."""
+    calibration, evaluation = read_windows(arguments.token_cache, arguments.eval_windows)
+    if not arguments.held_out:
+        return calibration, evaluation
+    with safe_open(arguments.token_cache, framework="pt") as ids:
+        train = ids.get_slice("train")
+        generator = torch.Generator().manual_seed(HELD_OUT_SEED)
+        last = train.get_shape()[0] - LENGTH - 1
+        starts = torch.randint(0, last, (HELD_OUT,), generator=generator).tolist()
+        return calibration, torch.stack([train[i : i + LENGTH] for i in starts]).long()
+
+
+def rows_of(name: str, run: Run, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Compress once in this process, measure at every size."""
+    torch.set_num_threads(1)
+    calibration, evaluation = windows_of(arguments)
+    loaded = load_model(MODEL)
+    started = time.process_time()
+    outcome = run_recipe(loaded, run.recipe, text=calibration)
+    facts = {
+        "cpu_seconds": round(time.process_time() - started, 1),
+        "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "recipe_hash": outcome.recipe.hash(),
+        "seconds": {k: round(v, 1) for k, v in outcome.report["seconds"].items()},
+        "notes": outcome.report["notes"],
+    }
+    elastic = None
+    if outcome.elastic is not None:
+        elastic = ElasticModel(load_model(MODEL), outcome.elastic)
+    for keep in run.keeps:
+        model: nn.Module = outcome.model if elastic is None else elastic.model
+        plan = outcome.plan if elastic is None else elastic.resize(keep)
+        row = {"row": name.partition(" @")[0], "keep": keep, "kept": plan.achieved_keep}
+        yield {**row, **facts, **quality(model, evaluation)}
+
+
+def quality(model: nn.Module, windows: Tensor) -> dict[str, Any]:
+    """Loss of a model, evaluated in fp32."""
+    result = perplexity(model.float(), windows, batch=16)
+    return {
+        "nll": result.nll,
+        "perplexity": result.perplexity,
+        "nll_standard_error": result.nll_standard_error,
+        "eval_windows": len(windows),
+    }
+
+
+def dense_row(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What all gaps are measured against."""
+    torch.set_num_threads(1)
+    model = load_model(MODEL).model
+    return {"row": "dense", "keep": 1.0, "kept": 1.0, **quality(model, windows_of(arguments)[1])}
+
+
+def is_known(name: str, run: Run, known: list[dict[str, Any]], windows: int) -> bool:
+    """Whether all rows of a run are there, made by this recipe."""
+    wanted = (name.partition(" @")[0], run.recipe.hash(), windows)
+    made = {
+        r["keep"] for r in known if (r["row"], r.get("recipe_hash"), r["eval_windows"]) == wanted
+    }
+    return set(run.keeps) <= made
+
+
+def measure(table: dict[str, Run], arguments: argparse.Namespace) -> None:
+    """Carry out what is missing, one process per run, and write the results after every row."""
+    fill_cache(arguments)
+    windows = HELD_OUT if arguments.held_out else arguments.eval_windows
+    wanted = ["dense", *(n for n in table if re.search(arguments.only, n))]
+    for name in wanted:
+        known = read_results(arguments.output)
+        if name == "dense":
+            done = any(r["row"] == "dense" and r["eval_windows"] == windows for r in known)
+        else:
+            done = is_known(name, table[name], known, windows)
+        if done:
+            continue
+        command = [sys.executable, __file__, "--row", name]
+        command += ["--token-cache", str(arguments.token_cache)]
+        command += ["--eval-windows", str(arguments.eval_windows)]
+        command += ["--held-out"] * arguments.held_out
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith("{"):
+                    write_row(json.loads(line), arguments.output, table)
+        if process.returncode != 0:
+            sys.exit(f"{name} ended with code {process.returncode}")
+        show(read_results(arguments.output), windows)
+
+
+def write_row(row: dict[str, Any], output: Path, table: dict[str, Run]) -> None:
+    """Replace the row of this name and size; several runs may write one after the other."""
+    key = ("row", "keep", "eval_windows")
+    others = [r for r in read_results(output) if [r[k] for k in key] != [row[k] for k in key]]
+    content = {
+        "environment": environment(),
+        "protocol": {
+            "calibration": "128 windows of 256 tokens, seed 0",
+            "evaluation_length": LENGTH,
+        },
+        "settings": {"acip": ACIP, "soco": SOCO, "variants": VARIANTS},
+        "rows": sorted([*others, row], key=lambda r: (r["row"], -r["keep"])),
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def show(known: list[dict[str, Any]], windows: int) -> None:
+    """A Markdown table of gaps, one line per method."""
+    chosen = [r for r in known if r["eval_windows"] == windows]
+    dense = next((r["nll"] for r in chosen if r["row"] == "dense"), float("nan"))
+    print(f"dense: {dense:.4f} nats, {windows} windows; gaps in nats per token\n")
+    print("| row | " + " | ".join(f"{k}" for k in CURVE) + " | CPU s |\n" + "|---" * 9 + "|")
+    for name in dict.fromkeys(r["row"] for r in chosen if r["row"] != "dense"):
+        rows = {r["keep"]: r for r in chosen if r["row"] == name}
+        gaps = [f"{rows[k]['nll'] - dense:.4f}" if k in rows else "" for k in CURVE]
+        cpu = max(r["cpu_seconds"] for r in rows.values())
+        print(f"| {name} | " + " | ".join(gaps) + f" | {cpu:.0f} |")
 
 
 def main() -> None:
-    """Measure what was asked for and merge it into the committed results."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--evaluation", required=True)
-    parser.add_argument("--parts", default=",".join(PARTS))
-    parser.add_argument("--windows", type=int, help="evaluation windows, all by default")
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--train-text", type=Path)
+    parser.add_argument("--eval-text", type=Path)
+    parser.add_argument("--token-cache", type=Path, default=TOKEN_CACHE)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--only", default="", metavar="REGEX", help="runs whose name matches")
+    parser.add_argument("--eval-windows", type=int, default=EVALUATION)
+    parser.add_argument("--held-out", action="store_true", help="measure on training text instead")
+    parser.add_argument("--show", action="store_true", help="print the results and run nothing")
+    parser.add_argument("--row", help="carry out one run in this process and print its rows")
     arguments = parser.parse_args()
-    tokenizer = load_model(MODEL).tokenizer
-    calibration = calibration_windows(
-        read_text(arguments.calibration), tokenizer, windows=128, window_length=256, seed=0
-    )
-    evaluation = evaluation_windows(
-        read_text(arguments.evaluation),
-        tokenizer,
-        window_length=256,
-        max_tokens=EVALUATED_TOKENS,
-    )
-    bench = Bench(calibration.ids, evaluation.ids[: arguments.windows])
-    if not any(row["method"] == "dense" for row in rows_so_far()):
-        bench.measure(load_model(MODEL).model, "dense", 1.0, 1.0, 0.0)
-    for part in arguments.parts.split(","):
-        PARTS[part](bench)
+    table = runs()
+    if arguments.show:
+        show(read_results(arguments.output), arguments.eval_windows)
+    elif arguments.row == "dense":
+        print(json.dumps(dense_row(arguments)))
+    elif arguments.row is not None:
+        for row in rows_of(arguments.row, table[arguments.row], arguments):
+            print(json.dumps(row), flush=True)
+    else:
+        measure(table, arguments)
 
 
 if __name__ == "__main__":

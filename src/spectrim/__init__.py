@@ -21,6 +21,7 @@ from spectrim.registration import register_with_transformers
 if TYPE_CHECKING:
     from spectrim.api import (
         compress,
+        elastic,
         evaluate,
         export,
         inspect,
@@ -40,6 +41,7 @@ __all__ = [
     "Recipe",
     "__version__",
     "compress",
+    "elastic",
     "evaluate",
     "export",
     "fuse",
@@ -52,7 +54,7 @@ __all__ = [
     "survey",
 ]
 
-_API = ("compress", "export", "inspect", "load_elastic", "plan", "resize", "survey")
+_API = ("compress", "elastic", "export", "inspect", "load_elastic", "plan", "resize", "survey")
 _HOMES = dict.fromkeys(_API, "spectrim.api") | {
     "Recipe": "spectrim.recipe",
     "fuse": "spectrim.layers.fusion",

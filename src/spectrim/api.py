@@ -20,6 +20,7 @@ from spectrim.run.compress import Outcome, run_recipe
 from spectrim.run.job import Progress
 from spectrim.run.learned.elastic import ElasticModel, open_elastic
 from spectrim.run.learned.resizing import settle_outcome
+from spectrim.run.learned.saving_elastic import save_survey_as_elastic as elastic
 from spectrim.run.loading import load_model
 from spectrim.run.store.saving import save_outcome
 from spectrim.run.survey.replanning import read_plan, replan
@@ -33,6 +34,7 @@ __all__ = [
     "ElasticModel",
     "Result",
     "compress",
+    "elastic",
     "evaluate",
     "export",
     "inspect",

@@ -188,8 +188,9 @@ class AcipLearning(Section):
     """ACIP: gates with an exponentially growing pressure; the order of deaths is the product.
 
     Defaults are the published ones for 7B models, except where the description says `ours`. The
-    published behavior is `gate_dtype: bfloat16, weigh_by_cost: false, heal_sizes: stop,
-    heal_objective: cross_entropy` with the objective `plain`.
+    published behavior is `gate_dtype: bfloat16, weigh_by_cost: false, heal_parts: corrections,
+    heal_sizes: stop, heal_objective: cross_entropy, heal_final_learning_rate: 1` with the
+    objective `plain`.
     """
 
     method: Literal["acip"] = "acip"
@@ -221,18 +222,33 @@ class AcipLearning(Section):
     max_steps: int = Field(default=50_000, ge=1)
     weigh_by_cost: bool = Field(default=True, description="ours: penalties in proportion to m + n")
     size_every: int = Field(default=10, ge=1, description="steps between two tests for the stop")
+    order: Literal["deaths", "fisher"] = Field(
+        default="deaths",
+        description="fisher: by one pass of squared gate gradients, without training gates",
+    )
+    order_steps: int = Field(default=64, ge=1, description="batches behind the fisher order")
     heal_steps: int = Field(default=1000, ge=0)
+    heal_parts: Literal["auto", "corrections", "factors"] = Field(
+        default="auto",
+        description="ours is factors: the ordered factors are trained along, in fp32; auto does "
+        "so below a billion parameters",
+    )
     heal_sizes: Literal["stop", "sampled"] = Field(
         default="sampled", description="ours: every step heals another size"
     )
     heal_objective: Literal["cross_entropy", "kl"] = Field(
         default="kl", description="ours: the divergence from the original model"
     )
-    heal_learning_rate: float = Field(default=5e-5, gt=0)
+    heal_learning_rate: float = Field(default=5e-5, gt=0, description="of the corrections")
+    heal_factor_learning_rate: float = Field(default=5e-5, gt=0)
     heal_final_learning_rate: float = Field(
         default=0.1, ge=0, le=1, description="share of the peak"
     )
     heal_grid: int = Field(default=24, ge=1, description="sizes to sample from")
+    recompute: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="activations in the backward pass; auto from a billion parameters on",
+    )
     checkpoint_every: int = Field(default=100, ge=1)
 
 
@@ -278,6 +294,10 @@ class SocoLearning(Section):
     )
     hard: bool = Field(default=True, description="low scores take no part in the forward pass")
     sensitivity_steps: int = Field(default=32, ge=1, description="batches behind the sensitivities")
+    recompute: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="activations in the backward pass; auto from a billion parameters on",
+    )
     checkpoint_every: int = Field(default=100, ge=1)
 
 

@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from spectrim import api
-from spectrim.cli import compress, evaluate, export, options, plan, resize, survey
+from spectrim.cli import compress, elastic, evaluate, export, options, plan, resize, survey
 from spectrim.cli.session import session
 
 # Words about the terminal, which a Python caller has no use for.
@@ -22,6 +22,7 @@ COMMANDS = {
     "export": export.export,
     "survey": survey.survey,
     "plan": plan.plan,
+    "elastic": elastic.elastic,
     "resize": resize.resize,
 }
 # Where functions that hand all their options on keep the list of them.

@@ -189,15 +189,7 @@ def test_what_is_no_target_stays(saved):
         assert torch.equal(after[where], value), name
 
 
-def everything_dense(name):
-    """A recipe's name, marked where keep 1 is not wired yet."""
-    if PRESETS[name].learn is None or PRESETS[name].learn.method != "soco":
-        return name
-    reason = "SoCo's recovery trains survivors even where every target stays dense"
-    return pytest.param(name, marks=pytest.mark.xfail(strict=False, reason=reason))
-
-
-@pytest.mark.parametrize("name", map(everything_dense, PRESETS))
+@pytest.mark.parametrize("name", PRESETS)
 def test_keep_one_is_the_original(name):
     outcome = carry_out(quick(PRESETS[name], 1.0))
     ids = windows(3, 12, seed=9)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -26,9 +28,11 @@ PRUNING = {
 }
 HEALING = HealingSettings(
     steps=5,
+    parts="factors",
     sizes="sampled",
     objective="kl",
     learning_rate=1e-3,
+    factor_learning_rate=1e-4,
     final_learning_rate=0.1,
     clip=1.0,
     grid=4,
@@ -47,7 +51,14 @@ def killer(stage, step):
     return report
 
 
-def run(*, checkpoint=None, report=lambda *_: None, dtype=torch.float32, **changes):
+def run(
+    *,
+    checkpoint=None,
+    report=lambda *_: None,
+    dtype=torch.float32,
+    healing=HEALING,
+    **changes,
+):
     model, gated = gated_model(rank=1, dropout=0.1, dtype=dtype)
     with torch.no_grad():
         expected = model(windows(8)).logits
@@ -59,7 +70,7 @@ def run(*, checkpoint=None, report=lambda *_: None, dtype=torch.float32, **chang
     if report.__name__ == "<lambda>":
         masked = [p.clone() for p in gated.spans.split(pruned.deaths.alive)]
     order = order_by_death(gated, pruned.deaths)
-    heal(gated, order, pruned, lessons, HEALING, checkpoint=checkpoint, report=report)
+    heal(gated, order, pruned, lessons, healing, checkpoint=checkpoint, report=report)
     return model, gated, pruned, order, masked
 
 
@@ -114,7 +125,8 @@ def test_a_killed_training_resumes_to_the_same_result(trained, moment, tmp_path)
 
 def test_resizing_is_the_mask_of_training():
     """Slices of the ordered factors compute what gates over all components computed."""
-    model, gated, pruned, order, _ = run(dtype=torch.float64)
+    corrections = replace(HEALING, parts="corrections")
+    model, gated, pruned, order, _ = run(dtype=torch.float64, healing=corrections)
     plan = order.plan(0.6)
     apply_plan(gated, plan)
     ids = windows(2)

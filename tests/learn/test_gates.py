@@ -47,9 +47,9 @@ def test_the_gate_gradient_is_the_sensitivity_of_its_component():
     model, gated = gated_model(dtype=torch.float64)
     lessons, dense = lessons_of(model), lessons_of(original)
     scores = gated.scores("straight_through", scale=scale, dtype=torch.float64)
-    bind = lambda: gated.bind_scores(scores, "straight_through", scale=scale)  # noqa: E731
+    bind = lambda _: gated.bind_scores(scores, "straight_through", scale=scale)  # noqa: E731
     lessons.backward(0, "cross_entropy", bind)
-    dense.backward(0, "cross_entropy", lambda: None)
+    dense.backward(0, "cross_entropy", lambda _: None)
     for (name, layer), part in zip(
         gated.layers.items(), gated.spans.split(scores.grad), strict=True
     ):
@@ -65,7 +65,7 @@ def test_the_surrogate_is_the_mean_square_of_the_gate_gradient():
     for step in range(3):
         scores = gated.scores("straight_through", scale=1.0, dtype=torch.float64)
         gated.bind_scores(scores, "straight_through", scale=1.0)
-        lessons.backward(step, "cross_entropy", lambda: None)
+        lessons.backward(step, "cross_entropy", lambda _: None)
         squares.append(scores.grad.square())
     expected = torch.stack(squares).mean(0).float()
     assert torch.allclose(mean_square_gradients(gated, lessons, steps=3), expected, rtol=1e-4)

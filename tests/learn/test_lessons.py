@@ -23,8 +23,8 @@ def test_accumulated_gradients_are_those_of_the_larger_batch():
     whole = lessons_of(large, batch=4)
     parts = lessons_of(small, batch=2, accumulate=2)
     parts.rows = lambda step: list(whole.rows(step)[0].split(2))
-    a = whole.backward(0, "cross_entropy", lambda: None)
-    b = parts.backward(0, "cross_entropy", lambda: None)
+    a = whole.backward(0, "cross_entropy", lambda _: None)
+    b = parts.backward(0, "cross_entropy", lambda _: None)
     assert a == pytest.approx(b, rel=1e-5)
     for p, q in zip(large.parameters(), small.parameters(), strict=True):
         assert torch.allclose(p.grad, q.grad, atol=1e-6)

@@ -169,3 +169,33 @@ def test_a_killed_training_resumes_to_the_same_result(whole, tmp_path):
     assert torch.equal(state.theta, uninterrupted.theta)
     assert torch.equal(state.dead, uninterrupted.dead)
     assert torch.equal(state.mean_square, uninterrupted.mean_square)
+
+
+def test_a_killed_recovery_resumes_to_the_same_scores(tmp_path):
+    def run(checkpoint=None, report=lambda *_: None):
+        _, gated, lessons, _ = prepared(deviation=True)
+        plan, kept = fixed_choice(gated, 0.5)
+        settings = RecoverySettings(**{**RECOVERY, "steps": 7})
+        options = {"checkpoint": checkpoint, "report": report}
+        return recover(gated, plan, kept, None, lessons, settings, **options)
+
+    def killer(stage, step, total, note):
+        if step == 5:
+            raise Killed
+
+    checkpoint = Checkpoint(tmp_path, {}, 2, "recovery.safetensors")
+    with pytest.raises(Killed):
+        run(checkpoint, killer)
+    assert checkpoint.path.exists()
+    (scores, losses), (expected, whole) = run(checkpoint), run()
+    assert losses == whole and len(losses) == 7
+    assert all(torch.equal(a, b) for a, b in zip(scores, expected, strict=True))
+
+
+def test_nothing_is_trained_where_everything_stays_dense():
+    model, gated, lessons, expected = prepared("qwen2", deviation=True)
+    plan, kept = fixed_choice(gated, 1.0)
+    _, losses = recover(gated, plan, kept, None, lessons, RecoverySettings(**RECOVERY))
+    assert losses == []
+    with torch.no_grad():
+        assert torch.allclose(model(windows(8)).logits, expected, atol=1e-3)

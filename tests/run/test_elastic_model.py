@@ -12,7 +12,6 @@ from spectrim.errors import ArtifactError, BudgetError, RecipeError
 from spectrim.layers.swap import compressed_layers
 from spectrim.recipes import get_recipe
 from spectrim.run.learned.elastic import ElasticModel, open_elastic
-from spectrim.run.learned.saving_elastic import save_survey_as_elastic
 from spectrim.run.loading import load_model
 from spectrim.storage.elastic import Base, Elastic
 
@@ -147,6 +146,36 @@ def test_a_keep_below_the_stop_is_refused_before_training():
         api.compress(tiny("llama")[0], recipe=recipe, text=windows(8))
 
 
+def test_a_training_that_ends_early_gives_the_sizes_it_reached():
+    recipe = get_recipe("acip").with_changes(learn=ACIP["learn"] | {"max_steps": 4}, keep=0.5)
+    result = api.compress(tiny("llama")[0], recipe=recipe, text=windows(8))
+    smallest = result.elastic.order.smallest_keep
+    assert 0.5 < smallest <= 1
+    assert result.plan.achieved_keep <= smallest
+    assert any(f"ended after 4 steps at keep {smallest:.4f}" in n for n in result.report["notes"])
+
+
+@pytest.mark.parametrize("recipe", ["acip", "soco"])
+def test_recomputed_activations_train_the_same_model(recipe):
+    changes = {"acip": ACIP, "soco": SOCO}[recipe]
+    found = []
+    for recompute in ("always", "never"):
+        learn = changes["learn"] | {"recompute": recompute}
+        chosen = get_recipe(recipe).with_changes(keep=changes["keep"], learn=learn)
+        result = api.compress(tiny("qwen2")[0], recipe=chosen, text=windows(8))
+        found.append(logits(result.model))
+    assert torch.equal(*found)
+
+
+def test_the_fisher_order_needs_no_training_of_gates():
+    learn = ACIP["learn"] | {"order": "fisher", "order_steps": 3}
+    recipe = get_recipe("acip").with_changes(keep=0.6, learn=learn)
+    result = api.compress(tiny("llama")[0], recipe=recipe, text=windows(8))
+    assert result.report["network"]["acip"]["steps"] == 0
+    assert 0.4 < result.elastic.order.smallest_keep <= 0.5
+    assert 0.5 < result.plan.achieved_keep <= 0.6
+
+
 def test_soco_leaves_an_ordinary_compressed_model(tmp_path):
     recipe = get_recipe("soco").with_changes(**SOCO)
     result = api.compress(tiny("qwen2")[0], recipe=recipe, text=windows(8), output=tmp_path / "o")
@@ -167,6 +196,8 @@ def test_a_resumed_run_with_another_recipe_names_the_difference(tmp_path):
         **SOCO | {"learn": SOCO["learn"] | {"checkpoint_every": 5}}
     )
     api.compress(tiny("llama")[0], recipe=recipe, text=windows(8), work=tmp_path)
+    cheaper = recipe.with_changes(learn={"recompute": "always"})
+    api.compress(tiny("llama")[0], recipe=cheaper, text=windows(8), work=tmp_path)
     other = recipe.with_changes(learn={"batch": 2})
     with pytest.raises(Exception, match=r"learn\.batch: 4 there, 2 now"):
         api.compress(tiny("llama")[0], recipe=other, text=windows(8), work=tmp_path)
@@ -186,7 +217,7 @@ def test_a_survey_gives_every_size_by_its_scores(tmp_path):
             up, down = surveyed.factors[name].cut(layer.rank)
             assert torch.allclose(layer.dense_weight(), up @ down, atol=1e-6)
     assert ranks["energy"] != ranks["kfac"]
-    elastic = save_survey_as_elastic(surveyed, tmp_path / "e", score="kfac")
+    elastic = api.elastic(tmp_path / "s", tmp_path / "e", score="kfac")
     again = api.load_elastic(tmp_path / "e")
     assert [e.rank for e in again.resize(0.6).entries] == ranks["kfac"]
     assert elastic.source == again.elastic.source == "kfac"

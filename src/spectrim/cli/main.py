@@ -19,6 +19,7 @@ from spectrim.cli import (
     curve,
     demo,
     distortion,
+    elastic,
     evaluate,
     export,
     inspect,
@@ -76,6 +77,7 @@ app.command()(inspect.inspect)
 app.command()(export.export)
 app.command()(survey.survey)
 app.command()(plan.plan)
+app.command()(elastic.elastic)
 app.command()(resize.resize)
 app.command()(curve.curve)
 app.command()(compare.compare)

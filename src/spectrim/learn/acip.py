@@ -30,6 +30,7 @@ from spectrim.learn.checkpoint import (
 from spectrim.learn.gates import DeathMap
 from spectrim.learn.lessons import Lessons, Report
 from spectrim.learn.pruning import Gated
+from spectrim.learn.rate_line import RateLine
 
 __all__ = ["AcipPruning", "PruningSettings", "prune"]
 
@@ -119,6 +120,7 @@ def prune(
     weights = gated.spans.weights(costs, gated.device)
     total = settings.steps or settings.max_steps
     whole = gated.load(torch.ones_like(state.deaths.alive))
+    line = RateLine.over(state.history)
     while not state.done:
         loss = _step(gated, lessons, settings, scores, optimizer, state, weights, checkpoint)
         checked = state.step % settings.size_every == 0
@@ -126,7 +128,8 @@ def prune(
             kept = gated.kept(state.deaths.alive)
             state.history.append([state.step, loss, kept])
             state.done = kept <= settings.stop_keep or state.step >= settings.max_steps
-            report("prune", state.step, total, f"loss {loss:.3f}, keep {kept:.3f}")
+            line.see(kept, loss)
+            report("prune", state.step, total, f"keep {kept:.3f}, loss {line.text()}")
         _raise_pressure(gated, settings, state, whole)
         if state.step % COMPACT_EVERY == 0:
             gated.use(state.deaths.alive)
@@ -150,12 +153,12 @@ def _step(
 ) -> float:
     """One optimizer step; deaths are recorded right after it."""
     optimizer.zero_grad(set_to_none=True)
-    gated.draw_dropout(lessons.seed, state.step)
-    loss = lessons.backward(
-        state.step,
-        "cross_entropy",
-        lambda: gated.bind_scores(scores, "straight_through", scale=settings.gate_scale),
-    )
+
+    def prepare(turn: int) -> None:
+        gated.draw_dropout(lessons.seed, state.step, turn)
+        gated.bind_scores(scores, "straight_through", scale=settings.gate_scale)
+
+    loss = lessons.backward(state.step, "cross_entropy", prepare)
     state.step += 1
     if state.step == 1:
         state.first_loss = loss
@@ -236,9 +239,10 @@ def _resume(
     tensors, counters = found
     for name in ("died", "value", "mean_square"):
         getattr(state.deaths, name).copy_(tensors[f"deaths.{name}"])
-    load_corrections(gated, tensors)
     for name in state.counters():
         setattr(state, name, counters[name])
+    # What healing has made of the corrections since then, it finds itself.
     if counters["stage"] == "prune":
+        load_corrections(gated, tensors)
         scores.copy_(tensors["scores"])
         load_optimizer(optimizer, tensors, "optimizer")

@@ -54,16 +54,18 @@ class Checkpoint:
         folder: the work folder; created when something is saved.
         identity: flat plain data that a resumed run must share, e.g. every field of its recipe.
         every: steps between two saves.
+        file: its name in the folder.
     """
 
     folder: Path
     identity: dict[str, Any]
     every: int
+    file: str = FILE
 
     @property
     def path(self) -> Path:
         """The file."""
-        return self.folder / FILE
+        return self.folder / self.file
 
     def due(self, step: int) -> bool:
         """Whether to save after this step (1-based)."""

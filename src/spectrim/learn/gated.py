@@ -38,7 +38,7 @@ class Lora(nn.Module):
         self.up = nn.Parameter(torch.zeros(out_features, rank))
         self.scale = scale
         self.dropout = dropout
-        self.noise: torch.Generator | None = None
+        self.noise: int | None = None
 
     @property
     def rank(self) -> int:
@@ -54,9 +54,11 @@ class Lora(nn.Module):
         self.up.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out); drops inputs only while a noise generator is set."""
+        """(..., in) -> (..., out); drops inputs only while a seed of the noise is set."""
         if self.dropout > 0 and self.noise is not None:
-            drawn = torch.rand(x.shape, generator=self.noise, device=x.device)
+            # Seeded anew at every call: a block that runs again in the backward drops the same.
+            generator = torch.Generator(x.device).manual_seed(self.noise)
+            drawn = torch.rand(x.shape, generator=generator, device=x.device)
             x = x * (drawn >= self.dropout).to(x.dtype) / (1 - self.dropout)
         hidden = F.linear(x, self.down.to(x.dtype))
         return F.linear(hidden, (self.up * self.scale).to(x.dtype))
@@ -143,6 +145,29 @@ class GatedLinear(nn.Module):
         self.down = self.down[index].contiguous()
         self.gate, self.rank = None, index.numel()
 
+    @torch.no_grad()
+    def train_factors(self) -> list[nn.Parameter]:
+        """Make both factors trainable in fp32 and return them.
+
+        Every component is spread evenly over both, as Adam's steps do not follow a matrix's scale.
+        """
+        wide = torch.promote_types(self.up.dtype, torch.float32)
+        up, down = self.up.to(wide), self.down.to(wide)
+        norms = up.norm(dim=0), down.norm(dim=1)
+        live = (norms[0] > 0) & (norms[1] > 0)
+        turn = torch.where(live, norms[1] / norms[0], torch.ones_like(norms[0])).sqrt()
+        self.up, self.down = nn.Parameter(up * turn), nn.Parameter(down / turn[:, None])
+        return [self.up, self.down]
+
+    @torch.no_grad()
+    def settle_factors(self) -> None:
+        """The end of `train_factors`: plain frozen factors in the original's dtype."""
+        dtype = next(self.original.parameters()).dtype
+        for name in ("up", "down"):
+            trained = getattr(self, name).detach().to(dtype)
+            delattr(self, name)
+            self.register_buffer(name, trained, persistent=False)
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """`(B, A)` as used now."""
         if self.rank is not None and self.rank < self.components:
@@ -153,7 +178,7 @@ class GatedLinear(nn.Module):
         """(..., in) -> (..., out)."""
         if self.rank is None:
             return self.original(x)
-        up, down = self.factors()
+        up, down = (factor.to(x.dtype) for factor in self.factors())
         hidden = F.linear(x, down)
         if self.gate is not None:
             gate = self.gate if self._used_factors is None else self.gate[self._used]

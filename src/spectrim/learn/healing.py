@@ -1,27 +1,28 @@
-"""After pruning: fix the order of components, then tune the corrections for the sizes in use.
+"""After pruning: fix the order of components, then tune what is kept for the sizes in use.
 
 Published (arXiv 2502.01717): corrections are tuned at the stop size with the language-model loss.
 Ours: every step draws one of the sizes from the stop to almost dense, puts the model into exactly
 the state that `resize` will give it (targets that are dense there use their original weight), and
 minimizes the KL divergence to the original model. A correction tuned at the stop alone has never
 seen the sizes that it is used at.
+
+The ordered factors themselves can be trained along, at no bytes: every step moves the prefix that
+its size uses, so that the prefixes of all sizes stay good models.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from spectrim.allocate.elastic import ElasticOrder, elastic_order
 from spectrim.allocate.plan import Plan
-from spectrim.learn.acip import (
-    AcipPruning,
-    correction_tensors,
-    load_corrections,
-)
+from spectrim.learn.acip import AcipPruning
 from spectrim.learn.checkpoint import (
     Checkpoint,
     load_optimizer,
@@ -32,9 +33,20 @@ from spectrim.learn.gated import Lora
 from spectrim.learn.gates import DeathMap
 from spectrim.learn.lessons import Lessons, Objective, Report, seeded
 from spectrim.learn.pruning import Gated
+from spectrim.learn.rate_line import RateLine
 from spectrim.refine.fitting import warmup_cosine
 
-__all__ = ["HealingSettings", "apply_plan", "fold_correction", "heal", "order_by_death"]
+__all__ = [
+    "HealingSettings",
+    "apply_plan",
+    "fold_correction",
+    "heal",
+    "order_by_death",
+    "order_by_fisher",
+]
+
+WARMUP = 0.02
+"""Share of the steps in which the learning rate grows."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +54,11 @@ class HealingSettings:
     """How to heal; the recipe section `AcipLearning` explains the fields."""
 
     steps: int
+    parts: Literal["corrections", "factors"]
     sizes: Literal["stop", "sampled"]
     objective: Objective
     learning_rate: float
+    factor_learning_rate: float
     final_learning_rate: float
     clip: float | None
     grid: int
@@ -53,12 +67,27 @@ class HealingSettings:
 def order_by_death(gated: Gated, deaths: DeathMap) -> ElasticOrder:
     """One order of all components from the death map; the layers keep theirs in that order."""
     alive = gated.spans.counts(deaths.alive).tolist()
+    return _ordered(gated, deaths.keys(gated.spans), least=alive)
+
+
+def order_by_fisher(gated: Gated, squares: Tensor, *, stop_keep: float) -> ElasticOrder:
+    """One order from mean squared gate gradients (N,), per byte of a component, and its end."""
+    weights = gated.spans.weights(gated.costs(), gated.device)
+    keys = [(part.double(),) for part in gated.spans.split(squares / weights)]
+    order = _ordered(gated, keys, least=None)
+    plan = order.plan(stop_keep)
+    least = [
+        held if entry.rank is None else entry.rank
+        for entry, held in zip(plan.entries, order.held, strict=True)
+    ]
+    return replace(order, least=tuple(least))
+
+
+def _ordered(
+    gated: Gated, keys: Sequence[Sequence[Tensor]], *, least: Sequence[int] | None
+) -> ElasticOrder:
     order, kept = elastic_order(
-        gated.curves,
-        deaths.keys(gated.spans),
-        limits=gated.limits,
-        adapters=gated.adapters,
-        least=alive,
+        gated.curves, keys, limits=gated.limits, adapters=gated.adapters, least=least
     )
     for layer, index in zip(gated.layers.values(), kept, strict=True):
         layer.order_components(torch.from_numpy(index).to(layer.up.device))
@@ -91,43 +120,65 @@ def heal(
     checkpoint: Checkpoint | None = None,
     report: Report = lambda *_: None,
 ) -> list[list[float]]:
-    """Tune the corrections; returns (step, loss, keep) of some steps.
+    """Tune what the settings say; returns (step, loss, keep) of some steps.
 
     Raises:
         NonFiniteError: the training diverged; the last checkpoint stays.
     """
-    parameters = gated.corrections()
-    if not parameters or settings.steps == 0:
+    plans = _plans(order, settings) if settings.steps else []
+    # Without a size at which anything is cut there is nothing to train.
+    groups = _trained(gated, settings) if plans else []
+    if not groups:
         return []
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
-    plans = _plans(order, settings)
-    start, history = _resume(checkpoint, gated, optimizer)
-    guard = lessons.guard(pruned.first_loss, "heal_learning_rate")
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    parameters = [p for group in groups for p in group["params"]]
+    peaks = [group["lr"] for group in groups]
+    start, history = _resume(checkpoint, parameters, optimizer)
+    guard = lessons.guard(pruned.first_loss, "heal_learning_rate or heal_factor_learning_rate")
+    line = RateLine.over(history)
     for step in range(start, settings.steps):
         drawn = torch.randint(len(plans), (1,), generator=seeded(lessons.seed, step, 1))
         keep, plan = plans[int(drawn)]
         apply_plan(gated, plan)
-        gated.draw_dropout(lessons.seed, pruned.step + step)
+        factor = warmup_cosine(
+            step, settings.steps, warmup=WARMUP, final=settings.final_learning_rate
+        )
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * factor
         optimizer.zero_grad(set_to_none=True)
-        loss = lessons.backward(pruned.step + step, settings.objective, lambda: None)
-        guard.check(loss, pruned.step + step + 1, where_kept(checkpoint))
+        now = pruned.step + step
+        loss = lessons.backward(
+            now, settings.objective, partial(gated.draw_dropout, lessons.seed, now)
+        )
+        guard.check(loss, now + 1, where_kept(checkpoint))
         if settings.clip is not None:
             nn.utils.clip_grad_norm_(parameters, settings.clip)
-        for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * warmup_cosine(
-                step, settings.steps, warmup=0.02, final=settings.final_learning_rate
-            )
         optimizer.step()
-        if (step + 1) % max(1, settings.steps // 50) == 0:
-            history.append([step + 1, loss, keep])
-            report("heal", step + 1, settings.steps, f"loss {loss:.4f} at keep {keep:.3f}")
+        history.append([step + 1, loss, keep])
+        line.see(keep, loss)
+        report("heal", step + 1, settings.steps, f"keep {keep:.3f}, loss {line.text()}")
         if checkpoint is not None and checkpoint.due(step + 1):
             tensors = {f"deaths.{name}": t for name, t in asdict(pruned.deaths).items()}
-            tensors |= optimizer_tensors(optimizer, "heal") | correction_tensors(gated)
+            tensors |= optimizer_tensors(optimizer, "heal")
+            tensors |= {f"healed.{i}": p for i, p in enumerate(parameters)}
             counters = {**pruned.counters(), "heal_step": step + 1, "heal_history": history}
             checkpoint.save(tensors, {"stage": "heal", **counters})
     gated.stop_dropout()
+    if settings.parts == "factors":
+        for layer in gated.layers.values():
+            layer.settle_factors()
     return history
+
+
+def _trained(gated: Gated, settings: HealingSettings) -> list[dict[str, Any]]:
+    """Optimizer groups of what healing trains, all in fp32."""
+    groups: list[dict[str, Any]] = []
+    if gated.corrections():
+        groups.append({"params": gated.corrections(), "lr": settings.learning_rate})
+    if settings.parts == "factors":
+        factors = [p for layer in gated.layers.values() for p in layer.train_factors()]
+        groups.append({"params": factors, "lr": settings.factor_learning_rate})
+    return groups
 
 
 def _plans(order: ElasticOrder, settings: HealingSettings) -> list[tuple[float, Plan]]:
@@ -139,13 +190,15 @@ def _plans(order: ElasticOrder, settings: HealingSettings) -> list[tuple[float, 
     return [(k, p) for k, p in plans if any(e.rank is not None for e in p.entries)]
 
 
+@torch.no_grad()
 def _resume(
-    checkpoint: Checkpoint | None, gated: Gated, optimizer: torch.optim.Optimizer
+    checkpoint: Checkpoint | None, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> tuple[int, list[list[float]]]:
     found = checkpoint.load() if checkpoint is not None else None
     if found is None or found[1]["stage"] != "heal":
         return 0, []
     tensors, counters = found
-    load_corrections(gated, tensors)
+    for i, p in enumerate(parameters):
+        p.copy_(tensors[f"healed.{i}"])
     load_optimizer(optimizer, tensors, "heal")
     return counters["heal_step"], counters["heal_history"]

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from spectrim.errors import NonFiniteError
 from spectrim.refine.distill import kl_per_token
 
-__all__ = ["Guard", "Lessons", "Objective", "Report", "seeded"]
+__all__ = ["Guard", "Lessons", "Objective", "Report", "mixed_seed", "seeded"]
 
 Report = Callable[[str, int, int, str], None]
 """Told (stage, step, total, note)."""
@@ -30,12 +30,16 @@ CEILING = 2.0
 Objective = Literal["cross_entropy", "kl"]
 
 
-def seeded(seed: int, *more: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator whose stream depends on all the numbers."""
-    mixed = seed
+def mixed_seed(seed: int, *more: int) -> int:
+    """One seed that depends on all the numbers."""
     for number in more:
-        mixed = (mixed * 1_000_003 + number + 1) % 2**63
-    return torch.Generator(device).manual_seed(mixed)
+        seed = (seed * 1_000_003 + number + 1) % 2**63
+    return seed
+
+
+def seeded(seed: int, *more: int) -> torch.Generator:
+    """A generator whose stream depends on all the numbers."""
+    return torch.Generator().manual_seed(mixed_seed(seed, *more))
 
 
 @dataclass
@@ -91,15 +95,21 @@ class Lessons:
         predicted = logits[:, :-1].float().flatten(0, 1)
         return F.cross_entropy(predicted, ids[:, 1:].flatten())
 
-    def backward(self, step: int, objective: Objective, prepare: Callable[[], None]) -> float:
-        """Add the gradients of one step; `prepare` binds fresh gates before every pass.
+    def backward(self, step: int, objective: Objective, prepare: Callable[[int], None]) -> float:
+        """Add the gradients of one step.
+
+        Args:
+            step: says which windows.
+            objective: of the step.
+            prepare: called before every forward pass with its number in the step; binds gates
+                with a fresh graph, draws dropout.
 
         Returns:
             The mean loss, NaN or infinite if a pass was; gradients are then incomplete.
         """
         total = 0.0
-        for rows in self.rows(step):
-            prepare()
+        for turn, rows in enumerate(self.rows(step)):
+            prepare(turn)
             with torch.enable_grad():
                 loss = self.loss(rows, objective) / self.accumulate
             total += float(loss.detach())

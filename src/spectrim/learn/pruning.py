@@ -18,7 +18,7 @@ from spectrim.allocate.elastic import bytes_by_components
 from spectrim.allocate.ladder import Limits
 from spectrim.learn.gated import GatedLinear
 from spectrim.learn.gates import GateFunction, Spans, gate_values, start_value
-from spectrim.learn.lessons import seeded
+from spectrim.learn.lessons import mixed_seed
 
 __all__ = ["Gated"]
 
@@ -70,11 +70,11 @@ class Gated:
         """Gates from scores, with a fresh graph back to them."""
         self.bind(gate_values(scores, function, scale=scale))
 
-    def draw_dropout(self, seed: int, step: int) -> None:
-        """Set the dropout of the corrections for one step."""
+    def draw_dropout(self, seed: int, step: int, turn: int) -> None:
+        """Set the dropout of the corrections for one forward pass, the `turn`-th of a step."""
         for index, layer in enumerate(self.layers.values()):
             if layer.lora is not None and layer.lora.dropout > 0:
-                layer.lora.noise = seeded(seed, step, index, device=self.device)
+                layer.lora.noise = mixed_seed(seed, step, turn, index)
 
     def stop_dropout(self) -> None:
         """Corrections as they are used after training."""

@@ -44,6 +44,7 @@ from spectrim.learn.checkpoint import (
 )
 from spectrim.learn.lessons import Lessons, Report
 from spectrim.learn.pruning import Gated
+from spectrim.learn.rate_line import RateLine
 from spectrim.learn.scores import SocoSettings, SocoState, fading, gates_of, scores_of
 from spectrim.learn.surrogate import mean_square_gradients
 from spectrim.refine.fitting import warmup_cosine
@@ -89,6 +90,7 @@ def learn_scores(
     weights = gated.spans.weights(gated.costs(), gated.device)
     whole = gated.load(torch.ones_like(state.dead))
     total = settings.explore_steps + settings.oscillate_steps + settings.sparsify_steps
+    line = RateLine.over(state.history)
     while state.phase != "done":
         factor = _rate(state, settings)
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
@@ -100,7 +102,8 @@ def learn_scores(
         _next_phase(settings, state, kept, kept_mask)
         if state.step % 10 == 0 or state.phase == "done":
             state.history.append([state.step, loss, kept])
-            report(state.phase, state.step, total, f"loss {loss:.4f}, keep {kept:.3f}")
+            line.see(kept, loss)
+            report(state.phase, state.step, total, f"keep {kept:.3f}, loss {line.text()}")
         if checkpoint is not None and (checkpoint.due(state.step) or state.phase == "done"):
             tensors = {**state.tensors(), **optimizer_tensors(optimizer, "optimizer")}
             tensors |= {f"deviation.{i}": d for i, d in enumerate(deviations(gated))}
@@ -118,7 +121,7 @@ def _learn(
 ) -> float:
     """One Adam step on the KL divergence; running statistics follow."""
     optimizer.zero_grad(set_to_none=True)
-    loss = lessons.backward(state.step, "kl", lambda: gated.bind(gates_of(state, settings)))
+    loss = lessons.backward(state.step, "kl", lambda _: gated.bind(gates_of(state, settings)))
     state.step += 1
     state.phase_step += 1
     lessons.guard(math.nan, "learning_rate or pressure_cap").check(

@@ -28,7 +28,7 @@ def mean_square_gradients(gated: Gated, lessons: Lessons, *, steps: int) -> Tens
         lessons.backward(
             step,
             "cross_entropy",
-            lambda: gated.bind_scores(scores, "straight_through", scale=1.0),
+            lambda _: gated.bind_scores(scores, "straight_through", scale=1.0),
         )
         assert scores.grad is not None
         total += scores.grad.square()

@@ -10,6 +10,7 @@ side, and the deviation into the bias.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,12 @@ from spectrim.allocate.curve import Curve
 from spectrim.allocate.order import global_order, ranks_at
 from spectrim.allocate.plan import Plan
 from spectrim.allocate.uniform import uniform
-from spectrim.learn.checkpoint import Checkpoint, where_kept
+from spectrim.learn.checkpoint import (
+    Checkpoint,
+    load_optimizer,
+    optimizer_tensors,
+    where_kept,
+)
 from spectrim.learn.gated import GatedLinear
 from spectrim.learn.gates import GateFunction, Spans, gate_values, start_value
 from spectrim.learn.lessons import Lessons, Report
@@ -114,6 +120,8 @@ def recover(
 ) -> tuple[list[Tensor], list[float]]:
     """Cut the layers to their survivors and adapt these to one another.
 
+    Where every target is dense there is nothing to adapt.
+
     Args:
         gated: its layers hold only the survivors afterwards; dense targets compute the original.
         plan: from `choose` or `fixed_choice`.
@@ -121,7 +129,7 @@ def recover(
         theta: learned raw scores (N,), None to start at scores of one.
         lessons: windows and losses.
         settings: hyper-parameters.
-        checkpoint: only named in messages; a killed recovery starts again from the last phase.
+        checkpoint: of the recovery, beside the one of the phases before it.
         report: told of the steps.
 
     Returns:
@@ -132,8 +140,11 @@ def recover(
     """
     scores = _cut(gated, plan, kept, theta, settings)
     parameters: list[nn.Parameter] = deviations(gated)
-    groups = [{"params": parameters, "lr": settings.deviation_learning_rate}] if parameters else []
-    if settings.rescale:
+    cut = any(entry.rank is not None for entry in plan.entries)
+    groups: list[dict[str, Any]] = []
+    if parameters and cut:
+        groups.append({"params": parameters, "lr": settings.deviation_learning_rate})
+    if settings.rescale and cut:
         groups.append({"params": [scores], "lr": settings.learning_rate})
     losses: list[float] = []
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0) if groups else None
@@ -143,25 +154,48 @@ def recover(
     def bind() -> None:
         gated.bind(gate_values(scores, settings.score) if settings.rescale else None)
 
-    for step in range(settings.steps if optimizer is not None else 0):
-        assert optimizer is not None
+    for step in range(_resume(checkpoint, trained, optimizer, losses), settings.steps):
+        if optimizer is None:
+            break
         factor = warmup_cosine(step, settings.steps, warmup=0.1, final=0.05)
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * factor
         optimizer.zero_grad(set_to_none=True)
-        loss = lessons.backward(settings.first_step + step, "kl", bind)
+        loss = lessons.backward(settings.first_step + step, "kl", lambda _: bind())
         guard = lessons.guard(float("nan"), "learning_rate")
         guard.check(loss, settings.first_step + step + 1, where_kept(checkpoint))
         nn.utils.clip_grad_norm_(trained, settings.clip)
         optimizer.step()
         losses.append(loss)
-        if (step + 1) % 10 == 0 or step + 1 == settings.steps:
-            report("recover", step + 1, settings.steps, f"loss {loss:.4f}")
+        report("recover", step + 1, settings.steps, f"loss {loss:.4f}")
+        if checkpoint is not None and (checkpoint.due(step + 1) or step + 1 == settings.steps):
+            tensors = {f"trained.{i}": p for i, p in enumerate(trained)}
+            tensors |= optimizer_tensors(optimizer, "optimizer")
+            checkpoint.save(tensors, {"losses": losses})
     with torch.no_grad():
         bind()
         values = gate_values(scores.detach(), settings.score)
     values = values if settings.rescale else torch.ones_like(values)
     return list(gated.spans.split(values)), losses
+
+
+@torch.no_grad()
+def _resume(
+    checkpoint: Checkpoint | None,
+    trained: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer | None,
+    losses: list[float],
+) -> int:
+    """Steps that an earlier process has done, after taking over its state."""
+    found = checkpoint.load() if checkpoint is not None else None
+    if found is None or optimizer is None:
+        return 0
+    tensors, counters = found
+    for i, p in enumerate(trained):
+        p.copy_(tensors[f"trained.{i}"])
+    load_optimizer(optimizer, tensors, "optimizer")
+    losses.extend(counters["losses"])
+    return len(losses)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from spectrim.errors import NonFiniteError
 from spectrim.model.anatomy import Anatomy, Target
 from spectrim.model.capture import first_tensor
+from spectrim.model.recompute import recomputed
 from spectrim.moments.accumulate import MomentAccumulator, reduction_dtype
 from spectrim.moments.moments import Moments, OutputMoments
 
@@ -267,7 +268,7 @@ def gradient_pass(
     phase = _Phase()
     with (
         _only_activations_need_gradients(model),
-        _checkpointed(model, checkpointing),
+        recomputed([model.get_submodule(b.name) for b in anatomy.blocks], on=checkpointing),
         _gradient_hooks(model, sums, feeds, phase),
         torch.enable_grad(),
     ):
@@ -291,25 +292,3 @@ def gradient_pass(
     if factors:
         result.scores = {n: s.scores(result.tokens) for n, s in sums.items() if s.factors}
     return result
-
-
-@contextmanager
-def _checkpointed(model: Any, on: bool) -> Iterator[None]:
-    """Gradient checkpointing for the duration; transformers applies it in train mode only."""
-    if not on:
-        yield
-        return
-    if any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
-        raise NonFiniteError("gradient checkpointing would switch dropout on; set dropout to 0")
-    # transformers 5.2x renamed the switch; the old name goes in version 6.
-    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
-    model.train()
-    try:
-        yield
-    finally:
-        getattr(model, f"{name}_checkpointing_disable")()
-        # Enabling also hooks the embeddings, and disabling leaves that hook behind.
-        if hasattr(model, "_require_grads_hook"):
-            model.disable_input_require_grads()
-        model.eval()

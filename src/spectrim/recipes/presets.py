@@ -177,12 +177,14 @@ PRESETS: dict[str, Recipe] = {
             paper="Genzel et al., TMLR 2025, arXiv 2502.01717",
             equation="min CE(Σ_i 1[μ_i > 0] σ_i u_i v_iᵀ + LoRA) + λ_t Σ_i w_i relu(μ_i)",
             differences=(
-                "fp32 gates instead of bf16, whitened components, penalties by cost, exact bytes "
-                "with LoRA counted, dense targets from the base, healing at sampled sizes by KL."
+                "fp32 gates instead of bf16, components of inputs and output gradients instead of "
+                "the weight alone, penalties by cost, exact bytes with LoRA counted, dense targets "
+                "from the base, healing at sampled sizes by KL, of the factors too where memory "
+                "allows."
             ),
             flow="learned",
             keep=0.4,
-            decompose=Decompose(objective="whitened"),
+            decompose=Decompose(objective="kfac"),
             calibration=Calibration(text="c4", windows=4096, window_length=1024, batch=4),
             learn=AcipLearning(),
         ),
@@ -193,11 +195,12 @@ PRESETS: dict[str, Recipe] = {
             equation="W' = U (Σ ⊙ S) Vᵀ,  min_{S, d} KL(original ‖ W'),  S > 1/2 kept",
             differences=(
                 "No code was published: what the paper leaves open is ours, see the documentation. "
-                "Phases end by criterion, the budget is met exactly."
+                "Components of inputs and output gradients, phases that end by criterion, exact "
+                "budgets."
             ),
             flow="learned",
             calibration=_LITERATURE,
-            decompose=Decompose(objective="whitened"),
+            decompose=Decompose(objective="kfac"),
             learn=SocoLearning(),
         ),
     )

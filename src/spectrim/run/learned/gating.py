@@ -20,6 +20,7 @@ from spectrim.learn.gated import GatedLinear, Lora
 from spectrim.learn.lessons import Lessons, seeded
 from spectrim.learn.pruning import Gated
 from spectrim.model.forward import evaluating, run_window
+from spectrim.model.recompute import recomputed
 from spectrim.model.replay import Replay, record
 from spectrim.model.weights import get_module, read_bias, read_weight, replace_module
 from spectrim.refine.masters import frozen
@@ -104,14 +105,18 @@ def _lora(W: Tensor, adapters: Adapters, seed: int, index: int) -> Lora | None:
 
 
 @contextmanager
-def gates_in_place(job: Job, gated: Gated) -> Iterator[None]:
-    """The model computes with the gated layers and only they are trained; undone at the end."""
+def gates_in_place(job: Job, gated: Gated, *, recompute: bool = False) -> Iterator[None]:
+    """The model computes with the gated layers and only they are trained; undone at the end.
+
+    With `recompute` blocks do not keep their activations for the backward pass.
+    """
     model: nn.Module = job.model
     others = list(model.parameters())
     try:
         for name, layer in gated.layers.items():
             replace_module(model, name, layer)
-        with frozen(others):
+        blocks = [get_module(model, block.name) for block in job.anatomy.blocks]
+        with frozen(others), recomputed(blocks, on=recompute):
             yield
     finally:
         for name, layer in gated.layers.items():

@@ -10,7 +10,9 @@ from spectrim.recipe import Recipe, validated
 from spectrim.run.compress import Outcome
 from spectrim.run.learned.elastic import open_elastic
 from spectrim.run.loading import load_model
+from spectrim.storage.atomic import check_output
 from spectrim.storage.elastic import Elastic, save_elastic
+from spectrim.storage.survey_file import load_survey
 from spectrim.storage.survey_record import Survey
 
 __all__ = ["save_elastic_outcome", "save_survey_as_elastic"]
@@ -50,7 +52,7 @@ def save_elastic_outcome(
 
 
 def save_survey_as_elastic(
-    survey: Survey,
+    survey: Survey | str | Path,
     output: str | Path,
     *,
     score: str | None = None,
@@ -61,7 +63,7 @@ def save_survey_as_elastic(
     """Write a survey's components, ordered by one of its scores, as an elastic artifact.
 
     Args:
-        survey: in memory or loaded.
+        survey: in memory, or its folder.
         output: a new or empty folder, or an artifact with `overwrite`.
         score: see `elastic_from_survey`.
         base: where the base model lies now, if not under its recorded name.
@@ -73,6 +75,9 @@ def save_survey_as_elastic(
         InputError: the survey lacks the score.
         OutputError: the destination is taken or cannot be written; nothing is left there.
     """
+    check_output(output, overwrite=overwrite)
+    if not isinstance(survey, Survey):
+        survey = load_survey(survey)
     opened = open_elastic(survey, base=base, device="cpu", score=score)
     recipe = validated(Recipe, survey.recipe, source=f"the survey of {survey.model_name}")
     elastic = opened.elastic

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from spectrim.decompose import OBJECTIVES
+from spectrim.model.recompute import is_large
 from spectrim.moments.gradients import GradientPass, gradient_pass
 from spectrim.moments.moments import OutputMoments
 from spectrim.recipe import Decompose
 from spectrim.run.job import Job
 
 __all__ = ["backward_pass", "output_moments"]
-
-CHECKPOINTED_FROM = 1_000_000_000
-"""Models with more parameters recompute their activations in the backward pass."""
 
 
 def backward_pass(
@@ -61,7 +59,7 @@ def backward_pass(
         clip=choice.clip,
         batch=job.batch,
         seed=job.recipe.seed,
-        checkpointing=_is_large(job.model),
+        checkpointing=is_large(job.model),
         on_batch=advance,
     )
     job.progress.finish(stage)
@@ -80,9 +78,3 @@ def output_moments(job: Job) -> dict[str, OutputMoments]:
         with job.log.timed("gradients"):
             job.outputs = backward_pass(job, choice).outputs
     return job.outputs
-
-
-def _is_large(model: nn.Module) -> bool:
-    return sum(p.numel() for p in model.parameters()) >= CHECKPOINTED_FROM and bool(
-        getattr(model, "supports_gradient_checkpointing", False)
-    )

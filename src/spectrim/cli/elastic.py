@@ -1,0 +1,65 @@
+"""`spectrim elastic`: a survey's components as an elastic artifact, every size by slicing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spectrim.cli import options
+
+__all__ = ["elastic"]
+
+
+def elastic(
+    survey: Annotated[
+        Path, typer.Argument(metavar="SURVEY", help="A folder made by `spectrim survey`.")
+    ],
+    output: options.Output,
+    score: Annotated[
+        str | None,
+        typer.Option(
+            "--score",
+            help="What orders the components: kfac, second_order, first_order or energy; the best "
+            "that SURVEY holds by default.",
+        ),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", metavar="MODEL", help="Where the surveyed model lies now."),
+    ] = None,
+    self_contained: Annotated[
+        bool, typer.Option("--self-contained", help="Include the base model in the artifact.")
+    ] = False,
+    overwrite: options.Overwrite = False,
+    verbose: options.Verbose = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Write SURVEY's components, most important first, as an elastic artifact.
+
+    `spectrim resize OUT` and `spectrim slider OUT` give any size of it without data.
+    """
+    from spectrim.cli.session import session
+
+    with session(verbose=verbose, quiet=quiet, output=output):
+        from spectrim import api
+
+        made = api.elastic(
+            survey,
+            output,
+            self_contained=self_contained,
+            overwrite=overwrite,
+            **options.given(score=score, base=base),
+        )
+    from spectrim.cli.render import print_facts
+
+    print_facts(
+        {
+            "model": made.base.name,
+            "ordered by": made.source,
+            "smallest keep": f"{made.order.smallest_keep:.4f}",
+            "output": output,
+            "next": f"spectrim resize {output} --keep 0.6 -o smaller",
+        }
+    )
