@@ -105,7 +105,7 @@ def _replay(job: Job):
         return None
     return record(
         job.model,
-        job.ids,
+        job.own_ids,
         batch=job.batch,
         device=job.device,
         anatomy=job.anatomy,

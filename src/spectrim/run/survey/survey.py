@@ -173,7 +173,7 @@ def _blocks(
             yield block, [None] * len(block.groups), {}
         return
     replay = record(
-        job.model, job.ids, batch=job.batch, device=job.device, folder=job.offload_streams
+        job.model, job.own_ids, batch=job.batch, device=job.device, folder=job.offload_streams
     )
     for block in job.anatomy.blocks:
         yield block, [*block_moments(job, replay, block, input_needs)], {}
