@@ -83,7 +83,9 @@ class Team:
 
         for tensor in tensors:
             sent = tensor.detach().contiguous()
-            _sent(lambda sent=sent: dist.broadcast(sent, src=source))
+            # As bytes: gloo does not know every dtype.
+            content = sent.view(-1).view(torch.uint8)
+            _sent(lambda content=content: dist.broadcast(content, src=source))
             if self.rank != source and sent.data_ptr() != tensor.data_ptr():
                 tensor.detach().copy_(sent)
 
@@ -135,7 +137,7 @@ class Team:
         Args:
             moves: (source, destination) of every parcel; the same list on all ranks.
             outgoing: number of a parcel -> its content, asked on its source only.
-            empty: a CPU tensor of the parcels' shape and dtype.
+            empty: a tensor of the parcels' shape and dtype, on any device.
 
         Returns:
             The parcels that have arrived here, by number.
@@ -146,12 +148,12 @@ class Team:
         waiting = []
         for number, (source, destination) in enumerate(moves):
             if self.rank == source:
-                content = outgoing(number).contiguous()
+                content = outgoing(number).contiguous().view(-1).view(torch.uint8)
                 work = _sent(lambda c=content, d=destination, n=number: dist.isend(c, d, tag=n))
                 waiting.append((work, content))
             elif self.rank == destination:
-                arrived[number] = torch.empty_like(empty)
-                place = arrived[number]
+                arrived[number] = torch.empty_like(empty, device="cpu")
+                place = arrived[number].view(-1).view(torch.uint8)
                 work = _sent(lambda p=place, s=source, n=number: dist.irecv(p, s, tag=n))
                 waiting.append((work, place))
         for work, _ in waiting:
