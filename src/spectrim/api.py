@@ -12,6 +12,7 @@ from torch import nn
 
 from spectrim.allocate.budget import parse_size
 from spectrim.allocate.plan import Plan
+from spectrim.distributed.team import Team
 from spectrim.errors import BudgetError, InputError, RecipeError
 from spectrim.measure.evaluating import evaluate_model
 from spectrim.recipe import Recipe
@@ -127,6 +128,7 @@ def compress(
     self_contained: bool = False,
     progress: Progress | None = None,
     trust_remote_code: bool = False,
+    team: Team | None = None,
 ) -> Result:
     """Compress a model and, with `output`, save it as an ordinary Hugging Face folder.
 
@@ -159,10 +161,13 @@ def compress(
         self_contained: include the base checkpoint in an elastic artifact.
         progress: told of stages and steps.
         trust_remote_code: run code that comes with the checkpoint.
+        team: processes that share the run (`spectrim.distributed.launch.membership`); all of them
+            call this with the same arguments, and the leader saves.
 
     Raises:
         SpectrimError: every refusal; nothing is left half-written.
     """
+    team = team or Team()
     if keep is not None and size is not None:
         raise BudgetError("keep and size exclude each other; give one")
     if on_failure not in ("error", "keep-unrefined"):
@@ -180,10 +185,11 @@ def compress(
     )
     if output is not None:
         check_output(output, overwrite=overwrite)
+        team.barrier()  # nobody looks there any more when the leader begins to write
     goal = parse_size(size) if isinstance(size, str) else size
     loaded = load_model(
         model,
-        device=device,
+        device=team.device or device,
         dtype=dtype,
         tokenizer=tokenizer,
         trust_remote_code=trust_remote_code,
@@ -202,11 +208,14 @@ def compress(
         offload_streams=None if offload_streams is None else Path(offload_streams),
         on_failure=on_failure,
         work=None if work is None else Path(work),
+        team=team,
     )
     result = Result(**vars(outcome))
     if output is not None:
-        original = loaded.name if self_contained else None
-        save_outcome(result, output, overwrite=overwrite, original=original)
+        if team.leads:
+            original = loaded.name if self_contained else None
+            save_outcome(result, output, overwrite=overwrite, original=original)
+        team.barrier()  # what the others return is there as well
         result.output = Path(output)
     return result
 
@@ -234,6 +243,7 @@ def survey(
     offload_streams: str | Path | None = None,
     progress: Progress | None = None,
     trust_remote_code: bool = False,
+    team: Team | None = None,
 ) -> Survey:
     """Measure a model once, for any number of plans; the model stays as it is.
 
@@ -254,19 +264,22 @@ def survey(
         offload_streams: folder for hidden states that should not be held in memory.
         progress: told of stages and steps.
         trust_remote_code: run code that comes with the checkpoint.
+        team: processes that share the work, as for `compress`.
 
     Raises:
         SpectrimError: every refusal; nothing is left half-written.
     """
+    team = team or Team()
     resolved = resolve_recipe(
         recipe, seed=seed, text=text, windows=windows, window_length=window_length
     )
     if output is not None:
         check_output(output, overwrite=overwrite)
+        team.barrier()
     made = survey_model(
         load_model(
             model,
-            device=device,
+            device=team.device or device,
             dtype=dtype,
             tokenizer=tokenizer,
             trust_remote_code=trust_remote_code,
@@ -276,9 +289,12 @@ def survey(
         scores=scores,
         progress=progress,
         offload_streams=None if offload_streams is None else Path(offload_streams),
+        team=team,
     )
     if output is not None:
-        save_survey(made, output, overwrite=overwrite)
+        if team.leads:
+            save_survey(made, output, overwrite=overwrite)
+        team.barrier()
     return made
 
 

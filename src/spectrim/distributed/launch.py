@@ -8,6 +8,7 @@ run as `torchrun --nproc-per-node 4 script.py`. Without torchrun the team is thi
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable
 from datetime import timedelta
@@ -24,6 +25,9 @@ __all__ = ["Membership", "device_for", "membership"]
 
 LONGEST_WAIT = timedelta(days=7)
 """One rank may compute for hours while the others wait; failures are told by the alarm instead."""
+
+_MEMBERSHIPS = itertools.count(1)
+"""A process may join more than once; each time the names in the shared store are new."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -93,7 +97,7 @@ class Membership:
             raise LostRankError(
                 f"rank {place.rank} of {place.size} cannot reach the other processes: {error}"
             ) from error
-        shared = dist.PrefixStore("spectrim", store)
+        shared = dist.PrefixStore(f"spectrim {next(_MEMBERSHIPS)}", store)
         self._alarm = Alarm(
             dist.PrefixStore("alarm", shared.clone() if hasattr(shared, "clone") else shared),
             rank=place.rank,
