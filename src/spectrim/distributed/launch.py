@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable
 from datetime import timedelta
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -99,7 +100,7 @@ class Membership:
             ) from error
         shared = dist.PrefixStore(f"spectrim {next(_MEMBERSHIPS)}", store)
         self._alarm = Alarm(
-            dist.PrefixStore("alarm", shared.clone() if hasattr(shared, "clone") else shared),
+            dist.PrefixStore("alarm", _own_connection(shared)),
             rank=place.rank,
             size=place.size,
             tell=self._tell,
@@ -144,6 +145,11 @@ class Membership:
             raise
         self._alarm.stop()
         dist.destroy_process_group()
+
+
+def _own_connection(store: Any) -> Any:
+    """The same store through another connection: waiting on one blocks it for other threads."""
+    return store.clone() if hasattr(store, "clone") else store
 
 
 def _in_words(error: BaseException) -> str:

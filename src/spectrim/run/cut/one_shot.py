@@ -89,10 +89,10 @@ def _cut_span(
     targets = [target for block in span for target in block.targets]
     owned = owners_of(job.team, targets, plan)
     moments: dict[str, Moments] = {}
-    for block in span if replay is not None else ():
-        for group, found in zip(
-            block.groups, block_moments(job, replay, block, needs), strict=True
-        ):
+    for block in span:
+        gathered = [] if replay is None else block_moments(job, replay, block, needs)
+        # Without a replay the objective has no inputs, and there is nothing to keep.
+        for group, found in zip(block.groups, gathered, strict=False):
             mine = [t.name for t in group.targets if owned[t.name] == job.team.rank]
             moments |= dict.fromkeys(mine, found)
 

@@ -34,13 +34,17 @@ Make = Callable[[Target, nn.Module], tuple[nn.Module, dict[str, Any]]]
 
 def owners_of(team: Team, targets: Sequence[Target], plan: Plan | None = None) -> dict[str, int]:
     """Target name -> the rank that decomposes it; a target that stays dense costs nothing."""
-    costs = [
+    names = [target.name for target in targets]
+    return dict(zip(names, team.owners(_costs(targets, plan)), strict=True))
+
+
+def _costs(targets: Sequence[Target], plan: Plan | None) -> list[int]:
+    return [
         0
         if plan is not None and plan[t.name].rank is None
         else factorisation_cost(t.out_features, t.in_features)
         for t in targets
     ]
-    return dict(zip([t.name for t in targets], team.owners(costs), strict=True))
 
 
 def spans(team: Team, blocks: Sequence[Block], plan: Plan | None = None) -> Iterator[list[Block]]:
@@ -56,8 +60,7 @@ def spans(team: Team, blocks: Sequence[Block], plan: Plan | None = None) -> Iter
 
 
 def _balance(team: Team, blocks: Sequence[Block], plan: Plan | None) -> float:
-    targets = [t for b in blocks for t in b.targets if plan is None or plan[t.name].rank is not None]
-    costs = [float(factorisation_cost(t.out_features, t.in_features)) for t in targets]
+    costs = _costs([target for block in blocks for target in block.targets], plan)
     busiest = max(loads(costs, team.owners(costs), team.size))
     return sum(costs) / (team.size * busiest) if busiest else 1.0
 

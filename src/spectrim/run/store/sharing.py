@@ -38,9 +38,7 @@ def shared_conversions(
     if job.team.size == 1:
         return converted
     by_name = {target.name: target for target in targets}
-    facts = {
-        name: [one.storage, one.rank, one.error, one.note] for name, one in converted.items()
-    }
+    facts = {name: [one.storage, one.rank, one.error, one.note] for name, one in converted.items()}
     found = dict(converted)
     for others in job.team.gather(facts):
         for name, (storage, rank, error, note) in others.items():

@@ -201,10 +201,11 @@ def _decompose_all(
         owned = owners_of(job.team, targets)
         moments: dict[str, Moments | None] = {}
         outputs: dict[str, OutputMoments] = {}
-        for block, inputs, outputs in islice(gathered, len(span)):
+        for block, inputs, outputs_of_block in islice(gathered, len(span)):
             # Others' moments are let go at once.
             mine = (t for t in block.targets if owned[t.name] == job.team.rank)
             moments |= {t.name: inputs[t.group] for t in mine}
+            outputs = outputs_of_block
 
         def find(target: Target, moments=moments, outputs=outputs) -> Spectrum:
             module = get_module(job.model, target.name)
