@@ -43,7 +43,7 @@ FLOWS = {
     "one-shot": ({"flow": "one-shot", "decompose": {"objective": "whitened"}}, WHITENED),
     "sequential": ({"flow": "sequential", "decompose": {"objective": "anchored"}}, SEQUENTIAL),
 }
-BASE = Shape(width=192, inner=528, kv=192, blocks=2, windows=16, length=128)
+BASE = Shape(width=192, inner=528, kv=192, blocks=2, windows=32, length=128)
 TEAM = Shape(width=384, inner=1056, kv=384, blocks=4, windows=32, length=128)
 
 
@@ -134,9 +134,7 @@ def best(rows: list[dict[str, float]]) -> dict[str, float]:
 
 def growth(repeats: int) -> list[dict]:
     """Times of one process at 1, 2 and 4 times the depth, the windows and the width."""
-    points = [
-        (a, k) for a in ("blocks", "windows", "width") for k in (1, 2, 4) if (a, k) != ("", 0)
-    ]
+    points = [(axis, k) for axis in ("blocks", "windows", "width") for k in (1, 2, 4)]
     seen: dict[tuple[str, str, int], list[dict]] = {}
     for _ in range(repeats):
         for flow in FLOWS:
@@ -164,16 +162,19 @@ class ClockedTeam(Team):
         self.meetings.append(time.process_time())
 
     def sum_(self, tensors) -> None:
+        """As a team does."""
         self._meet()
         super().sum_(tensors)
         self._meet()
 
     def broadcast_(self, tensors, source: int) -> None:
+        """As a team does."""
         self._meet()
         super().broadcast_(tensors, source)
         self._meet()
 
     def gather(self, value: Any) -> list[Any]:
+        """As a team does."""
         self._meet()
         found = super().gather(value)
         self._meet()
