@@ -18,7 +18,9 @@ def make_job(
     name="llama", *, count=24, length=12, dtype=torch.float64, data_seed=0, model=None, **recipe
 ):
     """A job on a tiny model with random windows; keyword arguments are the recipe's fields."""
-    job_fields = {k: recipe.pop(k) for k in ("offload_streams", "on_failure") if k in recipe}
+    job_fields = {
+        k: recipe.pop(k) for k in ("offload_streams", "on_failure", "team") if k in recipe
+    }
     model = (model or tiny(name)[0]).to(dtype)
     recipe = {"flow": "sequential", "keep": 0.5, "calibration": {"batch": 8}, **recipe}
     ids = windows(count, length, seed=data_seed)

@@ -12,16 +12,18 @@ from torch import nn
 
 from spectrim.allocate.budget import parse_size
 from spectrim.allocate.plan import Plan
-from spectrim.errors import BudgetError, InputError, RecipeError
+from spectrim.distributed.team import Team
+from spectrim.errors import BudgetError, InputError
 from spectrim.measure.evaluating import evaluate_model
 from spectrim.recipe import Recipe
-from spectrim.recipes import DEFAULT_RECIPE, EFFORTS, get_recipe
+from spectrim.recipes import DEFAULT_RECIPE
 from spectrim.run.compress import Outcome, run_recipe
 from spectrim.run.job import Progress
 from spectrim.run.learned.elastic import ElasticModel, open_elastic
 from spectrim.run.learned.resizing import settle_outcome
 from spectrim.run.learned.saving_elastic import save_survey_as_elastic as elastic
 from spectrim.run.loading import load_model
+from spectrim.run.resolving import resolve_recipe
 from spectrim.run.store.saving import save_outcome
 from spectrim.run.survey.replanning import read_plan, replan
 from spectrim.run.survey.surveying import cut_survey, survey_model
@@ -53,56 +55,6 @@ class Result(Outcome):
     output: Path | None = None
 
 
-def resolve_recipe(
-    recipe: str | Path | Recipe = DEFAULT_RECIPE,
-    *,
-    keep: float | None = None,
-    seed: int | None = None,
-    text: UserText = None,
-    windows: int | None = None,
-    window_length: int | None = None,
-    storage: str | None = None,
-    weights: str | None = None,
-    effort: str | None = None,
-) -> Recipe:
-    """A recipe with the user's changes, validated.
-
-    Raises:
-        RecipeError: an unknown recipe, a value outside its range, or an effort for a recipe that
-            has none.
-    """
-    if effort is not None:
-        recipe = _recipe_at(effort, recipe)
-    chosen = get_recipe(recipe)
-    if keep is not None and not 0 < keep <= 1:
-        raise BudgetError(f"keep is {keep}; it is a fraction in (0, 1], for example 0.6")
-    calibration: dict[str, Any] = {"windows": windows, "window_length": window_length}
-    if isinstance(text, (str, Path)):
-        parts = [part.strip() for part in str(text).split(",")]
-        calibration["text"] = parts[0] if len(parts) == 1 else parts
-    elif text is not None:
-        calibration["text"] = f"({type(text).__name__})"
-    changes: dict[str, Any] = {
-        "calibration": {k: v for k, v in calibration.items() if v is not None},
-        "storage": {
-            k: v for k, v in {"kind": storage, "weights": weights}.items() if v is not None
-        },
-    }
-    if keep is not None:
-        changes["keep"] = keep
-    if seed is not None:
-        changes["seed"] = seed
-    return chosen.with_changes(**changes)
-
-
-def _recipe_at(effort: str, recipe: str | Path | Recipe) -> str:
-    if effort not in EFFORTS:
-        raise RecipeError(f"unknown effort {effort!r}; use {', '.join(EFFORTS)}")
-    if recipe != DEFAULT_RECIPE:
-        raise RecipeError(f"effort is for the recipe {DEFAULT_RECIPE!r} only, not for {recipe}")
-    return EFFORTS[effort]
-
-
 def compress(
     model: str | Path | nn.Module,
     *,
@@ -129,6 +81,7 @@ def compress(
     self_contained: bool = False,
     progress: Progress | None = None,
     trust_remote_code: bool = False,
+    team: Team | None = None,
 ) -> Result:
     """Compress a model and, with `output`, save it as an ordinary Hugging Face folder.
 
@@ -161,10 +114,13 @@ def compress(
         self_contained: include the base checkpoint in an elastic artifact.
         progress: told of stages and steps.
         trust_remote_code: run code that comes with the checkpoint.
+        team: processes that share the run (`spectrim.distributed.launch.membership`); all of them
+            call this with the same arguments, and the leader saves.
 
     Raises:
         SpectrimError: every refusal; nothing is left half-written.
     """
+    team = team or Team()
     if keep is not None and size is not None:
         raise BudgetError("keep and size exclude each other; give one")
     if on_failure not in ("error", "keep-unrefined"):
@@ -182,10 +138,11 @@ def compress(
     )
     if output is not None:
         check_output(output, overwrite=overwrite)
+        team.barrier()  # nobody looks there any more when the leader begins to write
     goal = parse_size(size) if isinstance(size, str) else size
     loaded = load_model(
         model,
-        device=device,
+        device=team.device or device,
         dtype=dtype,
         tokenizer=tokenizer,
         trust_remote_code=trust_remote_code,
@@ -204,11 +161,14 @@ def compress(
         offload_streams=None if offload_streams is None else Path(offload_streams),
         on_failure=on_failure,
         work=None if work is None else Path(work),
+        team=team,
     )
     result = Result(**vars(outcome))
     if output is not None:
-        original = loaded.name if self_contained else None
-        save_outcome(result, output, overwrite=overwrite, original=original)
+        if team.leads:
+            original = loaded.name if self_contained else None
+            save_outcome(result, output, overwrite=overwrite, original=original)
+        team.barrier()  # what the others return is there as well
         result.output = Path(output)
     return result
 
@@ -236,6 +196,7 @@ def survey(
     offload_streams: str | Path | None = None,
     progress: Progress | None = None,
     trust_remote_code: bool = False,
+    team: Team | None = None,
 ) -> Survey:
     """Measure a model once, for any number of plans; the model stays as it is.
 
@@ -256,19 +217,22 @@ def survey(
         offload_streams: folder for hidden states that should not be held in memory.
         progress: told of stages and steps.
         trust_remote_code: run code that comes with the checkpoint.
+        team: processes that share the work, as for `compress`.
 
     Raises:
         SpectrimError: every refusal; nothing is left half-written.
     """
+    team = team or Team()
     resolved = resolve_recipe(
         recipe, seed=seed, text=text, windows=windows, window_length=window_length
     )
     if output is not None:
         check_output(output, overwrite=overwrite)
+        team.barrier()
     made = survey_model(
         load_model(
             model,
-            device=device,
+            device=team.device or device,
             dtype=dtype,
             tokenizer=tokenizer,
             trust_remote_code=trust_remote_code,
@@ -278,9 +242,12 @@ def survey(
         scores=scores,
         progress=progress,
         offload_streams=None if offload_streams is None else Path(offload_streams),
+        team=team,
     )
     if output is not None:
-        save_survey(made, output, overwrite=overwrite)
+        if team.leads:
+            save_survey(made, output, overwrite=overwrite)
+        team.barrier()
     return made
 
 

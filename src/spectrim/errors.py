@@ -7,6 +7,7 @@ __all__ = [
     "ArtifactError",
     "BudgetError",
     "InputError",
+    "LostRankError",
     "MissingExtraError",
     "ModelError",
     "NonFiniteError",
@@ -59,6 +60,10 @@ class MissingExtraError(InputError):
             f"{purpose} needs the package {package!r}; "
             f"install it with: pip install 'spectrim[{extra}]'"
         )
+
+
+class LostRankError(SpectrimError):
+    """Another process of the same run was killed, or cannot be reached."""
 
 
 class NumericalError(SpectrimError):

@@ -70,9 +70,13 @@ def compress(
     OUT is an ordinary Hugging Face folder with a model card, the complete recipe and a report.
     With the recipe acip it is an elastic artifact, which `spectrim resize` cuts to any size.
     """
+    from spectrim.cli.crew import crew
     from spectrim.cli.session import session
 
-    with session(verbose=verbose, quiet=quiet, output=output) as progress:
+    with (
+        session(verbose=verbose, quiet=quiet, output=output) as progress,
+        crew(device, progress) as team,
+    ):
         from spectrim import api
 
         result = api.compress(
@@ -82,6 +86,7 @@ def compress(
             trust_remote_code=trust_remote_code,
             self_contained=self_contained,
             progress=progress,
+            team=team,
             **options.given(
                 keep=keep,
                 size=size,
@@ -104,4 +109,5 @@ def compress(
         )
     from spectrim.cli.results import print_compression
 
-    print_compression(result.report, output)
+    if team.leads:
+        print_compression(result.report, output)

@@ -32,6 +32,7 @@ from spectrim.cli import (
     slider,
     survey,
 )
+from spectrim.cli.crew import check_alone
 from spectrim.errors import SpectrimError
 
 __all__ = ["app", "main"]
@@ -60,6 +61,7 @@ def show_version(wanted: bool) -> None:
 
 @app.callback()
 def root(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
@@ -68,6 +70,7 @@ def root(
     ] = False,
 ) -> None:
     """Make large language models smaller by low-rank (SVD) compression."""
+    check_alone(context.invoked_subcommand)
 
 
 app.command()(compress.compress)

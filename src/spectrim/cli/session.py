@@ -41,8 +41,12 @@ def session(
     """
     from rich.console import Console
 
+    from spectrim.distributed.placement import placement
+
     console = Console(stderr=True, highlight=False)
-    set_up_logging(console, verbose=verbose, quiet=quiet)
+    follows = placement().rank > 0
+    quiet = quiet or follows
+    set_up_logging(console, verbose=verbose and not follows, quiet=quiet)
     silence_foreign_bars(console, quiet=quiet)
     progress = new_progress(console, quiet=quiet)
     before = neighbors(output)
@@ -50,6 +54,8 @@ def session(
         yield progress
     except KeyboardInterrupt:
         progress.close()
+        if follows:
+            raise typer.Exit(EXIT_INTERRUPTED) from None
         print(f"interrupted: {left_behind(before, neighbors(output))}", file=sys.stderr)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     finally:

@@ -38,9 +38,13 @@ def survey(
 
     OUT holds moments, spectra and scores of every target; `spectrim plan OUT` reads it.
     """
+    from spectrim.cli.crew import crew
     from spectrim.cli.session import session
 
-    with session(verbose=verbose, quiet=quiet, output=output) as progress:
+    with (
+        session(verbose=verbose, quiet=quiet, output=output) as progress,
+        crew(device, progress) as team,
+    ):
         from spectrim import api
 
         made = api.survey(
@@ -49,6 +53,7 @@ def survey(
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
             progress=progress,
+            team=team,
             **options.given(
                 recipe=recipe,
                 text=text,
@@ -60,6 +65,8 @@ def survey(
                 dtype=dtype,
             ),
         )
+    if not team.leads:
+        return
     from spectrim.cli.progress import format_seconds
     from spectrim.cli.render import print_facts
 

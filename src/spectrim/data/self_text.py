@@ -18,6 +18,7 @@ from spectrim.data.sampling import sampled_tokens, uniforms
 from spectrim.data.text import DOCUMENT_SEPARATOR, SELF
 from spectrim.data.tokens import tokenizer_hash
 from spectrim.data.windows import Windows, longest_window
+from spectrim.distributed.team import Team
 from spectrim.errors import TextError
 
 __all__ = ["sample_windows", "write_self_text"]
@@ -32,6 +33,7 @@ def sample_windows(
     batch: int = 64,
     temperature: float = 1.0,
     tokenizer: Any = None,
+    team: Team | None = None,
 ) -> Windows:
     """Sample windows from a model.
 
@@ -47,6 +49,8 @@ def sample_windows(
         batch: windows sampled side by side.
         temperature: 1 samples the model's own distribution.
         tokenizer: only hashed into the record; may be None.
+        team: processes that sample a part each, whole batches, so that every logit is rounded as
+            in one process; all of them get all windows.
 
     Raises:
         TextError: sizes or a temperature that cannot be, or windows longer than the model's.
@@ -61,9 +65,12 @@ def sample_windows(
     else:
         first = torch.full((windows, 1), bos)
     chances = uniforms(windows, window_length - 1, generator=generator)
-    rows = []
+    team = team or Team()
+    ids = torch.zeros(windows, window_length, dtype=torch.int64)
     with _evaluation_mode(model):
-        for start in range(0, windows, batch):
+        for number, start in enumerate(range(0, windows, batch)):
+            if number % team.size != team.rank:
+                continue
             part = slice(start, start + batch)
             drawn = sampled_tokens(
                 model,
@@ -72,8 +79,9 @@ def sample_windows(
                 chances=chances[part],
                 temperature=temperature,
             )
-            rows.append(torch.cat([first[part], torch.stack(list(drawn), dim=1)], dim=1))
-    ids = torch.cat(rows)  # (N, T)
+            ids[part, 0] = first[part, 0]
+            ids[part, 1:] = torch.stack(list(drawn), dim=1)
+    team.sum_([ids])  # (N, T); zeros wherever another process sampled
     return Windows(
         ids=ids,
         starts=torch.full((windows,), -1),

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spectrim.distributed.team import Team
 from spectrim.errors import NonFiniteError
 from spectrim.model.anatomy import Anatomy, Target
 from spectrim.model.capture import first_tensor
 from spectrim.model.recompute import recomputed
 from spectrim.moments.accumulate import MomentAccumulator, reduction_dtype
-from spectrim.moments.moments import Moments, OutputMoments
+from spectrim.moments.moments import Moments, OutputMoments, reduced
 
 __all__ = ["ComponentScores", "GradientPass", "gradient_pass", "summed_loss"]
 
@@ -57,10 +58,19 @@ class GradientPass:
 
 
 class _TargetSums:
-    """Running sums of one target over windows."""
+    """Running sums of one target over windows, of which the first has the number `first`."""
 
-    def __init__(self, target: Target, needs: Collection[str], clip: float | None, factors, device):
+    def __init__(
+        self,
+        target: Target,
+        needs: Collection[str],
+        clip: float | None,
+        factors,
+        device,
+        first: int = 0,
+    ):
         self.target, self.needs, self.clip = target, frozenset(needs), clip
+        self.first = first
         m, n = target.out_features, target.in_features
         dtype = torch.float64
 
@@ -102,9 +112,16 @@ class _TargetSums:
         if self.factors is not None and self.halves is not None and self.squares is not None:
             up, down = (f.to(work) for f in self.factors)
             change = -((g @ up) * (x @ down.mT)).sum(0).double()
-            self.halves[self.windows % 2] += change
+            self.halves[(self.first + self.windows) % 2] += change
             self.squares += change.square()
         self.windows += 1
+
+    def reduce(self, team: Team) -> None:
+        """Add the sums of all ranks."""
+        kept = (self.G, self.fisher_in, self.fisher_out, self.gradient, self.halves, self.squares)
+        numbers = torch.tensor([self.tokens, self.windows])
+        team.sum_([*(s for s in kept if s is not None), numbers])
+        self.tokens, self.windows = (int(n) for n in numbers)
 
     def check(self) -> None:
         """Refuse sums that a NaN or infinite gradient has entered; once, since it never leaves."""
@@ -233,8 +250,11 @@ def gradient_pass(
     seed: int = 0,
     checkpointing: bool = False,
     on_batch: Callable[[int], None] = lambda done: None,
+    team: Team | None = None,
 ) -> GradientPass:
     """One forward and one backward over the windows; all targets at once.
+
+    A team splits the windows; every rank gets the sums over all of them.
 
     Args:
         model: the decoder, on its device.
@@ -249,13 +269,19 @@ def gradient_pass(
         seed: of the label draws.
         checkpointing: recompute block activations in the backward pass, for large models.
         on_batch: called with the number of windows done.
+        team: the processes that share the windows; each is given all of `ids`.
 
     Raises:
         NonFiniteError: a gradient or the loss is not finite; names the target.
+        ValueError: a team and labels from the model, whose draws follow the order of the windows.
     """
+    team = team or Team()
+    if team.size > 1 and labels == "model":
+        raise ValueError("labels drawn from the model cannot be shared out over processes")
+    mine = team.share(ids.shape[0])
     device = model.get_input_embeddings().weight.device
     sums = {
-        t.name: _TargetSums(t, needs, clip, (factors or {}).get(t.name), device)
+        t.name: _TargetSums(t, needs, clip, (factors or {}).get(t.name), device, mine.start)
         for t in anatomy.targets
     }
     accumulators = {
@@ -272,8 +298,8 @@ def gradient_pass(
         _gradient_hooks(model, sums, feeds, phase),
         torch.enable_grad(),
     ):
-        for i in range(0, ids.shape[0], batch):
-            chunk = ids[i : i + batch].to(device)
+        for i in range(mine.start, mine.stop, batch):
+            chunk = ids[i : min(i + batch, mine.stop)].to(device)
             phase.forward, phase.windows = True, chunk.shape[0]
             logits = model(input_ids=chunk, use_cache=False).logits
             target = sampled_labels(logits, chunk, generator) if labels == "model" else chunk
@@ -285,10 +311,13 @@ def gradient_pass(
             result.loss += float(loss.detach())
             result.tokens += chunk.shape[0] * (chunk.shape[1] - 1)
             on_batch(chunk.shape[0])
+    result.tokens = int(team.total(lambda: result.tokens))
+    result.loss = team.total(lambda: result.loss)
     for found in sums.values():
+        found.reduce(team)
         found.check()
     result.outputs = {name: s.outputs() for name, s in sums.items()}
-    result.inputs = {name: a.moments() for name, a in accumulators.items()}
+    result.inputs = {name: reduced(a.moments(), team) for name, a in accumulators.items()}
     if factors:
         result.scores = {n: s.scores(result.tokens) for n, s in sums.items() if s.factors}
     return result

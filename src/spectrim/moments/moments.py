@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
-__all__ = ["Moments", "OutputMoments"]
+from spectrim.distributed.team import Team
+
+__all__ = ["Moments", "OutputMoments", "reduced"]
 
 
 def _add(left: Any, right: Any) -> Any:
@@ -77,3 +80,22 @@ class OutputMoments:
         return OutputMoments(
             *(_add(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
         )
+
+
+Record = TypeVar("Record", Moments, OutputMoments)
+
+
+def reduced(record: Record, team: Team) -> Record:
+    """The sums over all ranks' windows, the same bits on every rank; collective.
+
+    Where this rank saw no window its sums must be zeros, not None. The matrices are added in place.
+    """
+    if team.size == 1:
+        return record
+    held = {f.name: getattr(record, f.name) for f in fields(record)}
+    tensors = [value for value in held.values() if isinstance(value, Tensor)]
+    counts = {name: value for name, value in held.items() if isinstance(value, int)}
+    # Counts travel as integers: a float would round them beyond 2^53 only, but no sum should.
+    numbers = torch.tensor(list(counts.values()), dtype=torch.int64)
+    team.sum_([*tensors, numbers])
+    return replace(record, **dict(zip(counts, numbers.tolist(), strict=True)))

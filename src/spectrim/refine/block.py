@@ -16,6 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from spectrim.distributed.pool import Pool
+from spectrim.distributed.team import Team
 from spectrim.refine.fitting import FitResult, FitSettings, fit, hold_out
 from spectrim.refine.masters import master_weights
 
@@ -86,6 +88,7 @@ def refine_block(
     device: torch.device,
     autocast: bool = False,
     on_judged: Callable[[int, float], None] = lambda step, loss: None,
+    pool: Pool | None = None,
 ) -> FitResult:
     """Train `module` in place so that `run(inputs)` approaches `targets`; keep the best epoch.
 
@@ -99,6 +102,7 @@ def refine_block(
         device: where to train.
         autocast: bf16 products with fp32 master weights, for devices that have them.
         on_judged: called with (step, held-out loss) after every epoch.
+        pool: of `inputs` and `targets`, where several processes share the windows.
 
     Returns:
         Mean squared errors per element of the held-out windows, before and after.
@@ -109,6 +113,7 @@ def refine_block(
     """
     windows, tokens, _ = inputs.shape
     train, held = hold_out(windows, training.held_out)
+    pool = pool or Pool(Team(), windows, ())
     parameters = list(module.parameters())
     with master_weights(parameters) as as_stored:
         # The dtype of the masters: fp32, or fp64 for a model in fp64.
@@ -121,9 +126,11 @@ def refine_block(
 
         @torch.no_grad()
         def judge() -> float:
-            parts = held.split(training.micro_batch)
+            parts = [p for p in pool.here(held).split(training.micro_batch) if len(p)]
             with as_stored():
-                return sum(float(loss_of(rows)) * len(rows) for rows in parts) / len(held)
+                return pool.team.total(
+                    lambda: sum(float(loss_of(rows)) * len(rows) for rows in parts)
+                ) / len(held)
 
         return fit(
             name,
@@ -134,4 +141,5 @@ def refine_block(
             training.settings(len(train)),
             tokens_per_window=tokens,
             on_judged=on_judged,
+            pool=pool,
         )

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spectrim.distributed.pool import Pool
+from spectrim.distributed.team import Team
 from spectrim.refine.block import HiddenStates
 from spectrim.refine.fitting import FitResult, FitSettings, fit
 from spectrim.refine.masters import master_weights
@@ -60,6 +62,7 @@ def distill(
     device: torch.device,
     autocast: bool = False,
     on_judged: Callable[[int, float], None] = lambda step, loss: None,
+    pool: Pool | None = None,
 ) -> FitResult:
     """Train block parameters in place so that the model's distribution approaches the original's.
 
@@ -70,6 +73,7 @@ def distill(
         device: where to train.
         autocast: bf16 products with fp32 masters.
         on_judged: called with (step, held-out KL in nats per token).
+        pool: of the hidden states, where several processes share the windows.
 
     Returns:
         KL in nats per token on the held-out windows, before and after.
@@ -78,6 +82,7 @@ def distill(
         NonFiniteError: the loss diverged; the parameters are as they were.
     """
     held = teaching.held
+    pool = pool or Pool(Team(), teaching.teacher.shape[0], ())
 
     def loss_of(rows: Tensor) -> Tensor:
         with torch.no_grad():
@@ -90,9 +95,11 @@ def distill(
 
         @torch.no_grad()
         def judge() -> float:
-            parts = held.split(settings.micro_batch)
+            parts = [p for p in pool.here(held).split(settings.micro_batch) if len(p)]
             with as_stored():
-                return sum(float(loss_of(rows)) * len(rows) for rows in parts) / len(held)
+                return pool.team.total(
+                    lambda: sum(float(loss_of(rows)) * len(rows) for rows in parts)
+                ) / len(held)
 
         return fit(
             "the whole network",
@@ -103,4 +110,5 @@ def distill(
             settings,
             tokens_per_window=teaching.teacher.shape[1],
             on_judged=on_judged,
+            pool=pool,
         )

@@ -2,7 +2,8 @@
 
 Whoever trains says what the loss of a batch of windows is and how a state is judged; the loop keeps
 the state that was judged best, the untouched one included, so that training never leaves a model
-worse than it was on what it is judged by.
+worse than it was on what it is judged by. Several processes share every batch: each adds the
+gradients of its windows, and all of them take the same step.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from spectrim.distributed.pool import Pool
+from spectrim.distributed.team import Team
 from spectrim.errors import InputError, NonFiniteError
 
 __all__ = ["FitResult", "FitSettings", "fit", "hold_out", "warmup_cosine"]
@@ -131,19 +134,39 @@ def _gradients(
     loss_of: Callable[[Tensor], Tensor],
     chunk: Tensor,
     settings: FitSettings,
+    pool: Pool,
 ) -> float:
     """Leave the clipped gradient of the batch's mean loss in the parameters; returns the loss."""
-    total = 0.0
     for p in parameters:
         p.grad = None
-    for rows in chunk.split(settings.micro_batch):
-        with torch.enable_grad():
-            loss = loss_of(rows) * (len(rows) / len(chunk))
-            total += _finite(loss.detach(), "the loss")
-            loss.backward()
+    mine = pool.spread(chunk)
+
+    def loss_here() -> float:
+        total = 0.0
+        for rows in mine.split(settings.micro_batch) if len(mine) else ():
+            with torch.enable_grad():
+                loss = loss_of(rows) * (len(rows) / len(chunk))
+                total += _finite(loss.detach(), "the loss")
+                loss.backward()
+        return total
+
+    total = pool.team.total(loss_here)
+    _add_gradients(parameters, pool.team)
     norm = nn.utils.clip_grad_norm_(parameters, settings.clip)
     _finite(norm, "the gradient's norm")
     return total
+
+
+def _add_gradients(parameters: list[nn.Parameter], team: Team) -> None:
+    """Sum the gradients of all processes; a parameter that none of them reached stays without."""
+    if team.size == 1:
+        return
+    reached = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int64)
+    team.sum_([reached])
+    for p, ranks in zip(parameters, reached.tolist(), strict=True):
+        if ranks and p.grad is None:
+            p.grad = torch.zeros_like(p)
+    team.sum_([p.grad for p in parameters if p.grad is not None])
 
 
 def fit(
@@ -156,6 +179,7 @@ def fit(
     *,
     tokens_per_window: int,
     on_judged: Callable[[int, float], None] = lambda step, loss: None,
+    pool: Pool | None = None,
 ) -> FitResult:
     """Train `parameters`, which are fp32 masters already; leave the best-judged state in them.
 
@@ -168,21 +192,34 @@ def fit(
         settings: hyper-parameters.
         tokens_per_window: for the throughput.
         on_judged: called with (step, loss) after every judgement.
+        pool: the windows where several processes share them; `judge` then gives all of them the
+            same value.
 
     Raises:
         NonFiniteError: a loss left the finite range; the untouched state is restored first, so
             that the caller may keep it.
     """
+    pool = pool or Pool(Team(), len(train), ())
     untouched = _copies(parameters)
     progress = _Progress(name, settings.steps)
     try:
         result, kept = _train(
-            parameters, loss_of, judge, train, settings, progress=progress, on_judged=on_judged
+            parameters,
+            loss_of,
+            judge,
+            train,
+            settings,
+            progress=progress,
+            on_judged=on_judged,
+            pool=pool,
         )
     except NonFiniteError as error:
         _restore(parameters, untouched)
         raise NonFiniteError(f"{progress}: {error}") from error
     _restore(parameters, kept)
+    # The same gradients gave all processes the same values; should a device round otherwise, this
+    # keeps the difference from growing.
+    pool.team.broadcast_([p.data for p in parameters], 0)
     result.seconds = time.perf_counter() - progress.started
     result.tokens_per_second = progress.windows * tokens_per_window / result.seconds
     return result
@@ -216,6 +253,7 @@ def _train(
     *,
     progress: _Progress,
     on_judged: Callable[[int, float], None],
+    pool: Pool,
 ) -> tuple[FitResult, list[Tensor]]:
     """The loop itself; returns the result and the values to keep."""
     before = math.nan if judge is None else _finite(judge(), "the held-out loss")
@@ -230,7 +268,7 @@ def _train(
     for step in range(1, settings.steps + 1):
         chunk = next(batches)
         progress.step, progress.windows = step, progress.windows + len(chunk)
-        loss = _gradients(parameters, loss_of, chunk, settings)
+        loss = _gradients(parameters, loss_of, chunk, settings, pool)
         factor = warmup_cosine(
             step - 1, settings.steps, warmup=settings.warmup, final=settings.final_learning_rate
         )

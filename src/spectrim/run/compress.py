@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from spectrim.allocate.plan import Plan
-from spectrim.errors import InputError
+from spectrim.distributed.team import Team
+from spectrim.errors import InputError, RecipeError
 from spectrim.recipe import Recipe
 from spectrim.run.cutting_all import choose, cut_targets
 from spectrim.run.job import Job, Progress
@@ -69,6 +70,7 @@ def run_recipe(
     offload_streams: Path | None = None,
     on_failure: str = "error",
     work: Path | None = None,
+    team: Team | None = None,
 ) -> Outcome:
     """Compress a loaded model in place.
 
@@ -83,12 +85,16 @@ def run_recipe(
         offload_streams: folder for memory-mapped streams.
         on_failure: `error` or `keep-unrefined`.
         work: folder in which a learned flow keeps checkpoints and finds them again.
+        team: the processes that share the run; every one ends with the compressed model, the
+            leader's report has everything.
 
     Raises:
         SpectrimError: anything that keeps the run from an honest result.
     """
     check_steps(recipe)
     check_storage(recipe)
+    team = team or Team()
+    _check_shareable(recipe, team)
     job = open_job(
         loaded,
         recipe,
@@ -98,6 +104,7 @@ def run_recipe(
         progress=progress,
         offload_streams=offload_streams,
         on_failure=on_failure,
+        team=team,
     )
     model, log = job.model, job.log
     if survey is not None:
@@ -126,7 +133,21 @@ def run_recipe(
     )
     if job.windows is None and survey is not None:
         report["calibration"] = survey.facts.get("calibration")
+    report["environment"]["processes"] = team.size
     return Outcome(model, loaded.tokenizer, chosen, job.recipe, report, elastic)
+
+
+def _check_shareable(recipe: Recipe, team: Team) -> None:
+    """Refuse what several processes would not do as one does.
+
+    Raises:
+        RecipeError: the recipe learns its ranks step by step on small batches.
+    """
+    if team.size > 1 and recipe.flow == "learned":
+        raise RecipeError(
+            f"the recipe {recipe.name!r} trains gates on every component, which runs in one "
+            f"process only, and {team.size} were started; start spectrim without torchrun"
+        )
 
 
 def _decide_and_cut(job: Job, plan: Plan | None, survey: Survey | None) -> Plan:

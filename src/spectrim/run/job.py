@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.data.windows import Windows
+from spectrim.distributed.team import Team
 from spectrim.model.anatomy import Anatomy
 from spectrim.moments.moments import OutputMoments
 from spectrim.recipe import Recipe
@@ -94,6 +95,7 @@ class Job:
         on_failure: `error` or `keep-unrefined`.
         outputs: gradient moments of the original model, once a pass has gathered them.
         dtype_bytes: of one number as stored, for budgets.
+        team: the processes that share the run; each has the whole model and its own windows.
     """
 
     model: nn.Module
@@ -107,6 +109,7 @@ class Job:
     on_failure: str = "error"
     outputs: dict[str, OutputMoments] | None = None
     dtype_bytes: int = 2
+    team: Team = field(default_factory=Team)
 
     @property
     def ids(self) -> Tensor:
@@ -114,6 +117,11 @@ class Job:
         if self.windows is None:
             raise ValueError(f"the recipe {self.recipe.name!r} was run without windows")
         return self.windows.ids
+
+    @property
+    def own_ids(self) -> Tensor:
+        """Token ids of the windows that this process works on, (N / ranks, T)."""
+        return self.ids[self.team.share(len(self.ids))]
 
     @property
     def batch(self) -> int:

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from spectrim.data.windows import Windows
+from spectrim.distributed.team import Team
+from spectrim.errors import InputError
 from spectrim.model.anatomy import Anatomy
 from spectrim.model.tracing import trace
 from spectrim.model.weights import check_model
@@ -40,6 +42,7 @@ def open_job(
     progress: Progress | None = None,
     offload_streams: Path | None = None,
     on_failure: str = "error",
+    team: Team | None = None,
 ) -> Job:
     """A run that is ready to begin; the model is as it was.
 
@@ -52,11 +55,12 @@ def open_job(
         progress: told of every step.
         offload_streams: folder for memory-mapped streams.
         on_failure: `error` or `keep-unrefined`.
+        team: the processes that share the run; all of them open it.
 
     Raises:
         SpectrimError: an unfit model, an unknown text, a size out of reach.
     """
-    model, log = loaded.model, RunLog()
+    model, log, team = loaded.model, RunLog(), team or Team()
     check_model(model)
     device = next(model.parameters()).device
     anatomy = trace(model, torch.arange(8)[None].to(device) % vocabulary_size(model))
@@ -68,7 +72,8 @@ def open_job(
     windows: Windows | None = None
     if calibrate:
         with log.timed("windows"):
-            windows = gather_windows(loaded, recipe.calibration, text, seed=recipe.seed)
+            windows = gather_windows(loaded, recipe.calibration, text, seed=recipe.seed, team=team)
+        _check_shared(windows, team)
     return Job(
         model=model,
         anatomy=anatomy,
@@ -80,4 +85,25 @@ def open_job(
         offload_streams=offload_streams,
         on_failure=on_failure,
         dtype_bytes=dtype_bytes,
+        team=team,
     )
+
+
+def _check_shared(windows: Windows, team: Team) -> None:
+    """Every process must have work, and all of them the same windows.
+
+    Raises:
+        InputError: fewer windows than processes, or a text that is not the same everywhere.
+    """
+    if len(windows) < team.size:
+        raise InputError(
+            f"{len(windows)} calibration windows cannot be shared by {team.size} processes; use "
+            "more windows or fewer processes"
+        )
+    found = team.gather(windows.fingerprint())
+    odd = [rank for rank, fingerprint in enumerate(found) if fingerprint != found[0]]
+    if odd:
+        raise InputError(
+            f"rank {odd[0]} has other calibration windows than rank 0: text, tokenizer and "
+            "software must be the same on all machines"
+        )

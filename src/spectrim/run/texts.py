@@ -12,6 +12,7 @@ from spectrim.data.mixing import interleave
 from spectrim.data.self_text import sample_windows
 from spectrim.data.text import read_text
 from spectrim.data.windows import Windows, calibration_windows, given_windows, longest_window
+from spectrim.distributed.team import Team
 from spectrim.errors import TextError
 from spectrim.recipe import Calibration
 from spectrim.run.loading import LoadedModel
@@ -22,7 +23,12 @@ UserText = str | Path | Sequence[str] | Tensor | None
 
 
 def gather_windows(
-    loaded: LoadedModel, calibration: Calibration, text: UserText, *, seed: int
+    loaded: LoadedModel,
+    calibration: Calibration,
+    text: UserText,
+    *,
+    seed: int,
+    team: Team | None = None,
 ) -> Windows:
     """Windows for a run.
 
@@ -32,6 +38,7 @@ def gather_windows(
         text: the user's own text: a tensor (N, T) of windows or a list of documents takes the
             place of the recipe's sources; None for the recipe's sources.
         seed: of the window positions.
+        team: processes that share the sampling; every one gets all windows.
 
     Raises:
         TextError: no tokenizer for a text, too little text, unknown source.
@@ -53,6 +60,7 @@ def gather_windows(
                 window_length=length,
                 seed=seed,
                 tokenizer=loaded.tokenizer,
+                team=team,
             )
         )
     others = [s for s in sources if s != "self"]

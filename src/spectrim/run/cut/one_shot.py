@@ -2,30 +2,36 @@
 
 Cutting a block cannot change what later blocks see here, because the stream carries the original
 network's hidden states (or is absent, for objectives without inputs). Memory is one block, its
-moments and the stream.
+moments and the stream. Several processes split the windows and share out the targets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import nn
 
 from spectrim.allocate.plan import Plan
 from spectrim.decompose import OBJECTIVES
-from spectrim.model.anatomy import Block
+from spectrim.model.anatomy import Block, Target
 from spectrim.model.replay import Replay, capture_inputs, record
 from spectrim.model.weights import get_module, replace_module
 from spectrim.moments.accumulate import MomentAccumulator
-from spectrim.moments.moments import Moments, OutputMoments
+from spectrim.moments.moments import Moments, OutputMoments, reduced
 from spectrim.run.cut.cutting import replace_target
+from spectrim.run.cut.sharing import cut_shared, owners_of, spans
 from spectrim.run.job import Job
 
 __all__ = ["block_moments", "cut_one_shot"]
 
 
 def block_moments(job: Job, replay: Replay, block: Block, needs: frozenset[str]) -> list[Moments]:
-    """Moments of every group of a block from one forward pass, which also advances the stream."""
+    """Moments of every group of a block from one forward pass, which also advances the stream.
+
+    They are sums over the windows of all processes.
+    """
     module = get_module(job.model, block.name)
     accumulators = [MomentAccumulator(g.targets[0].name, needs) for g in block.groups]
     stream = replay.stream
@@ -36,7 +42,7 @@ def block_moments(job: Job, replay: Replay, block: Block, needs: frozenset[str])
     with capture_inputs(module, block.groups, feed), torch.no_grad():
         for rows in stream.batches(job.batch):
             stream.write(rows, replay.run(block.index, module, stream.read(rows, job.device)))
-    return [a.moments() for a in accumulators]
+    return [reduced(a.moments(), job.team) for a in accumulators]
 
 
 @torch.no_grad()
@@ -48,15 +54,14 @@ def cut_one_shot(job: Job, plan: Plan, outputs: Mapping[str, OutputMoments] | No
         plan: rank per target.
         outputs: gradient moments for objectives that need them.
     """
-    choice = job.recipe.decompose
-    needs = frozenset(OBJECTIVES[choice.objective].needs) & {"C", "absolute"}
+    needs = frozenset(OBJECTIVES[job.recipe.decompose.objective].needs) & {"C", "absolute"}
     stage = "compress"
     job.progress.start(stage, len(job.anatomy.blocks))
     with job.log.timed(stage):
         replay = (
             record(
                 job.model,
-                job.ids,
+                job.own_ids,
                 batch=job.batch,
                 device=job.device,
                 anatomy=job.anatomy,
@@ -65,24 +70,43 @@ def cut_one_shot(job: Job, plan: Plan, outputs: Mapping[str, OutputMoments] | No
             if needs
             else None
         )
-        for block in job.anatomy.blocks:
-            moments = (
-                block_moments(job, replay, block, needs)
-                if replay is not None
-                else [None] * len(block.groups)
-            )
-            for group in block.groups:
-                for target in group.targets:
-                    layer, facts = replace_target(
-                        target,
-                        get_module(job.model, target.name),
-                        plan[target.name],
-                        choice,
-                        moments[group.index],
-                        (outputs or {}).get(target.name),
-                        balance=bool(job.recipe.refine),
-                    )
-                    replace_module(job.model, target.name, layer)
-                    job.log.target(target.name, **facts)
-            job.progress.advance(stage, block.name)
+        for span in spans(job.team, job.anatomy.blocks, plan):
+            _cut_span(job, plan, span, replay, needs, outputs or {})
+            for block in span:
+                job.progress.advance(stage, block.name)
     job.progress.finish(stage)
+
+
+def _cut_span(
+    job: Job,
+    plan: Plan,
+    span: Sequence[Block],
+    replay: Replay | None,
+    needs: frozenset[str],
+    outputs: Mapping[str, OutputMoments],
+) -> None:
+    """Cut some blocks together; a process keeps the moments of its own targets only."""
+    targets = [target for block in span for target in block.targets]
+    owned = owners_of(job.team, targets, plan)
+    moments: dict[str, Moments] = {}
+    for block in span:
+        gathered = [] if replay is None else block_moments(job, replay, block, needs)
+        # Without a replay the objective has no inputs, and there is nothing to keep.
+        for group, found in zip(block.groups, gathered, strict=False):
+            mine = [t.name for t in group.targets if owned[t.name] == job.team.rank]
+            moments |= dict.fromkeys(mine, found)
+
+    def make(target: Target, original: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+        return replace_target(
+            target,
+            original,
+            plan[target.name],
+            job.recipe.decompose,
+            moments.get(target.name),
+            outputs.get(target.name),
+            balance=bool(job.recipe.refine),
+        )
+
+    pieces = [(target, get_module(job.model, target.name)) for target in targets]
+    for name, layer in cut_shared(job, plan, owned, pieces, make).items():
+        replace_module(job.model, name, layer)

@@ -29,11 +29,12 @@ from spectrim.model.staged import Staged
 from spectrim.model.stream import Stream
 from spectrim.model.weights import get_module, read_weight, replace_module
 from spectrim.moments.accumulate import MomentAccumulator
-from spectrim.moments.moments import Moments, OutputMoments
+from spectrim.moments.moments import Moments, OutputMoments, reduced
 from spectrim.recipe import BlockRefinement, ClosedFormRefinement
 from spectrim.refine.closed_form import update_up
 from spectrim.run.cut.cutting import measured_error, replace_target, stand_in
 from spectrim.run.cut.flow import Flow, must_restart
+from spectrim.run.cut.sharing import cut_shared, owners_of
 from spectrim.run.job import Job
 from spectrim.run.train.refining import refine
 
@@ -70,7 +71,7 @@ class _Pass:
         self.needs = frozenset(needs)
         self.replay: Replay = record(
             job.model,
-            job.ids,
+            job.own_ids,
             batch=job.batch,
             device=job.device,
             anatomy=job.anatomy,
@@ -103,13 +104,13 @@ class _Pass:
 
 
 def _gather_group(state: _Pass, group: Group, original: Flow, compressed: Flow | None) -> Moments:
-    """Advance both streams to the group and sum its moments."""
+    """Advance both streams to the group and sum its moments, over all processes."""
     accumulator = MomentAccumulator(group.targets[0].name, state.needs)
     for rows in state.batches():
         x = original.input_of(group.index, rows)
         x_shifted = None if compressed is None else compressed.input_of(group.index, rows)
         accumulator.add(x, x_shifted)
-    return accumulator.moments()
+    return reduced(accumulator.moments(), state.job.team)
 
 
 def _updated(
@@ -134,6 +135,22 @@ def _updated(
     return updated
 
 
+def _make(
+    state: _Pass, plan: Plan, moments: Moments, target: Target, original: nn.Module
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The layer of one target and its facts for the report."""
+    layer, facts = replace_target(
+        target,
+        original,
+        plan[target.name],
+        state.job.recipe.decompose,
+        moments,
+        state.outputs.get(target.name),
+        balance=state.trains,
+    )
+    return _updated(state, target, original, layer, moments, facts), facts
+
+
 def _cut_block(state: _Pass, plan: Plan, block: Block) -> tuple[nn.Module, Stream]:
     """Replace the block's targets in a copy; returns the copy and the original block's outputs."""
     job = state.job
@@ -149,20 +166,15 @@ def _cut_block(state: _Pass, plan: Plan, block: Block) -> tuple[nn.Module, Strea
         )
         for group in block.groups:
             moments = _gather_group(state, group, original_flow, shifted_flow)
+            layers = cut_shared(
+                job,
+                plan,
+                owners_of(job.team, group.targets, plan),
+                [(target, first.module(target)) for target in group.targets],
+                partial(_make, state, plan, moments),
+            )
             for target in group.targets:
-                original = first.module(target)
-                layer, facts = replace_target(
-                    target,
-                    original,
-                    plan[target.name],
-                    job.recipe.decompose,
-                    moments,
-                    state.outputs.get(target.name),
-                    balance=state.trains,
-                )
-                layer = _updated(state, target, original, layer, moments, facts)
-                second.replace(target, layer)
-                job.log.target(target.name, **facts)
+                second.replace(target, layers[target.name])
         for rows in state.batches():
             outputs.write(rows, original_flow.output(rows))
             if shifted_flow is not None and state.block_step is None:

@@ -128,18 +128,31 @@ def _corrected_weights(
 
 
 def _gradients(job: Job, windows: int, draws: torch.Generator) -> list[dict[str, Tensor]]:
-    """Gradients of all targets, one set per drawn window."""
+    """Gradients of all targets, one set per drawn window; each window is one process's work."""
     count = job.ids.shape[0]
-    rows = torch.randperm(count, generator=draws)[: min(windows, count)]
-    found = []
-    for row in rows.tolist():
-        result = gradient_pass(job.model, job.anatomy, job.ids[row : row + 1], needs={"gradient"})
-        sets: dict[str, Tensor] = {}
-        for name, output in result.outputs.items():
-            assert output.gradient is not None
-            sets[name] = output.gradient.float().cpu()
-        found.append(sets)
+    rows = torch.randperm(count, generator=draws)[: min(windows, count)].tolist()
+    found = [_gradient(job, row) if _mine(job, i) else _room(job) for i, row in enumerate(rows)]
+    for i, sets in enumerate(found):
+        job.team.broadcast_([sets[t.name] for t in job.anatomy.targets], i % job.team.size)
     return found
+
+
+def _mine(job: Job, number: int) -> bool:
+    return number % job.team.size == job.team.rank
+
+
+def _room(job: Job) -> dict[str, Tensor]:
+    return {t.name: torch.empty(t.out_features, t.in_features) for t in job.anatomy.targets}
+
+
+def _gradient(job: Job, row: int) -> dict[str, Tensor]:
+    """Gradients of all targets on one window, fp32, on the CPU."""
+    result = gradient_pass(job.model, job.anatomy, job.ids[row : row + 1], needs={"gradient"})
+    sets: dict[str, Tensor] = {}
+    for name, output in result.outputs.items():
+        assert output.gradient is not None
+        sets[name] = output.gradient.float().cpu()
+    return sets
 
 
 def _stage_note(job: Job, stage: int, plan: Plan) -> str:

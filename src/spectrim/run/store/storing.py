@@ -27,8 +27,10 @@ from spectrim.model.weights import get_module
 from spectrim.moments.moments import Moments
 from spectrim.recipe import Recipe
 from spectrim.run.cut.one_shot import block_moments
+from spectrim.run.cut.sharing import owners_of
 from spectrim.run.job import Job
 from spectrim.run.store.converting import Conversion, Converter
+from spectrim.run.store.sharing import shared_conversions
 
 __all__ = ["cast_parameters", "check_storage", "store"]
 
@@ -105,7 +107,7 @@ def _replay(job: Job):
         return None
     return record(
         job.model,
-        job.ids,
+        job.own_ids,
         batch=job.batch,
         device=job.device,
         anatomy=job.anatomy,
@@ -120,21 +122,23 @@ def _convert_block(
     moments: Sequence[Moments | None],
     dtype: torch.dtype,
 ) -> dict[str, Conversion]:
-    found = {}
-    for group in block.groups:
-        for target in group.targets:
-            if target.name not in waiting:
-                continue
-            converter = Converter(
-                waiting[target.name], dtype, moments[group.index], _truncation(job, target)
-            )
-            result = converter.convert(get_module(job.model, target.name))
-            swap_in(job.model, target.name, result.layer)
-            facts: dict[str, Any] = {"stored_error": result.error}
-            if result.note is not None:
-                facts["storage_note"] = result.note
-            job.log.target(target.name, **facts)
-            found[target.name] = result
+    """Convert a block's targets, each on the process that owns it."""
+    targets = [target for target in block.targets if target.name in waiting]
+    owned = owners_of(job.team, targets)
+    converted = {}
+    for target in targets:
+        if owned[target.name] == job.team.rank:
+            entry, of = waiting[target.name], moments[target.group]
+            converter = Converter(entry, dtype, of, _truncation(job, target))
+            converted[target.name] = converter.convert(get_module(job.model, target.name))
+    found = shared_conversions(job, targets, owned, converted, waiting, dtype)
+    for target in targets:
+        result = found[target.name]
+        swap_in(job.model, target.name, result.layer)
+        facts: dict[str, Any] = {"stored_error": result.error}
+        if result.note is not None:
+            facts["storage_note"] = result.note
+        job.log.target(target.name, **facts)
     return found
 
 

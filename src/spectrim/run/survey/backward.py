@@ -43,7 +43,8 @@ def backward_pass(
     needs = (
         frozenset(OBJECTIVES[choice.objective].needs & {"G", "fisher"}) if needs is None else needs
     )
-    job.progress.start(stage, len(ids))
+    mine = job.team.share(len(ids))
+    job.progress.start(stage, mine.stop - mine.start)
 
     def advance(done: int) -> None:
         for _ in range(done):
@@ -61,6 +62,7 @@ def backward_pass(
         seed=job.recipe.seed,
         checkpointing=is_large(job.model),
         on_batch=advance,
+        team=job.team,
     )
     job.progress.finish(stage)
     return result

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from spectrim.model.anatomy import Target
 from spectrim.model.replay import Replay, record
+from spectrim.model.stream import Stream
 from spectrim.model.weights import get_module, replace_module
 from spectrim.run.cut.cutting import cut_layer
 from spectrim.run.job import Job
@@ -59,10 +60,10 @@ def measured_perplexities(
         factors: of every target, to the largest candidate rank.
         candidates: target name -> keep -> rank.
     """
-    ids = job.ids
+    ids, own_ids = job.ids, job.own_ids
 
     def loss(rows: slice, logits: Tensor) -> float:
-        labels = ids[rows].to(logits.device)[:, 1:].reshape(-1)
+        labels = own_ids[rows].to(logits.device)[:, 1:].reshape(-1)
         flat = logits[:, :-1].float().flatten(0, 1)
         return float(F.cross_entropy(flat, labels, reduction="sum"))
 
@@ -74,7 +75,19 @@ def measured_perplexities(
 
 
 def _recorded(job: Job, ids: Tensor) -> Replay:
-    return record(job.model, ids, batch=job.batch, device=job.device, folder=job.offload_streams)
+    """The model recorded with this process's part of some windows, which may be none of them."""
+    own = ids[job.team.share(len(ids))]
+    replay = record(
+        job.model,
+        own if len(own) else ids[:1],
+        batch=job.batch,
+        device=job.device,
+        folder=job.offload_streams,
+    )
+    if not len(own):
+        _, tokens, width = replay.stream.shape
+        replay.stream = Stream.empty(0, tokens, width, replay.stream.dtype)
+    return replay
 
 
 def _log_probabilities(logits: Tensor) -> Tensor:
@@ -122,8 +135,10 @@ def _probe(
                 states = replay.stream.read(rows, job.device)
                 replay.stream.write(rows, replay.run(block.index, module, states))
             job.progress.advance(stage, block.name)
+        totals = torch.tensor(list(sums.values()), dtype=torch.float64)
+        job.team.sum_([totals])
     job.progress.finish(stage)
-    return sums
+    return dict(zip(sums, totals.tolist(), strict=True))
 
 
 @contextmanager

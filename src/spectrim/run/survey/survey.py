@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import numpy as np
 import torch
@@ -18,7 +19,6 @@ from torch import Tensor
 from spectrim.allocate.curve import Curve
 from spectrim.allocate.ladder import Limits
 from spectrim.decompose import OBJECTIVES
-from spectrim.decompose.decomposition import Decomposition
 from spectrim.model.anatomy import Block, Target
 from spectrim.model.replay import record
 from spectrim.model.weights import get_module, read_weight
@@ -26,6 +26,7 @@ from spectrim.moments.moments import Moments, OutputMoments
 from spectrim.recipe import Decompose
 from spectrim.run.cut.cutting import decompose_target
 from spectrim.run.cut.one_shot import block_moments
+from spectrim.run.cut.sharing import owners_of, spans
 from spectrim.run.job import Job
 from spectrim.run.survey.backward import backward_pass
 from spectrim.run.survey.planning import (
@@ -36,6 +37,7 @@ from spectrim.run.survey.planning import (
     shape_curves,
 )
 from spectrim.run.survey.probing import measured_divergences, measured_perplexities
+from spectrim.run.survey.spectra import Spectrum, shared_spectra, spectrum_of
 from spectrim.storage.survey_record import Factors, Survey
 
 __all__ = ["make_survey", "surveyed_choice"]
@@ -173,7 +175,7 @@ def _blocks(
             yield block, [None] * len(block.groups), {}
         return
     replay = record(
-        job.model, job.ids, batch=job.batch, device=job.device, folder=job.offload_streams
+        job.model, job.own_ids, batch=job.batch, device=job.device, folder=job.offload_streams
     )
     for block in job.anatomy.blocks:
         yield block, [*block_moments(job, replay, block, input_needs)], {}
@@ -193,36 +195,39 @@ def _decompose_all(
     if "kfac" in found.wanted:
         needs |= {"C"}
     job.progress.start(stage, len(job.anatomy.blocks))
-    for block, inputs, outputs in _blocks(job, choice, needs):
-        for group in block.groups:
-            moments = inputs[group.index]
-            for target in group.targets:
-                W = (
-                    weight_of(target)
-                    if weight_of is not None
-                    else read_weight(get_module(job.model, target.name))
-                )
-                found_all = decompose_target(target, W, choice, moments, outputs.get(target.name))
-                _keep(found, shapes[target.name], found_all, moments, limits, choice.objective)
-        job.progress.advance(stage, block.name)
+    gathered = _blocks(job, choice, needs)
+    for span in spans(job.team, job.anatomy.blocks):
+        targets = [target for block in span for target in block.targets]
+        owned = owners_of(job.team, targets)
+        moments: dict[str, Moments | None] = {}
+        outputs: dict[str, OutputMoments] = {}
+        for block, inputs, outputs_of_block in islice(gathered, len(span)):
+            # Others' moments are let go at once.
+            mine = (t for t in block.targets if owned[t.name] == job.team.rank)
+            moments |= {t.name: inputs[t.group] for t in mine}
+            outputs = outputs_of_block
+
+        def find(target: Target, moments=moments, outputs=outputs) -> Spectrum:
+            module = get_module(job.model, target.name)
+            W = read_weight(module) if weight_of is None else weight_of(target)
+            of = moments[target.name]
+            whole = decompose_target(target, W, choice, of, outputs.get(target.name))
+            full = whole.rank if found.full else largest_rank(shapes[target.name].shape, limits)
+            return spectrum_of(whole, full, of, spread="kfac" in found.wanted)
+
+        spectra = shared_spectra(job.team, targets, owned, find, job.device)
+        for target in targets:
+            _keep(found, shapes[target.name], spectra[target.name], choice.objective)
+        for block in span:
+            job.progress.advance(stage, block.name)
     job.progress.finish(stage)
 
 
-def _keep(
-    found: _Found,
-    bare: Curve,
-    whole: Decomposition,
-    moments: Moments | None,
-    limits: Limits,
-    objective: str,
-) -> None:
-    """Note one target's spectrum and, in fp32, as many of its components as are still needed."""
-    rank = whole.rank if found.full else min(largest_rank(bare.shape, limits), whole.rank)
-    up, down = whole.cut(rank)
-    found.factors[bare.name] = Factors(up.float().clone(), down.float().clone())
-    if "kfac" in found.wanted and moments is not None and moments.C is not None:
-        means = moments.C.to(whole.down) / moments.tokens
-        found.spread[bare.name] = ((whole.down @ means) * whole.down).sum(1)
+def _keep(found: _Found, bare: Curve, whole: Spectrum, objective: str) -> None:
+    """Note one target's spectrum and as many of its components as are still needed."""
+    found.factors[bare.name] = Factors(whole.up, whole.down)
+    if whole.spread is not None:
+        found.spread[bare.name] = whole.spread
     if whole.damping:
         found.damping[bare.name] = whole.damping
     if "kfac" in found.wanted and objective == "kfac":

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
+from spectrim.distributed.team import Team
 from spectrim.errors import InputError
 from spectrim.recipe import Recipe, validated
 from spectrim.run.compress import Outcome, run_recipe
@@ -34,6 +35,7 @@ def survey_model(
     scores: Collection[str] | None = None,
     progress: Progress | None = None,
     offload_streams: Path | None = None,
+    team: Team | None = None,
 ) -> Survey:
     """Survey a loaded model, which stays as it is.
 
@@ -45,6 +47,7 @@ def survey_model(
             first two and what the recipe's rule needs.
         progress: told of every step.
         offload_streams: folder for memory-mapped streams.
+        team: the processes that share the work; all of them get the survey.
 
     Raises:
         InputError: an unknown score.
@@ -55,7 +58,14 @@ def survey_model(
     unknown = sorted(wanted - set(SCORES))
     if unknown:
         raise InputError(f"unknown score {unknown[0]!r}; a survey can hold {', '.join(SCORES)}")
-    job = open_job(loaded, recipe, text=text, progress=progress, offload_streams=offload_streams)
+    job = open_job(
+        loaded,
+        recipe,
+        text=text,
+        progress=progress,
+        offload_streams=offload_streams,
+        team=team,
+    )
     key = survey_key(loaded, job.recipe, job.windows)
     made = make_survey(job, scores=wanted)
     return replace(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from spectrim.data.mixing import interleave
 from spectrim.data.self_text import sample_windows
+from spectrim.distributed.pool import Pool
 from spectrim.model.replay import Replay, record
 from spectrim.model.stream import Stream
 from spectrim.model.weights import get_module
@@ -33,12 +34,14 @@ class Teacher:
         hidden: its hidden states after the last block.
         train: indices of the windows to train on, sampled ones included.
         held: indices of the calibration windows that choose the step.
+        windows: number of windows on all processes; the streams hold this process's own.
     """
 
     replay: Replay
     hidden: Stream
     train: Tensor
     held: Tensor
+    windows: int
 
 
 @torch.no_grad()
@@ -53,7 +56,11 @@ def record_teacher(job: Job, step: DistillRefinement) -> Teacher:
     if step.windows is not None:
         seed = job.recipe.seed + SEED_OF_FURTHER_WINDOWS
         further = sample_windows(
-            job.model, windows=step.windows, window_length=windows.length, seed=seed
+            job.model,
+            windows=step.windows,
+            window_length=windows.length,
+            seed=seed,
+            team=job.team,
         )
         mixed = interleave([windows, further])
         calibration = mixed.source_index < len(windows.sources)
@@ -68,7 +75,7 @@ def record_teacher(job: Job, step: DistillRefinement) -> Teacher:
     train[held] = False
     replay = record(
         job.model,
-        windows.ids,
+        windows.ids[job.team.share(len(windows))],
         batch=job.batch,
         device=job.device,
         anatomy=job.anatomy,
@@ -79,7 +86,7 @@ def record_teacher(job: Job, step: DistillRefinement) -> Teacher:
         module = get_module(job.model, block.name)
         for rows in hidden.batches(job.batch):
             hidden.write(rows, replay.run(block.index, module, hidden.read(rows, job.device)))
-    return Teacher(replay, hidden, train.nonzero().flatten(), held)
+    return Teacher(replay, hidden, train.nonzero().flatten(), held, len(windows))
 
 
 def distill_network(job: Job, step: DistillRefinement, teacher: Teacher) -> str:
@@ -95,8 +102,11 @@ def distill_network(job: Job, step: DistillRefinement, teacher: Teacher) -> str:
     others = [p for p in job.model.parameters() if id(p) not in trained]
     wide = torch.promote_types(teacher.hidden.dtype, torch.float32)
 
+    pool = Pool(job.team, teacher.windows, (replay.stream, teacher.hidden))
+    entering, leaving = pool.states
+
     def student(rows: Tensor) -> Tensor:
-        hidden = replay.stream.read(rows, job.device).to(wide)
+        hidden = entering.read(rows, job.device).to(wide)
         for index, module in enumerate(modules):
             hidden = replay.run(index, module, hidden)
         return hidden
@@ -120,11 +130,12 @@ def distill_network(job: Job, step: DistillRefinement, teacher: Teacher) -> str:
     with frozen(others):
         loss = distill(
             parameters,
-            Teaching(student, teacher.hidden, head, teacher.train, teacher.held),
+            Teaching(student, leaving, head, teacher.train, teacher.held),
             settings,
             device=job.device,
             autocast=job.device.type != "cpu",
             on_judged=lambda at, kl: job.progress.advance("distill", f"step {at}: KL {kl:.4g}"),
+            pool=pool,
         )
     job.log.network["distill"] = asdict(loss)
     return f"KL {loss.before:.4g} -> {loss.after:.4g}"

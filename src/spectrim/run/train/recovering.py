@@ -26,6 +26,18 @@ def recover_network(job: Job, step: LoraRefinement) -> None:
     if not layers:
         job.log.notes.append("lora: no layer was factored, nothing was trained")
         return
+    if job.team.size > 1:
+        job.log.notes.append(
+            f"lora: trained by rank 0 alone, its dropout cannot be shared by {job.team.size} "
+            "processes with the draws of one"
+        )
+    # The others wait; a failure is raised on all of them.
+    job.team.total(lambda: _train(job, step, layers) if job.team.leads else 0.0)
+    job.team.broadcast_([p.data for layer in layers for p in layer.parameters()], 0)
+
+
+def _train(job: Job, step: LoraRefinement, layers: list[LowRankLinear]) -> float:
+    """All stages, on this process."""
     train, held = hold_out(len(job.ids), step.held_out)
     for number, factor in enumerate(step.order):
         training = LoraTraining(
@@ -46,3 +58,4 @@ def recover_network(job: Job, step: LoraRefinement) -> None:
             ),
         )
         job.log.network[f"lora {number + 1} {factor}"] = asdict(loss)
+    return 0.0

@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 from torch import Tensor, nn
 
+from spectrim.distributed.pool import Pool
 from spectrim.errors import NonFiniteError, RecipeError
 from spectrim.model.anatomy import Block
 from spectrim.model.replay import Replay
@@ -85,6 +86,7 @@ def refine(
             hidden = replay.run(index, module, hidden.to(next(module.parameters()).dtype))
         return hidden
 
+    pool = Pool(job.team, len(job.ids), (inputs, beyond))
     training = BlockTraining(
         seed=job.recipe.seed + block.index,
         micro_batch=job.batch,
@@ -102,12 +104,13 @@ def refine(
                 block.name,
                 compressed,
                 run,
-                inputs,
-                beyond,
+                pool.states[0],
+                pool.states[1],
                 training,
                 device=job.device,
                 autocast=job.device.type != "cpu",
                 on_judged=judged,
+                pool=pool,
             )
     except NonFiniteError as error:
         if job.on_failure != "keep-unrefined":

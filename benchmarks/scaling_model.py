@@ -1,0 +1,146 @@
+"""What a run costs by arithmetic: FLOPs, bytes held and bytes sent per stage, for any Llama shape.
+
+Counts are of the algorithm, not of a machine; `benchmarks/scaling.py` measures the seconds that a
+FLOP of each kind takes and checks the products against runs. See docs/scaling.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["SEQUENTIAL", "WHITENED", "Flow", "Shape", "Work", "communication", "memory", "work"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder and its calibration.
+
+    Attributes:
+        width: d of the hidden states.
+        inner: f of the feed-forward layers.
+        kv: width of keys and values.
+        blocks: number of decoder blocks.
+        windows: calibration windows.
+        length: tokens per window.
+    """
+
+    width: int
+    inner: int
+    kv: int
+    blocks: int
+    windows: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        """Calibration tokens."""
+        return self.windows * self.length
+
+    @property
+    def groups(self) -> list[tuple[int, list[int]]]:
+        """Of one block: input width, and the output widths that share it."""
+        d, f, kv = self.width, self.inner, self.kv
+        return [(d, [d, kv, kv]), (d, [d]), (d, [f, f]), (f, [d])]
+
+    @property
+    def targets(self) -> list[tuple[int, int]]:
+        """(out, in) of a block's linear layers."""
+        return [(m, n) for n, outs in self.groups for m in outs]
+
+    @property
+    def weights(self) -> int:
+        """Numbers in a block's targets."""
+        return sum(m * n for m, n in self.targets)
+
+
+@dataclass(frozen=True)
+class Flow:
+    """A training-free recipe: streams run forward, second moments per group, sharing of the cut.
+
+    Attributes:
+        streams: 1 for the original network, 2 with the shifted one.
+        moments: matrices per group: `C`, or `C`, `C'` and `D`.
+        together: whether whole blocks are shared out, or one group after the other.
+    """
+
+    streams: int
+    moments: int
+    together: bool
+
+
+WHITENED = Flow(streams=1, moments=1, together=True)
+SEQUENTIAL = Flow(streams=2, moments=3, together=False)
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs on the busiest of some processes.
+
+    Attributes:
+        forward: products of the blocks, in the model's dtype.
+        moments: products of inputs with themselves, fp32.
+        cut: sum of `m n min(m, n)` over the targets of the busiest process; fp64, times a constant.
+    """
+
+    forward: float
+    moments: float
+    cut: float
+
+
+def work(shape: Shape, flow: Flow, ranks: int = 1) -> Work:
+    """Work of the busiest process; windows are split, targets go to whoever has least."""
+    mine = -(-shape.windows // ranks) * shape.length
+    d, kv = shape.width, shape.kv
+    # Queries meet all keys and values of their window, without use of causality.
+    attention = 4 * shape.length * d
+    projections = 2 * (shape.weights)
+    forward = shape.blocks * flow.streams * mine * (projections + attention)
+    moments = shape.blocks * flow.moments * mine * sum(2 * n * n for n, _ in shape.groups)
+    assert kv <= d
+    return Work(float(forward), float(moments), _busiest(shape, flow, ranks))
+
+
+def _busiest(shape: Shape, flow: Flow, ranks: int) -> float:
+    from spectrim.distributed.owners import factorisation_cost, loads, owners
+
+    def longest(costs: list[int]) -> float:
+        return max(loads(costs, owners(costs, ranks), ranks))
+
+    block = [factorisation_cost(m, n) for m, n in shape.targets]
+    if not flow.together:
+        groups = ([factorisation_cost(m, n) for m in outs] for n, outs in shape.groups)
+        return shape.blocks * sum(longest(list(costs)) for costs in groups)
+    # As `run/cut/sharing.py` does: blocks are taken together until nine tenths are busy.
+    done, total, waiting = 0, 0.0, 0
+    while done < shape.blocks:
+        waiting += 1
+        costs = block * waiting
+        busy = sum(costs) / (ranks * longest(costs))
+        if ranks == 1 or busy >= 0.9 or done + waiting == shape.blocks:
+            total += longest(costs)
+            done, waiting = done + waiting, 0
+    return total
+
+
+def communication(shape: Shape, flow: Flow, ranks: int, *, keep: float, bytes_each: int) -> float:
+    """Bytes that one process sends in a run: moments by a ring, factors by a broadcast."""
+    moments = flow.moments * sum(8 * n * n for n, _ in shape.groups)
+    factors = keep * shape.weights * bytes_each
+    return shape.blocks * (2 * (ranks - 1) / ranks * moments + (factors if ranks > 1 else 0.0))
+
+
+def memory(shape: Shape, flow: Flow, ranks: int, *, bytes_each: int) -> dict[str, float]:
+    """Bytes per process while a block is worked on, embeddings and head left out."""
+    mine = -(-shape.windows // ranks) * shape.length
+    largest = max(m * n for m, n in shape.targets)
+    widest = max(n for n, _ in shape.groups)
+    return {
+        "model": shape.blocks * shape.weights * bytes_each,
+        # The original stream, the shifted one, and the outputs that become the next original.
+        "streams": (flow.streams + (flow.streams > 1)) * mine * shape.width * bytes_each,
+        "moments": 8 * flow.moments * sum(n * n for n, _ in shape.groups)
+        if flow.together
+        else 8 * flow.moments * widest**2,
+        # Weight, full-rank map, both factors and two matrices of the eigenproblem, fp64.
+        "decomposition": 8 * (4 * largest + 2 * shape.width**2),
+    }

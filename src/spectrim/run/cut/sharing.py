@@ -1,0 +1,110 @@
+"""Targets shared out over the processes of a run: one decomposes, all get the factors.
+
+Every rank has the same moments, so any of them could do any target; costs decide. Where blocks do
+not wait for one another (one-shot flows, surveys) several are taken together until the busiest rank
+has little more than its share. A sequential flow cannot look ahead: it shares out the targets of
+one group, and a group of one target is one rank's work while the others wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from spectrim.allocate.plan import Plan
+from spectrim.distributed.owners import factorisation_cost, loads
+from spectrim.distributed.team import Team
+from spectrim.layers.lowrank import LowRankLinear
+from spectrim.model.anatomy import Block, Target
+from spectrim.model.weights import read_weight
+from spectrim.run.cut.cutting import stand_in
+from spectrim.run.job import Job
+
+__all__ = ["cut_shared", "owners_of", "spans"]
+
+BALANCE = 0.9
+"""Blocks are taken together until a rank has on average this share of what the busiest one has."""
+
+Make = Callable[[Target, nn.Module], tuple[nn.Module, dict[str, Any]]]
+"""A target and its original module -> the layer in its place, and facts for the report."""
+
+
+def owners_of(team: Team, targets: Sequence[Target], plan: Plan | None = None) -> dict[str, int]:
+    """Target name -> the rank that decomposes it; a target that stays dense costs nothing."""
+    names = [target.name for target in targets]
+    return dict(zip(names, team.owners(_costs(targets, plan)), strict=True))
+
+
+def _costs(targets: Sequence[Target], plan: Plan | None) -> list[int]:
+    return [
+        0
+        if plan is not None and plan[t.name].rank is None
+        else factorisation_cost(t.out_features, t.in_features)
+        for t in targets
+    ]
+
+
+def spans(team: Team, blocks: Sequence[Block], plan: Plan | None = None) -> Iterator[list[Block]]:
+    """Blocks in order, as many together as it takes to keep all ranks busy; one for one process."""
+    waiting: list[Block] = []
+    for block in blocks:
+        waiting.append(block)
+        if team.size == 1 or _balance(team, waiting, plan) >= BALANCE:
+            yield waiting
+            waiting = []
+    if waiting:
+        yield waiting
+
+
+def _balance(team: Team, blocks: Sequence[Block], plan: Plan | None) -> float:
+    costs = _costs([target for block in blocks for target in block.targets], plan)
+    busiest = max(loads(costs, team.owners(costs), team.size))
+    return sum(costs) / (team.size * busiest) if busiest else 1.0
+
+
+def cut_shared(
+    job: Job,
+    plan: Plan,
+    owned: dict[str, int],
+    pieces: Sequence[tuple[Target, nn.Module]],
+    make: Make,
+) -> dict[str, nn.Module]:
+    """The layers of some targets, each made by its owner and the same on all ranks; collective.
+
+    Args:
+        job: the run; its log gets the facts of all targets.
+        plan: rank per target.
+        owned: target name -> the rank that makes it.
+        pieces: targets with their original modules.
+        make: makes a layer of the plan's rank, or returns the original where there is none.
+    """
+    team = job.team
+    made: dict[str, nn.Module] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    for target, original in pieces:
+        if owned[target.name] == team.rank:
+            made[target.name], facts[target.name] = make(target, original)
+    for found in team.gather(facts):
+        for name, those in found.items():
+            job.log.target(name, **those)
+    for target, original in pieces:
+        rank = plan[target.name].rank
+        if rank is None:
+            made[target.name] = original
+        elif team.size > 1:
+            layer = made.get(target.name) or _empty(target, original, rank)
+            assert isinstance(layer, LowRankLinear)  # what a plan's rank is made into
+            team.broadcast_([layer.up.weight, layer.down.weight], owned[target.name])
+            made[target.name] = layer
+    return made
+
+
+def _empty(target: Target, original: nn.Module, rank: int) -> LowRankLinear:
+    """A layer for factors that are about to arrive, with the original's bias."""
+    W = read_weight(original)
+    up = torch.empty(target.out_features, rank, dtype=W.dtype, device=W.device)
+    down = torch.empty(rank, target.in_features, dtype=W.dtype, device=W.device)
+    return stand_in(original, up, down)
