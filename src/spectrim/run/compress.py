@@ -10,12 +10,14 @@ from torch import nn
 
 from spectrim.allocate.plan import Plan
 from spectrim.errors import InputError
+from spectrim.model.onload import Onloader
 from spectrim.recipe import Recipe
 from spectrim.run.cutting_all import choose, cut_targets
 from spectrim.run.job import Job, Progress
 from spectrim.run.learned.learned import learn
 from spectrim.run.loading import LoadedModel
 from spectrim.run.opening import open_job, other_bytes
+from spectrim.run.out_of_core import check_out_of_core
 from spectrim.run.reporting import build_report
 from spectrim.run.store.storing import cast_parameters, check_storage, store
 from spectrim.run.survey.survey_key import survey_key
@@ -24,6 +26,7 @@ from spectrim.run.train.refining import check_steps
 from spectrim.run.train.whole_network import carry_out, prepare
 from spectrim.storage.elastic import Base, Elastic
 from spectrim.storage.survey_record import Survey
+from spectrim.storage.work import WorkFolder
 
 __all__ = ["Outcome", "run_recipe"]
 
@@ -39,6 +42,7 @@ class Outcome:
         recipe: resolved.
         report: JSON-ready.
         elastic: every size, where the recipe's training gives them all.
+        onloader: reads the blocks of a model that is not in memory.
     """
 
     model: nn.Module
@@ -47,6 +51,7 @@ class Outcome:
     recipe: Recipe
     report: dict[str, Any]
     elastic: Elastic | None = None
+    onloader: Onloader | None = None
 
 
 def _needs_windows(recipe: Recipe, survey: Survey | None) -> bool:
@@ -68,9 +73,11 @@ def run_recipe(
     progress: Progress | None = None,
     offload_streams: Path | None = None,
     on_failure: str = "error",
-    work: Path | None = None,
+    work: WorkFolder | None = None,
 ) -> Outcome:
     """Compress a loaded model in place.
+
+    A model that is not in memory comes back as a skeleton whose blocks lie in the work folder.
 
     Args:
         loaded: the model; its parameters are replaced.
@@ -82,13 +89,17 @@ def run_recipe(
         progress: told of every block.
         offload_streams: folder for memory-mapped streams.
         on_failure: `error` or `keep-unrefined`.
-        work: folder in which a learned flow keeps checkpoints and finds them again.
+        work: where finished blocks, surveyed blocks and checkpoints of a learned flow are kept
+            and found again.
 
     Raises:
         SpectrimError: anything that keeps the run from an honest result.
     """
     check_steps(recipe)
     check_storage(recipe)
+    if loaded.onloader is not None:
+        given = text is not None and not isinstance(text, (str, Path))
+        check_out_of_core(recipe, planned=plan is not None, own_text=given)
     job = open_job(
         loaded,
         recipe,
@@ -98,6 +109,8 @@ def run_recipe(
         progress=progress,
         offload_streams=offload_streams,
         on_failure=on_failure,
+        work=work,
+        brought={"plan": plan, "survey": survey},
     )
     model, log = job.model, job.log
     if survey is not None:
@@ -107,7 +120,9 @@ def run_recipe(
         if plan is not None or survey is not None:
             raise InputError(f"recipe {recipe.name!r} learns its ranks: it takes no plan or survey")
         steps = prepare(job)
-        chosen, elastic = learn(job, base=_base(loaded, job), work=work)
+        chosen, elastic = learn(
+            job, base=_base(loaded, job), work=None if work is None else work.path
+        )
         carry_out(job, steps)
     else:
         chosen = _decide_and_cut(job, plan, survey)
@@ -126,7 +141,7 @@ def run_recipe(
     )
     if job.windows is None and survey is not None:
         report["calibration"] = survey.facts.get("calibration")
-    return Outcome(model, loaded.tokenizer, chosen, job.recipe, report, elastic)
+    return Outcome(model, loaded.tokenizer, chosen, job.recipe, report, elastic, loaded.onloader)
 
 
 def _decide_and_cut(job: Job, plan: Plan | None, survey: Survey | None) -> Plan:

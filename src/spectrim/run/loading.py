@@ -12,8 +12,11 @@ import torch
 from torch import nn
 
 from spectrim.errors import InputError, ModelError
+from spectrim.model.onload import Onloader
+from spectrim.model.weights import sampled
+from spectrim.run.out_of_core import build_onloaded, checkpoint_folder
 
-__all__ = ["LoadedModel", "load_model", "resolve_device"]
+__all__ = ["LoadedModel", "load_model", "read_config", "resolve_device", "resolve_dtype", "stored_dtype"]
 
 _DTYPES = {
     "float32": torch.float32,
@@ -37,12 +40,21 @@ class LoadedModel:
         tokenizer: its tokenizer, None where there is none.
         name: what the user called it.
         stored_dtype: dtype of the checkpoint, in which results are stored and bytes are counted.
+        onloader: loads the blocks of a model that is not in memory; None where it is.
     """
 
     model: nn.Module
     tokenizer: Any
     name: str
     stored_dtype: torch.dtype
+    onloader: Onloader | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where blocks are worked on."""
+        if self.onloader is not None:
+            return self.onloader.device
+        return next(self.model.parameters()).device
 
     def identity(self) -> str:
         """SHA-256 of the configuration and of every parameter's name, shape and a sample of it.
@@ -56,9 +68,9 @@ class LoadedModel:
             digest.update(json.dumps(fields, sort_keys=True, default=str).encode())
         for name, p in self.model.named_parameters():
             digest.update(f"{name}{tuple(p.shape)}".encode())
-            flat = p.detach().flatten()
-            sample = flat[:: max(1, flat.numel() // 64)].to("cpu", torch.float32)
-            digest.update(sample.contiguous().numpy().tobytes())
+            lies_elsewhere = self.onloader is not None and p.is_meta
+            values = self.onloader.sample(name) if lies_elsewhere else sampled(p)
+            digest.update(values.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
 
@@ -91,13 +103,16 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     tokenizer: Any = None,
     trust_remote_code: bool = False,
+    out_of_core: bool = False,
 ) -> LoadedModel:
     """Load a checkpoint by name or folder, or take a model object as it is.
 
-    A model object keeps its device and, with `auto`, its dtype.
+    A model object keeps its device and, with `auto`, its dtype. Out of core, blocks stay in the
+    checkpoint until they are worked on.
 
     Raises:
         ModelError: nothing loadable there, or only pickled weights.
+        ArtifactError: out of core, a shard is missing or damaged.
     """
     if isinstance(model, nn.Module):
         stored = next(model.parameters()).dtype
@@ -108,16 +123,29 @@ def load_model(
         name = getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
         return LoadedModel(model.eval(), tokenizer, name, stored)
     place = resolve_device(device)
-    config = _load_config(str(model), trust_remote_code)
-    stored = _stored_dtype(config)
-    loaded = _load_weights(
-        str(model), resolve_dtype(dtype, stored, place), place, trust_remote_code
-    )
+    config = read_config(str(model), trust_remote_code)
+    stored = stored_dtype(config)
+    working = resolve_dtype(dtype, stored, place)
     tokenizer = tokenizer or _load_tokenizer(str(model), trust_remote_code)
+    if out_of_core:
+        built, onloader = build_onloaded(
+            checkpoint_folder(str(model)),
+            config,
+            dtype=working,
+            device=place,
+            trust_remote_code=trust_remote_code,
+        )
+        return LoadedModel(built, tokenizer, str(model), stored, onloader)
+    loaded = _load_weights(str(model), working, place, trust_remote_code)
     return LoadedModel(loaded.eval(), tokenizer, str(model), stored)
 
 
-def _load_config(name: str, trust_remote_code: bool):
+def read_config(name: str, trust_remote_code: bool) -> Any:
+    """A checkpoint's configuration.
+
+    Raises:
+        ModelError: there is none.
+    """
     from transformers import AutoConfig
 
     try:
@@ -157,7 +185,8 @@ def _load_tokenizer(name: str, trust_remote_code: bool):
         return None
 
 
-def _stored_dtype(config) -> torch.dtype:
+def stored_dtype(config: Any) -> torch.dtype:
+    """The dtype that a configuration says its checkpoint has."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None)
     if isinstance(dtype, str):

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from spectrim.data.windows import Windows
 from spectrim.model.anatomy import Anatomy
+from spectrim.model.onload import unit_names
 from spectrim.model.tracing import trace
 from spectrim.model.weights import check_model
 from spectrim.recipe import Recipe
+from spectrim.run.identity import run_identity
 from spectrim.run.job import Job, Progress, RunLog, Silent
+from spectrim.run.keeping import Keeper
 from spectrim.run.loading import LoadedModel
 from spectrim.run.survey.planning import keep_of_size, shape_curves
 from spectrim.run.texts import UserText, gather_windows, vocabulary_size
+from spectrim.storage.work import WorkFolder
 
 __all__ = ["open_job", "other_bytes"]
 
@@ -40,6 +46,8 @@ def open_job(
     progress: Progress | None = None,
     offload_streams: Path | None = None,
     on_failure: str = "error",
+    work: WorkFolder | None = None,
+    brought: Mapping[str, Any] | None = None,
 ) -> Job:
     """A run that is ready to begin; the model is as it was.
 
@@ -52,13 +60,15 @@ def open_job(
         progress: told of every step.
         offload_streams: folder for memory-mapped streams.
         on_failure: `error` or `keep-unrefined`.
+        work: where finished pieces are kept; earlier ones of the same run are taken up.
+        brought: the user's plan and survey and other settings that the pieces depend on.
 
     Raises:
-        SpectrimError: an unfit model, an unknown text, a size out of reach.
+        SpectrimError: an unfit model, an unknown text, a size out of reach, the work of another
+            run.
     """
-    model, log = loaded.model, RunLog()
-    check_model(model)
-    device = next(model.parameters()).device
+    model, log, device = loaded.model, RunLog(), loaded.device
+    check_model(model, elsewhere=() if loaded.onloader is None else unit_names(model))
     anatomy = trace(model, torch.arange(8)[None].to(device) % vocabulary_size(model))
     dtype_bytes = loaded.stored_dtype.itemsize
     if size is not None:
@@ -69,6 +79,12 @@ def open_job(
     if calibrate:
         with log.timed("windows"):
             windows = gather_windows(loaded, recipe.calibration, text, seed=recipe.seed)
+    if work is not None:
+        work.begin(
+            run_identity(loaded, recipe, windows, on_failure=on_failure, **(brought or {}))
+        )
+        if work.finished:
+            log.notes.append(f"resumed after {len(work.finished)} finished pieces")
     return Job(
         model=model,
         anatomy=anatomy,
@@ -80,4 +96,5 @@ def open_job(
         offload_streams=offload_streams,
         on_failure=on_failure,
         dtype_bytes=dtype_bytes,
+        keeper=Keeper(model, log, work=work, onloader=loaded.onloader),
     )

@@ -27,15 +27,13 @@ from spectrim.learn.scores import SocoSettings, SocoState
 from spectrim.learn.soco import learn_scores
 from spectrim.learn.survivors import RecoverySettings, choose, fixed_choice, folded, recover
 from spectrim.model.weights import read_weight
-from spectrim.recipe import AcipLearning, Recipe, SocoLearning
+from spectrim.recipe import AcipLearning, SocoLearning
+from spectrim.run.identity import flat_recipe
 from spectrim.run.job import Job
 from spectrim.run.learned.gating import Adapters, build_gated, gates_in_place, lessons_for
 from spectrim.storage.elastic import Base, Elastic
 
 __all__ = ["learn"]
-
-PROSE = {"title", "paper", "equation", "differences"}
-
 
 def learn(
     job: Job, *, base: Base | None = None, work: Path | None = None
@@ -203,25 +201,10 @@ def _checkpoint(job: Job, base: Base | None, work: Path | None, every: int) -> C
     if work is None:
         return None
     assert job.windows is not None
-    identity = _flat(job.recipe)
+    identity = flat_recipe(job.recipe)
     identity["windows"] = job.windows.fingerprint()
     identity["model"] = "" if base is None else base.identity
     return Checkpoint(Path(work), identity, every)
-
-
-def _flat(recipe: Recipe) -> dict[str, Any]:
-    """Every field of a recipe under a dotted name."""
-    flat: dict[str, Any] = {}
-
-    def walk(value: Any, path: str) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                walk(inner, f"{path}.{key}" if path else key)
-        else:
-            flat[path] = value
-
-    walk(recipe.model_dump(mode="json", exclude=PROSE), "")
-    return flat
 
 
 class _Reporter:

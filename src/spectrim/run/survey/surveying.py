@@ -17,6 +17,7 @@ from spectrim.run.survey.survey import make_survey, surveyed_choice
 from spectrim.run.survey.survey_key import survey_key
 from spectrim.run.texts import UserText
 from spectrim.storage.survey_record import Survey
+from spectrim.storage.work import WorkFolder
 
 __all__ = ["DEFAULT_SCORES", "cut_survey", "survey_model"]
 
@@ -34,6 +35,7 @@ def survey_model(
     scores: Collection[str] | None = None,
     progress: Progress | None = None,
     offload_streams: Path | None = None,
+    work: WorkFolder | None = None,
 ) -> Survey:
     """Survey a loaded model, which stays as it is.
 
@@ -45,6 +47,7 @@ def survey_model(
             first two and what the recipe's rule needs.
         progress: told of every step.
         offload_streams: folder for memory-mapped streams.
+        work: where surveyed blocks are kept and found again.
 
     Raises:
         InputError: an unknown score.
@@ -55,7 +58,15 @@ def survey_model(
     unknown = sorted(wanted - set(SCORES))
     if unknown:
         raise InputError(f"unknown score {unknown[0]!r}; a survey can hold {', '.join(SCORES)}")
-    job = open_job(loaded, recipe, text=text, progress=progress, offload_streams=offload_streams)
+    job = open_job(
+        loaded,
+        recipe,
+        text=text,
+        progress=progress,
+        offload_streams=offload_streams,
+        work=work,
+        brought={"scores": sorted(wanted)},
+    )
     key = survey_key(loaded, job.recipe, job.windows)
     made = make_survey(job, scores=wanted)
     return replace(
