@@ -23,6 +23,8 @@ from spectrim.run.learned.elastic import ElasticModel, open_elastic
 from spectrim.run.learned.resizing import settle_outcome
 from spectrim.run.learned.saving_elastic import save_survey_as_elastic as elastic
 from spectrim.run.loading import load_model
+from spectrim.run.memory import goes_out_of_core
+from spectrim.run.places import places
 from spectrim.run.resolving import resolve_recipe
 from spectrim.run.store.saving import save_outcome
 from spectrim.run.survey.replanning import read_plan, replan
@@ -78,6 +80,8 @@ def compress(
     offload_streams: str | Path | None = None,
     on_failure: str = "error",
     work: str | Path | None = None,
+    resume: bool = True,
+    out_of_core: bool | None = None,
     self_contained: bool = False,
     progress: Progress | None = None,
     trust_remote_code: bool = False,
@@ -110,7 +114,11 @@ def compress(
         tokenizer: for model objects.
         offload_streams: folder for hidden states that should not be held in memory.
         on_failure: `error`, or `keep-unrefined` to keep a block whose refinement diverged.
-        work: folder for the checkpoints of a learned recipe; a run that finds one there goes on.
+        work: folder for what is finished; a run that finds work there goes on from it. By default
+            `OUT.work` beside the output, which is removed when the output is there.
+        resume: False keeps no work without a `work` folder: a run that ends begins anew.
+        out_of_core: leave the blocks of a checkpoint in its files until they are worked on; None
+            does so where the model would not fit this machine's memory.
         self_contained: include the base checkpoint in an elastic artifact.
         progress: told of stages and steps.
         trust_remote_code: run code that comes with the checkpoint.
@@ -136,40 +144,50 @@ def compress(
         weights=weights,
         effort=effort,
     )
-    if output is not None:
-        check_output(output, overwrite=overwrite)
-        team.barrier()  # nobody looks there any more when the leader begins to write
-    goal = parse_size(size) if isinstance(size, str) else size
-    loaded = load_model(
-        model,
-        device=team.device or device,
-        dtype=dtype,
-        tokenizer=tokenizer,
-        trust_remote_code=trust_remote_code,
-    )
-    chosen, surveyed = _read_plan(plan)
-    if survey is not None:
-        surveyed = survey if isinstance(survey, Survey) else load_survey(survey)
-    outcome = run_recipe(
-        loaded,
-        resolved,
-        text=None if isinstance(text, (str, Path)) else text,
-        size=goal,
-        plan=chosen,
-        survey=surveyed,
-        progress=progress,
-        offload_streams=None if offload_streams is None else Path(offload_streams),
-        on_failure=on_failure,
-        work=None if work is None else Path(work),
-        team=team,
-    )
-    result = Result(**vars(outcome))
-    if output is not None:
-        if team.leads:
-            original = loaded.name if self_contained else None
-            save_outcome(result, output, overwrite=overwrite, original=original)
-        team.barrier()  # what the others return is there as well
-        result.output = Path(output)
+    given = None if isinstance(text, (str, Path)) else text
+    with places(output, overwrite=overwrite, work=work, resume=resume, team=team) as folder:
+        loaded = load_model(
+            model,
+            device=team.device or device,
+            dtype=dtype,
+            tokenizer=tokenizer,
+            trust_remote_code=trust_remote_code,
+            out_of_core=goes_out_of_core(
+                model,
+                out_of_core,
+                resolved,
+                device=device,
+                dtype=dtype,
+                kept=folder is not None and output is not None,
+                given_ranks=plan is not None,
+                given_text=given is not None,
+                processes=team.size,
+                trust_remote_code=trust_remote_code,
+            ),
+        )
+        chosen, surveyed = _read_plan(plan)
+        if survey is not None:
+            surveyed = survey if isinstance(survey, Survey) else load_survey(survey)
+        outcome = run_recipe(
+            loaded,
+            resolved,
+            text=given,
+            size=parse_size(size) if isinstance(size, str) else size,
+            plan=chosen,
+            survey=surveyed,
+            progress=progress,
+            offload_streams=None if offload_streams is None else Path(offload_streams),
+            on_failure=on_failure,
+            work=folder,
+            team=team,
+        )
+        result = Result(**vars(outcome))
+        if output is not None:
+            if team.leads:
+                original = loaded.name if self_contained else None
+                save_outcome(result, output, overwrite=overwrite, original=original)
+            team.barrier()  # what the others return is there as well
+            result.output = Path(output)
     return result
 
 
@@ -226,28 +244,27 @@ def survey(
     resolved = resolve_recipe(
         recipe, seed=seed, text=text, windows=windows, window_length=window_length
     )
-    if output is not None:
-        check_output(output, overwrite=overwrite)
-        team.barrier()
-    made = survey_model(
-        load_model(
-            model,
-            device=team.device or device,
-            dtype=dtype,
-            tokenizer=tokenizer,
-            trust_remote_code=trust_remote_code,
-        ),
-        resolved,
-        text=None if isinstance(text, (str, Path)) else text,
-        scores=scores,
-        progress=progress,
-        offload_streams=None if offload_streams is None else Path(offload_streams),
-        team=team,
-    )
-    if output is not None:
-        if team.leads:
-            save_survey(made, output, overwrite=overwrite)
-        team.barrier()
+    with places(output, overwrite=overwrite, team=team) as folder:
+        made = survey_model(
+            load_model(
+                model,
+                device=team.device or device,
+                dtype=dtype,
+                tokenizer=tokenizer,
+                trust_remote_code=trust_remote_code,
+            ),
+            resolved,
+            text=None if isinstance(text, (str, Path)) else text,
+            scores=scores,
+            progress=progress,
+            offload_streams=None if offload_streams is None else Path(offload_streams),
+            work=folder,
+            team=team,
+        )
+        if output is not None:
+            if team.leads:
+                save_survey(made, output, overwrite=overwrite)
+            team.barrier()
     return made
 
 

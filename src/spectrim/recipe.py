@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from spectrim.errors import RecipeError
+from spectrim.plain_yaml import parse_plain, read_bounded
 
 __all__ = [
     "AcipLearning",
@@ -344,25 +345,12 @@ class Recipe(Section):
     @classmethod
     def from_yaml(cls, text: str, *, source: str = "recipe") -> Recipe:
         """Parse and validate; raises `RecipeError` naming the field and what it allows."""
-        try:
-            data = yaml.load(text, _PlainLoader)  # noqa: S506 (a safe loader, and less)
-        except (yaml.YAMLError, *_BAD_SCALARS) as error:
-            raise RecipeError(f"{source} is not valid YAML: {error}") from error
-        if not isinstance(data, dict):
-            raise RecipeError(f"{source} must be a mapping of recipe fields, found {type(data)}")
-        return validated(cls, data, source=source)
+        return validated(cls, parse_plain(text, source=source), source=source)
 
     @classmethod
     def from_file(cls, path: str | Path) -> Recipe:
         """Read a recipe file; raises `RecipeError` as `from_yaml`, and for a file that is none."""
-        try:
-            with Path(path).open("rb") as file:
-                text = file.read(_LARGEST_FILE + 1).decode("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"{path} cannot be read as a recipe: {error}") from error
-        if len(text) > _LARGEST_FILE:
-            raise RecipeError(f"{path} is larger than {_LARGEST_FILE} bytes and no recipe")
-        return cls.from_yaml(text, source=str(path))
+        return cls.from_yaml(read_bounded(path), source=str(path))
 
     def with_changes(self, **changes: Any) -> Recipe:
         """A validated copy; nested sections are given as mappings of the fields to change."""
@@ -373,22 +361,6 @@ class Recipe(Section):
             else:
                 data[key] = value
         return validated(type(self), data, source=f"recipe {self.name!r}")
-
-
-_LARGEST_FILE = 2**20
-
-# What yaml's constructors raise on scalars such as `2001-99-99` or `!!int ""`, and on deep nesting.
-_BAD_SCALARS = (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError)
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """YAML without aliases: a few lines of them can stand for more data than any memory holds."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            raise yaml.YAMLError(f"recipes have no aliases, found one at {event.start_mark}")
-        return super().compose_node(parent, index)
 
 
 def validated(cls: type[Recipe], data: dict[str, Any], *, source: str) -> Recipe:

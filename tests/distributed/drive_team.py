@@ -16,12 +16,17 @@ import cases
 import torch
 from safetensors.torch import save_file
 
+import spectrim
 from spectrim.cli.main import main
 from spectrim.distributed.launch import membership
 from spectrim.errors import NonFiniteError, NumericalError
 from spectrim.moments.accumulate import MomentAccumulator
 from spectrim.moments.moments import reduced
 from spectrim.run.cut import sequential
+from spectrim.run.job import Silent
+
+RESUMED = ("spectrim", "svd-llm")
+"""A sequential flow after a survey, and a one-shot flow that cuts several blocks together."""
 
 COMPRESS = ["model", "--text", "text.txt", "--windows", "9", "--window-length", "32"]
 
@@ -77,6 +82,30 @@ def program(*arguments: str) -> dict:
     return {"code": code, "stdout": stdout.getvalue(), "stderr": stderr.getvalue()}
 
 
+class Stop(Exception):
+    """What ends a run in the middle, on all ranks at the same point."""
+
+
+class StopAtFirstBlock(Silent):
+    """Progress that ends the run when a block is cut."""
+
+    def advance(self, stage: str, note: str = "") -> None:
+        if stage == "compress":
+            raise Stop
+
+
+def resumed(team, recipe: str) -> dict:
+    """A run that is stopped after a block, and begun again, beside one that is not."""
+    options = {"recipe": recipe, "text": "text.txt", "windows": 9, "window_length": 32, "keep": 0.6}
+    with contextlib.suppress(Stop):
+        spectrim.compress("model", output=recipe, team=team, progress=StopAtFirstBlock(), **options)
+        raise AssertionError("the run was not stopped")
+    left = sorted(path.stem for path in Path(f"{recipe}.work").glob("cut-*")) if team.leads else []
+    again = spectrim.compress("model", output=recipe, team=team, **options)
+    spectrim.compress("model", output=f"{recipe}-at-once", team=team, **options)
+    return {"left": left, "notes": again.report["notes"]}
+
+
 def break_rank_1(rank: int) -> None:
     """A target of block 1 cannot be decomposed on rank 1, while rank 0 waits for its factors."""
     original = sequential.replace_target
@@ -97,6 +126,7 @@ if __name__ == "__main__":
         found = cases.everything(team=team)
         flat = {f"{case}/{name}": t for case, those in found.items() for name, t in those.items()}
         save_file(flat, f"rank-{rank}.safetensors")
+        story["resumed"] = {recipe: resumed(team, recipe) for recipe in RESUMED}
     story["compress"] = program("compress", *COMPRESS, "-o", "two")
     story["survey"] = program("survey", *COMPRESS, "-o", "survey", "-q")
     story["evaluate"] = program("evaluate", "model", "--text", "text.txt")

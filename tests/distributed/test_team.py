@@ -15,7 +15,7 @@ import cases
 import pytest
 import torch
 from drive_program import prepare
-from drive_team import COMPRESS, program
+from drive_team import COMPRESS, RESUMED, program
 from safetensors.torch import load_file
 
 import spectrim
@@ -179,6 +179,17 @@ def test_the_program_writes_what_one_process_writes(place, stories):
     assert weights(place / "one").keys() == weights(place / "two").keys()
 
 
+@pytest.mark.parametrize("recipe", RESUMED)
+def test_two_processes_go_on_where_they_were(recipe, place, stories):
+    leader, other = (story["resumed"][recipe] for story in stories)
+    assert leader["left"]  # finished and kept by the leader
+    assert any("resumed after" in note for note in leader["notes"])
+    assert leader["notes"] == other["notes"]
+    assert not (place / f"{recipe}.work").exists()
+    one, two = (place / f / "model.safetensors" for f in (recipe, f"{recipe}-at-once"))
+    assert one.read_bytes() == two.read_bytes()
+
+
 def test_a_command_for_one_process_is_refused_once(stories):
     leader, other = (story["evaluate"] for story in stories)
     assert leader["code"] == other["code"] == 2
@@ -194,6 +205,8 @@ def test_recipes_and_windows_that_cannot_be_shared_are_refused():
         run_recipe(loaded, get_recipe("soco"), team=team)
     with pytest.raises(InputError, match="2 calibration windows cannot be shared by 3 processes"):
         open_job(loaded, get_recipe("svd-llm"), text=windows(2, 12), team=team)
+    with pytest.raises(InputError, match="3 were started"):
+        spectrim.compress("model", keep=0.5, output="new", out_of_core=True, team=team)
 
 
 def test_a_failure_on_one_rank_ends_all_with_one_message(place):

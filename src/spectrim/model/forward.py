@@ -51,7 +51,7 @@ def forwards_replaced(
 
 def home_device(model: nn.Module) -> torch.device:
     """The device of the embedding, where token ids enter the model."""
-    return next(model.parameters()).device
+    return next(p.device for p in model.parameters() if not p.is_meta)
 
 
 def hidden_of(output: Any) -> Any:

@@ -107,30 +107,47 @@ class Replay:
 
 @dataclass
 class _Visit:
-    """What one block got and gave during the recorded pass."""
+    """How one block was called during the recorded pass."""
 
-    hidden: Tensor
     args: tuple
     kwargs: dict
     keyword: str | None
-    output: Any = None
+    extras: int | None = None
+
+    def call(self) -> BlockCall:
+        """The call as a record."""
+        return BlockCall(self.args, self.kwargs, self.keyword, self.extras)
+
+
+def _visit(args: tuple, kwargs: dict, name: str) -> tuple[Tensor, _Visit]:
+    hidden, rest, named, keyword = split_hidden(args, kwargs, name)
+    return hidden, _Visit(rest, named, keyword)
 
 
 def _observe(model: nn.Module, names: Sequence[str], window: Tensor) -> list[_Visit]:
-    """A real forward pass of one window (1, T) that notes every block's arguments and output."""
+    """A real forward pass of one window (1, T) that notes every block's arguments."""
     visits: list[_Visit] = []
+    unchained: list[int] = []
     handles = []
+    # Only the states between two blocks are held: a deep model's together can be larger than it.
+    latest: dict[str, Any] = {}
 
     def enter(index: int, args: tuple, kwargs: dict) -> None:
-        visits.append(_Visit(*split_hidden(args, kwargs, names[index])))
+        hidden, visit = _visit(args, kwargs, names[index])
+        if index and not torch.equal(latest["output"], hidden):
+            unchained.append(index)
+        latest["shape"] = hidden.shape
+        visits.append(visit)
 
     def leave(index: int, output: Any) -> None:
-        visit, name = visits[index], names[index]
         result = hidden_of(output)
-        if not isinstance(result, Tensor) or result.shape != visit.hidden.shape:
-            raise ModelError(f"block {name!r} does not return hidden states of the shape it got")
-        _check_finite(result, f"block {name!r}")
-        visit.output = output
+        if not isinstance(result, Tensor) or result.shape != latest["shape"]:
+            raise ModelError(
+                f"block {names[index]!r} does not return hidden states of the shape it got"
+            )
+        _check_finite(result, f"block {names[index]!r}")
+        latest["output"] = result
+        visits[index].extras = len(output) - 1 if isinstance(output, tuple) else None
 
     try:
         for i, name in enumerate(names):
@@ -145,12 +162,12 @@ def _observe(model: nn.Module, names: Sequence[str], window: Tensor) -> list[_Vi
     finally:
         for handle in handles:
             handle.remove()
-    for i in range(1, len(visits)):
-        if not torch.equal(hidden_of(visits[i - 1].output), visits[i].hidden):
-            raise ModelError(
-                f"the model changes the hidden states between {names[i - 1]!r} and {names[i]!r}; "
-                "spectrim can only follow models whose blocks are chained directly"
-            )
+    if unchained:
+        i = unchained[0]
+        raise ModelError(
+            f"the model changes the hidden states between {names[i - 1]!r} and {names[i]!r}; "
+            "spectrim can only follow models whose blocks are chained directly"
+        )
     return visits
 
 
@@ -162,8 +179,9 @@ def _check_token_independent(
 
     def bypass(index: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            again.append(_Visit(*split_hidden(args, kwargs, names[index])))
-            return visits[index].output
+            hidden, visit = _visit(args, kwargs, names[index])
+            again.append(visit)
+            return visits[index].call().dress(hidden)
 
         return forward
 
@@ -183,7 +201,8 @@ def _embed(model: nn.Module, first: nn.Module, name: str, ids: Tensor) -> Tensor
     def stop(_module: nn.Module, args: tuple, kwargs: dict) -> None:
         raise _EnteredFirstBlock(split_hidden(args, kwargs, name)[0])
 
-    handle = first.register_forward_pre_hook(stop, with_kwargs=True)
+    # In front of every other hook: none of them needs to prepare a block that will not run.
+    handle = first.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
     try:
         run_window(model, ids)
     except _EnteredFirstBlock as signal:
@@ -250,7 +269,7 @@ def record(
             args=move_arguments(v.args, device, memo),
             kwargs=move_arguments(v.kwargs, device, memo),
             keyword=v.keyword,
-            extras=len(v.output) - 1 if isinstance(v.output, tuple) else None,
+            extras=v.extras,
         )
         for v in visits
     )

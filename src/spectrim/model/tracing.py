@@ -20,7 +20,7 @@ from spectrim.model.anatomy import Anatomy, Block, Group, Target
 from spectrim.model.forward import evaluating, run_window
 from spectrim.model.weights import get_module, is_linear, is_transposed, read_weight
 
-__all__ = ["trace"]
+__all__ = ["block_lists", "trace"]
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _holds_linears(module: nn.Module) -> bool:
     return not is_linear(module) and any(is_linear(m) for m in module.modules())
 
 
-def _block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     """Every list that could hold the blocks; outer lists come before the lists inside them."""
     return {
         name: module
@@ -252,7 +252,7 @@ def trace(model: nn.Module, input_ids: Tensor) -> Anatomy:
         raise ValueError(
             f"input_ids has shape {tuple(input_ids.shape)}, expected one window (1, T)"
         )
-    lists = _block_lists(model)
+    lists = block_lists(model)
     if not lists:
         raise ModelError(
             f"{type(model).__name__} has no nn.ModuleList of blocks with linear layers "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -9,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from spectrim.errors import ModelError, NonFiniteError
 
 __all__ = [
+    "check_finite",
     "check_finite_weights",
     "check_model",
     "get_module",
@@ -17,6 +20,7 @@ __all__ = [
     "read_bias",
     "read_weight",
     "replace_module",
+    "sampled",
     "write_weight",
 ]
 
@@ -84,23 +88,44 @@ def read_bias(module: nn.Module) -> Tensor | None:
     return None if bias is None else bias.detach()
 
 
+def sampled(weight: Tensor, values: int = 64) -> Tensor:
+    """Evenly spaced values of a weight, at most about twice as many as asked for, fp32."""
+    flat = weight.detach().flatten()
+    return flat[:: max(1, flat.numel() // values)].to("cpu", torch.float32, copy=True)
+
+
+def check_finite(name: str, weight: Tensor) -> None:
+    """Refuse NaN and infinity in a weight.
+
+    Raises:
+        NonFiniteError: naming the weight and how many of its values are bad.
+    """
+    if weight.is_floating_point() and not torch.isfinite(weight.detach()).all():
+        bad = weight.numel() - int(torch.isfinite(weight.detach()).sum())
+        raise NonFiniteError(
+            f"weight {name!r} holds {bad} NaN or infinite values of {weight.numel()}; "
+            "load the original checkpoint again"
+        )
+
+
 def check_finite_weights(model: nn.Module) -> None:
-    """Refuse NaN and infinity in any parameter.
+    """Refuse NaN and infinity in any parameter that is in memory.
 
     Raises:
         NonFiniteError: naming the first such weight and how many of its values are bad.
     """
     for name, weight in model.named_parameters():
-        if weight.is_floating_point() and not torch.isfinite(weight.detach()).all():
-            bad = weight.numel() - int(torch.isfinite(weight.detach()).sum())
-            raise NonFiniteError(
-                f"weight {name!r} holds {bad} NaN or infinite values of {weight.numel()}; "
-                "load the original checkpoint again"
-            )
+        if not weight.is_meta:
+            check_finite(name, weight)
 
 
-def check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module, *, elsewhere: Collection[str] = ()) -> None:
     """Refuse a model that spectrim cannot compress, before anything expensive happens.
+
+    Args:
+        model: in memory, but for some of its modules.
+        elsewhere: names of modules whose weights are loaded when they are needed, and looked at
+            then.
 
     Raises:
         ModelError: no linear layers in any block list, quantised, already compressed,
@@ -123,8 +148,9 @@ def check_model(model: nn.Module) -> None:
             f"{kind} is quantised or compressed ({quantization or 'hf_quantizer is set'}); "
             "start from the original 16- or 32-bit model"
         )
+    absent = tuple(f"{name}." for name in elsewhere)
     for name, weight in model.named_parameters():
-        if weight.is_meta:
+        if weight.is_meta and not name.startswith(absent):
             raise ModelError(f"weight {name!r} of {kind} is on the meta device: never loaded")
     lists = (m for m in model.modules() if isinstance(m, nn.ModuleList))
     if not any(is_linear(m) for blocks in lists for block in blocks for m in block.modules()):

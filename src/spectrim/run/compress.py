@@ -11,12 +11,14 @@ from torch import nn
 from spectrim.allocate.plan import Plan
 from spectrim.distributed.team import Team
 from spectrim.errors import InputError, RecipeError
+from spectrim.model.onload import Onloader
 from spectrim.recipe import Recipe
 from spectrim.run.cutting_all import choose, cut_targets
 from spectrim.run.job import Job, Progress
 from spectrim.run.learned.learned import learn
 from spectrim.run.loading import LoadedModel
 from spectrim.run.opening import open_job, other_bytes
+from spectrim.run.out_of_core import check_out_of_core
 from spectrim.run.reporting import build_report
 from spectrim.run.store.storing import cast_parameters, check_storage, store
 from spectrim.run.survey.survey_key import survey_key
@@ -24,6 +26,7 @@ from spectrim.run.texts import UserText
 from spectrim.run.train.refining import check_steps
 from spectrim.run.train.whole_network import carry_out, prepare
 from spectrim.storage.elastic import Base, Elastic
+from spectrim.storage.shared_work import Work
 from spectrim.storage.survey_record import Survey
 
 __all__ = ["Outcome", "run_recipe"]
@@ -40,6 +43,7 @@ class Outcome:
         recipe: resolved.
         report: JSON-ready.
         elastic: every size, where the recipe's training gives them all.
+        onloader: reads the blocks of a model that is not in memory.
     """
 
     model: nn.Module
@@ -48,6 +52,7 @@ class Outcome:
     recipe: Recipe
     report: dict[str, Any]
     elastic: Elastic | None = None
+    onloader: Onloader | None = None
 
 
 def _needs_windows(recipe: Recipe, survey: Survey | None) -> bool:
@@ -69,10 +74,12 @@ def run_recipe(
     progress: Progress | None = None,
     offload_streams: Path | None = None,
     on_failure: str = "error",
-    work: Path | None = None,
+    work: Work | None = None,
     team: Team | None = None,
 ) -> Outcome:
     """Compress a loaded model in place.
+
+    A model that is not in memory comes back as a skeleton whose blocks lie in the work folder.
 
     Args:
         loaded: the model; its parameters are replaced.
@@ -84,7 +91,8 @@ def run_recipe(
         progress: told of every block.
         offload_streams: folder for memory-mapped streams.
         on_failure: `error` or `keep-unrefined`.
-        work: folder in which a learned flow keeps checkpoints and finds them again.
+        work: where finished blocks, surveyed blocks and checkpoints of a learned flow are kept
+            and found again.
         team: the processes that share the run; every one ends with the compressed model, the
             leader's report has everything.
 
@@ -95,6 +103,9 @@ def run_recipe(
     check_storage(recipe)
     team = team or Team()
     _check_shareable(recipe, team)
+    if loaded.onloader is not None:
+        given = text is not None and not isinstance(text, (str, Path))
+        check_out_of_core(recipe, planned=plan is not None, own_text=given)
     job = open_job(
         loaded,
         recipe,
@@ -104,6 +115,8 @@ def run_recipe(
         progress=progress,
         offload_streams=offload_streams,
         on_failure=on_failure,
+        work=work,
+        brought={"plan": plan, "survey": survey},
         team=team,
     )
     model, log = job.model, job.log
@@ -114,7 +127,9 @@ def run_recipe(
         if plan is not None or survey is not None:
             raise InputError(f"recipe {recipe.name!r} learns its ranks: it takes no plan or survey")
         steps = prepare(job)
-        chosen, elastic = learn(job, base=_base(loaded, job), work=work)
+        chosen, elastic = learn(
+            job, base=_base(loaded, job), work=None if work is None else work.path
+        )
         carry_out(job, steps)
     else:
         chosen = _decide_and_cut(job, plan, survey)
@@ -134,7 +149,7 @@ def run_recipe(
     if job.windows is None and survey is not None:
         report["calibration"] = survey.facts.get("calibration")
     report["environment"]["processes"] = team.size
-    return Outcome(model, loaded.tokenizer, chosen, job.recipe, report, elastic)
+    return Outcome(model, loaded.tokenizer, chosen, job.recipe, report, elastic, loaded.onloader)
 
 
 def _check_shareable(recipe: Recipe, team: Team) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from spectrim.allocate.plan import Plan
 from spectrim.recipe import ProjectedGradientRefinement
 from spectrim.run.cut.from_survey import cut_from_survey, holds
-from spectrim.run.cut.one_shot import cut_one_shot
+from spectrim.run.cut.one_shot import CUT, cut_one_shot
 from spectrim.run.cut.sequential import cut_sequentially
 from spectrim.run.cut.zero_sum import cut_in_stages
 from spectrim.run.job import Job
@@ -64,10 +64,11 @@ def cut_targets(job: Job, choice: Choice) -> Plan:
         return cut_in_stages(
             job, step, plan=plan if choice.given else None, survey=survey if same else None
         )
+    finished = job.keeper.all_finished(CUT, job.anatomy.blocks)
     if recipe.flow == "sequential":
-        cut_sequentially(job, plan, output_moments(job))
+        cut_sequentially(job, plan, {} if finished else output_moments(job))
     elif survey is not None and same and holds(survey, plan):
         cut_from_survey(job, plan, survey)
     else:
-        cut_one_shot(job, plan, output_moments(job))
+        cut_one_shot(job, plan, {} if finished else output_moments(job))
     return plan

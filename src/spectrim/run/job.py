@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +14,8 @@ from spectrim.distributed.team import Team
 from spectrim.model.anatomy import Anatomy
 from spectrim.moments.moments import OutputMoments
 from spectrim.recipe import Recipe
+from spectrim.run.keeping import Keeper
+from spectrim.run.log import RunLog
 
 __all__ = ["Job", "Progress", "RunLog", "Silent"]
 
@@ -48,38 +47,6 @@ class Silent:
 
 
 @dataclass
-class RunLog:
-    """Facts for the report, gathered while the run goes on.
-
-    Attributes:
-        stages: seconds by stage.
-        targets: name -> facts of that target (errors, damping, seconds).
-        blocks: block name -> facts of its refinement.
-        network: refinement step -> facts of it, for steps that train all blocks together.
-        notes: downgrades and other things that a reader must know.
-    """
-
-    stages: dict[str, float] = field(default_factory=dict)
-    targets: dict[str, dict[str, Any]] = field(default_factory=dict)
-    blocks: dict[str, dict[str, Any]] = field(default_factory=dict)
-    network: dict[str, dict[str, Any]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Add the seconds of the body to a stage."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.stages[stage] = self.stages.get(stage, 0.0) + time.perf_counter() - started
-
-    def target(self, name: str, **facts: Any) -> None:
-        """Add facts of one target."""
-        self.targets.setdefault(name, {}).update(facts)
-
-
-@dataclass
 class Job:
     """One run: the model being compressed, its calibration windows and its recipe.
 
@@ -95,6 +62,9 @@ class Job:
         on_failure: `error` or `keep-unrefined`.
         outputs: gradient moments of the original model, once a pass has gathered them.
         dtype_bytes: of one number as stored, for budgets.
+        keeper: brings blocks to hand and keeps what is finished; by default a model in memory, of
+            which nothing is kept.
+        surveys: how many surveys this run has begun: each keeps its pieces under its own name.
         team: the processes that share the run; each has the whole model and its own windows.
     """
 
@@ -109,7 +79,13 @@ class Job:
     on_failure: str = "error"
     outputs: dict[str, OutputMoments] | None = None
     dtype_bytes: int = 2
+    keeper: Keeper = None  # type: ignore[assignment]
+    surveys: int = 0
     team: Team = field(default_factory=Team)
+
+    def __post_init__(self) -> None:
+        if self.keeper is None:
+            self.keeper = Keeper(self.model, self.log)
 
     @property
     def ids(self) -> Tensor:

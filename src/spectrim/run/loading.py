@@ -14,9 +14,19 @@ from safetensors import SafetensorError
 from torch import nn
 
 from spectrim.errors import ArtifactError, InputError, ModelError
+from spectrim.model.onload import Onloader
+from spectrim.model.weights import sampled
+from spectrim.run.out_of_core import build_onloaded, checkpoint_folder
 from spectrim.storage.admission import admit_folder, needs_remote_code
 
-__all__ = ["LoadedModel", "load_model", "resolve_device"]
+__all__ = [
+    "LoadedModel",
+    "load_model",
+    "read_config",
+    "resolve_device",
+    "resolve_dtype",
+    "stored_dtype",
+]
 
 _DTYPES = {
     "float32": torch.float32,
@@ -51,12 +61,21 @@ class LoadedModel:
         tokenizer: its tokenizer, None where there is none.
         name: what the user called it.
         stored_dtype: dtype of the checkpoint, in which results are stored and bytes are counted.
+        onloader: loads the blocks of a model that is not in memory; None where it is.
     """
 
     model: nn.Module
     tokenizer: Any
     name: str
     stored_dtype: torch.dtype
+    onloader: Onloader | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where blocks are worked on."""
+        if self.onloader is not None:
+            return self.onloader.device
+        return next(self.model.parameters()).device
 
     def identity(self) -> str:
         """SHA-256 of the configuration and of every parameter's name, shape and a sample of it.
@@ -70,9 +89,9 @@ class LoadedModel:
             digest.update(json.dumps(fields, sort_keys=True, default=str).encode())
         for name, p in self.model.named_parameters():
             digest.update(f"{name}{tuple(p.shape)}".encode())
-            flat = p.detach().flatten()
-            sample = flat[:: max(1, flat.numel() // 64)].to("cpu", torch.float32)
-            digest.update(sample.contiguous().numpy().tobytes())
+            lies_elsewhere = self.onloader is not None and p.is_meta
+            values = self.onloader.sample(name) if lies_elsewhere else sampled(p)
+            digest.update(values.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
 
@@ -128,10 +147,12 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     tokenizer: Any = None,
     trust_remote_code: bool = False,
+    out_of_core: bool = False,
 ) -> LoadedModel:
     """Load a checkpoint by name or folder, or take a model object as it is.
 
-    A model object keeps its device and, with `auto`, its dtype.
+    A model object keeps its device and, with `auto`, its dtype. Out of core, blocks stay in the
+    checkpoint until they are worked on.
 
     Raises:
         ModelError: nothing loadable there, only pickled weights, weights that are missing, or a
@@ -150,19 +171,45 @@ def load_model(
     place = resolve_device(device)
     if (Path(model) / "config.json").is_file():
         admit_folder(model)
-    config = _load_config(str(model), trust_remote_code)
-    stored = _stored_dtype(config)
-    loaded = _load_weights(
-        str(model), resolve_dtype(dtype, stored, place), place, trust_remote_code
-    )
+    config = read_config(str(model), trust_remote_code)
+    stored = stored_dtype(config)
+    working = resolve_dtype(dtype, stored, place)
+    onloader = None
+    if out_of_core:
+        loaded, onloader = _leave_blocks(str(model), config, working, place, trust_remote_code)
+    else:
+        loaded = _load_weights(str(model), working, place, trust_remote_code)
     tokenizer = tokenizer or _load_tokenizer(str(model), trust_remote_code)
     if not trust_remote_code:
         # The classes in use are transformers' own: a result must not ask for the code again.
         vars(loaded.config).pop("auto_map", None)
-    return LoadedModel(loaded.eval(), tokenizer, str(model), stored)
+    return LoadedModel(loaded.eval(), tokenizer, str(model), stored, onloader)
 
 
-def _load_config(name: str, trust_remote_code: bool):
+def _leave_blocks(
+    name: str, config: Any, dtype: torch.dtype, device: torch.device, trust_remote_code: bool
+) -> tuple[Any, Onloader]:
+    """The model with its blocks left in the checkpoint, which is looked at as any other."""
+    folder = checkpoint_folder(name)
+    if not Path(name).is_dir():
+        admit_folder(folder)
+    try:
+        return build_onloaded(
+            folder, config, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        )
+    except _BAD_CONFIGURATION as error:
+        _refuse_remote_code(name, error)
+        raise ModelError(
+            f"{name!r} cannot be built as a causal language model: {_first_line(error)}"
+        ) from error
+
+
+def read_config(name: str, trust_remote_code: bool) -> Any:
+    """A checkpoint's configuration.
+
+    Raises:
+        ModelError: there is none.
+    """
     from transformers import AutoConfig
 
     try:
@@ -248,7 +295,8 @@ def _load_tokenizer(name: str, trust_remote_code: bool):
         raise ModelError(f"the tokenizer of {name!r} is damaged: {_first_line(error)}") from error
 
 
-def _stored_dtype(config) -> torch.dtype:
+def stored_dtype(config: Any) -> torch.dtype:
+    """The dtype that a configuration says its checkpoint has."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None)
     if isinstance(dtype, str):

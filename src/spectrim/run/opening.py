@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,13 +13,17 @@ from spectrim.data.windows import Windows
 from spectrim.distributed.team import Team
 from spectrim.errors import InputError
 from spectrim.model.anatomy import Anatomy
+from spectrim.model.onload import unit_names
 from spectrim.model.tracing import trace
 from spectrim.model.weights import check_model
 from spectrim.recipe import Recipe
+from spectrim.run.identity import run_identity
 from spectrim.run.job import Job, Progress, RunLog, Silent
+from spectrim.run.keeping import Keeper
 from spectrim.run.loading import LoadedModel
 from spectrim.run.survey.planning import keep_of_size, shape_curves
 from spectrim.run.texts import UserText, gather_windows, vocabulary_size
+from spectrim.storage.shared_work import Work
 
 __all__ = ["open_job", "other_bytes"]
 
@@ -42,6 +48,8 @@ def open_job(
     progress: Progress | None = None,
     offload_streams: Path | None = None,
     on_failure: str = "error",
+    work: Work | None = None,
+    brought: Mapping[str, Any] | None = None,
     team: Team | None = None,
 ) -> Job:
     """A run that is ready to begin; the model is as it was.
@@ -55,14 +63,16 @@ def open_job(
         progress: told of every step.
         offload_streams: folder for memory-mapped streams.
         on_failure: `error` or `keep-unrefined`.
+        work: where finished pieces are kept; earlier ones of the same run are taken up.
+        brought: the user's plan and survey and other settings that the pieces depend on.
         team: the processes that share the run; all of them open it.
 
     Raises:
-        SpectrimError: an unfit model, an unknown text, a size out of reach.
+        SpectrimError: an unfit model, an unknown text, a size out of reach, the work of another
+            run.
     """
-    model, log, team = loaded.model, RunLog(), team or Team()
-    check_model(model)
-    device = next(model.parameters()).device
+    model, log, team, device = loaded.model, RunLog(), team or Team(), loaded.device
+    check_model(model, elsewhere=() if loaded.onloader is None else unit_names(model))
     anatomy = trace(model, torch.arange(8)[None].to(device) % vocabulary_size(model))
     dtype_bytes = loaded.stored_dtype.itemsize
     if size is not None:
@@ -74,6 +84,20 @@ def open_job(
         with log.timed("windows"):
             windows = gather_windows(loaded, recipe.calibration, text, seed=recipe.seed, team=team)
         _check_shared(windows, team)
+    if work is not None:
+        work.begin(
+            run_identity(
+                loaded,
+                recipe,
+                windows,
+                on_failure=on_failure,
+                # Sums over other parts of the windows round in another way.
+                processes=team.size,
+                **(brought or {}),
+            )
+        )
+        if work.finished:
+            log.notes.append(f"resumed after {len(work.finished)} finished pieces")
     return Job(
         model=model,
         anatomy=anatomy,
@@ -85,6 +109,7 @@ def open_job(
         offload_streams=offload_streams,
         on_failure=on_failure,
         dtype_bytes=dtype_bytes,
+        keeper=Keeper(model, log, work=work, onloader=loaded.onloader),
         team=team,
     )
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spectrim.errors import ModelError
 from spectrim.layers.swap import compressed_layers
+from spectrim.storage.assemble import save_in_parts
 from spectrim.storage.atomic import new_folder
 from spectrim.storage.inspect import FolderInspection, inspect_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["RECIPE_FILE", "REPORT_FILE", "save_model"]
 
@@ -28,6 +32,7 @@ def save_model(
     card: str,
     max_shard_size: str | int = "5GB",
     overwrite: bool = False,
+    read: Callable[[str], Tensor] | None = None,
 ) -> FolderInspection:
     """Write weights, configuration, tokenizer, recipe, report and card.
 
@@ -42,6 +47,7 @@ def save_model(
         card: see `model_card`.
         max_shard_size: of one weight file, in bytes or as transformers spells it.
         overwrite: replace the model folder that is there.
+        read: gives the tensors of the model that are on the meta device, if some are.
 
     Returns:
         The inspection of what was written.
@@ -53,7 +59,10 @@ def save_model(
     if compressed_layers(model) and getattr(model, "hf_quantizer", None) is None:
         raise ModelError("the model holds compressed layers; call attach(model) before saving it")
     with new_folder(output, overwrite=overwrite) as folder:
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        if read is None:
+            model.save_pretrained(folder, max_shard_size=max_shard_size)
+        else:
+            save_in_parts(model, folder, read, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         stored = inspect_folder(folder).summary()

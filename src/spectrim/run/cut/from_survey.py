@@ -7,11 +7,12 @@ import time
 import torch
 from torch import nn
 
-from spectrim.allocate.curve import tail_energy
+from spectrim.allocate.curve import Curve, tail_energy
 from spectrim.allocate.plan import Plan
 from spectrim.layers.lowrank import LowRankLinear
 from spectrim.model.weights import get_module, read_weight, replace_module
 from spectrim.run.cut.cutting import cut_layer
+from spectrim.run.cut.one_shot import CUT
 from spectrim.run.job import Job
 from spectrim.storage.survey_file import load_factors
 from spectrim.storage.survey_record import Survey
@@ -41,26 +42,33 @@ def cut_from_survey(job: Job, plan: Plan, survey: Survey) -> None:
     job.progress.start(stage, len(job.anatomy.blocks))
     with job.log.timed(stage):
         for block in job.anatomy.blocks:
-            for target in block.targets:
-                rank = plan[target.name].rank
-                if rank is None:
-                    job.log.target(target.name, predicted_error=0.0, seconds=0.0)
-                    continue
-                started = time.perf_counter()
-                original = get_module(job.model, target.name)
-                factors = load_factors(survey, target.name)
-                layer = cut_layer(original, factors, rank, balance=bool(job.recipe.refine))
-                replace_module(job.model, target.name, layer)
-                curve = curves[target.name]
-                error = float(tail_energy(curve)[rank]) / curve.total if curve.total > 0 else 0.0
-                job.log.target(
-                    target.name,
-                    predicted_error=error,
-                    measured_weight_error=_weight_error(original, layer),
-                    seconds=time.perf_counter() - started,
-                )
+            with job.keeper.at_hand(block):
+                if job.keeper.is_finished(CUT, block):
+                    job.keeper.restore(CUT, block)
+                else:
+                    for target in block.targets:
+                        _cut_target(job, plan[target.name].rank, survey, curves[target.name])
+                    job.keeper.finish(CUT, block)
             job.progress.advance(stage, block.name)
     job.progress.finish(stage)
+
+
+def _cut_target(job: Job, rank: int | None, survey: Survey, curve: Curve) -> None:
+    """Put a target's leading components in its place; None leaves it dense."""
+    name = curve.name
+    if rank is None:
+        job.log.target(name, predicted_error=0.0, seconds=0.0)
+        return
+    started = time.perf_counter()
+    original = get_module(job.model, name)
+    layer = cut_layer(original, load_factors(survey, name), rank, balance=bool(job.recipe.refine))
+    replace_module(job.model, name, layer)
+    job.log.target(
+        name,
+        predicted_error=float(tail_energy(curve)[rank]) / curve.total if curve.total > 0 else 0.0,
+        measured_weight_error=_weight_error(original, layer),
+        seconds=time.perf_counter() - started,
+    )
 
 
 def _weight_error(original: nn.Module, layer: LowRankLinear) -> float:

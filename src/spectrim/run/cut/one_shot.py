@@ -2,12 +2,14 @@
 
 Cutting a block cannot change what later blocks see here, because the stream carries the original
 network's hidden states (or is absent, for objectives without inputs). Memory is one block, its
-moments and the stream. Several processes split the windows and share out the targets.
+moments and the stream. Several processes split the windows and share out the targets. A block
+that an earlier run has cut is passed by the stream and taken from the work folder.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -24,7 +26,20 @@ from spectrim.run.cut.cutting import replace_target
 from spectrim.run.cut.sharing import cut_shared, owners_of, spans
 from spectrim.run.job import Job
 
-__all__ = ["block_moments", "cut_one_shot"]
+__all__ = ["CUT", "advance", "block_moments", "cut_one_shot"]
+
+CUT = "cut"
+"""Stage under which finished blocks are kept."""
+
+
+@torch.no_grad()
+def advance(job: Job, replay: Replay, block: Block) -> None:
+    """Move the stream past a block as it stands in the model."""
+    module = get_module(job.model, block.name)
+    for rows in replay.stream.batches(job.batch):
+        replay.stream.write(
+            rows, replay.run(block.index, module, replay.stream.read(rows, job.device))
+        )
 
 
 def block_moments(job: Job, replay: Replay, block: Block, needs: frozenset[str]) -> list[Moments]:
@@ -34,14 +49,12 @@ def block_moments(job: Job, replay: Replay, block: Block, needs: frozenset[str])
     """
     module = get_module(job.model, block.name)
     accumulators = [MomentAccumulator(g.targets[0].name, needs) for g in block.groups]
-    stream = replay.stream
 
     def feed(group, x):
         accumulators[group.index].add(x)
 
-    with capture_inputs(module, block.groups, feed), torch.no_grad():
-        for rows in stream.batches(job.batch):
-            stream.write(rows, replay.run(block.index, module, stream.read(rows, job.device)))
+    with capture_inputs(module, block.groups, feed):
+        advance(job, replay, block)
     return [reduced(a.moments(), job.team) for a in accumulators]
 
 
@@ -57,6 +70,7 @@ def cut_one_shot(job: Job, plan: Plan, outputs: Mapping[str, OutputMoments] | No
     needs = frozenset(OBJECTIVES[job.recipe.decompose.objective].needs) & {"C", "absolute"}
     stage = "compress"
     job.progress.start(stage, len(job.anatomy.blocks))
+    unfinished = not job.keeper.all_finished(CUT, job.anatomy.blocks)
     with job.log.timed(stage):
         replay = (
             record(
@@ -67,11 +81,14 @@ def cut_one_shot(job: Job, plan: Plan, outputs: Mapping[str, OutputMoments] | No
                 anatomy=job.anatomy,
                 folder=job.offload_streams,
             )
-            if needs
+            if needs and unfinished
             else None
         )
         for span in spans(job.team, job.anatomy.blocks, plan):
-            _cut_span(job, plan, span, replay, needs, outputs or {})
+            with ExitStack() as stack:
+                for block in span:
+                    stack.enter_context(job.keeper.at_hand(block))
+                _cut_span(job, plan, span, replay, needs, outputs or {})
             for block in span:
                 job.progress.advance(stage, block.name)
     job.progress.finish(stage)
@@ -85,11 +102,20 @@ def _cut_span(
     needs: frozenset[str],
     outputs: Mapping[str, OutputMoments],
 ) -> None:
-    """Cut some blocks together; a process keeps the moments of its own targets only."""
-    targets = [target for block in span for target in block.targets]
-    owned = owners_of(job.team, targets, plan)
+    """Cut some blocks together, but for those that an earlier run has finished.
+
+    A process keeps the moments of its own targets only.
+    """
+    owned = owners_of(job.team, [target for block in span for target in block.targets], plan)
     moments: dict[str, Moments] = {}
+    waiting: list[Block] = []
     for block in span:
+        if job.keeper.is_finished(CUT, block):
+            if replay is not None:
+                advance(job, replay, block)
+            job.keeper.restore(CUT, block)
+            continue
+        waiting.append(block)
         gathered = [] if replay is None else block_moments(job, replay, block, needs)
         # Without a replay the objective has no inputs, and there is nothing to keep.
         for group, found in zip(block.groups, gathered, strict=False):
@@ -107,6 +133,8 @@ def _cut_span(
             balance=bool(job.recipe.refine),
         )
 
-    pieces = [(target, get_module(job.model, target.name)) for target in targets]
+    pieces = [(t, get_module(job.model, t.name)) for block in waiting for t in block.targets]
     for name, layer in cut_shared(job, plan, owned, pieces, make).items():
         replace_module(job.model, name, layer)
+    for block in waiting:
+        job.keeper.finish(CUT, block)

@@ -4,7 +4,8 @@ Compressing one group shifts the inputs of the next, so both forwards of a block
 group: moments are taken there, the group's targets are replaced in the compressed block, and the
 forwards resume from where they paused. Every block is thus run once per stream, however many
 groups it has. Refinement then trains the compressed block before its output becomes the shifted
-stream of the next one.
+stream of the next one. A block that an earlier run has finished only moves the streams: they are
+computed again, in the same operations and so to the same bits, at the price of one forward each.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from spectrim.recipe import BlockRefinement, ClosedFormRefinement
 from spectrim.refine.closed_form import update_up
 from spectrim.run.cut.cutting import measured_error, replace_target, stand_in
 from spectrim.run.cut.flow import Flow, must_restart
+from spectrim.run.cut.one_shot import CUT
 from spectrim.run.cut.sharing import cut_shared, owners_of
 from spectrim.run.job import Job
 from spectrim.run.train.refining import refine
@@ -96,6 +98,11 @@ class _Pass:
     def forward(self, block: Block, module: nn.Module, stream: Stream, rows: slice) -> Tensor:
         """The block's output on some windows of a stream."""
         return self.replay.run(block.index, module, stream.read(rows, self.job.device))
+
+    def move(self, block: Block, module: nn.Module, stream: Stream, into: Stream) -> None:
+        """Write what a module makes of a stream into the same or another stream."""
+        for rows in self.batches():
+            into.write(rows, self.forward(block, module, stream, rows))
 
     def flow(self, staged: Staged, block: Block, module: nn.Module, stream: Stream) -> Flow:
         """The forwards of a module on a stream."""
@@ -195,21 +202,46 @@ def cut_sequentially(
     """
     stage = "compress"
     job.progress.start(stage, len(job.anatomy.blocks))
-    with job.log.timed("streams"):
-        state = _Pass(job, outputs)
+    state = None
+    if not job.keeper.all_finished(CUT, job.anatomy.blocks):
+        with job.log.timed("streams"):
+            state = _Pass(job, outputs)
     for block in job.anatomy.blocks:
-        with job.log.timed("factorise"):
-            compressed, targets = _cut_block(state, plan, block)
-        note = block.name
-        if state.block_step is not None:
-            with job.log.timed("refine"):
-                note = refine(
-                    job, state.replay, state.block_step, block, compressed, state.shifted, targets
-                )
-        if state.block_step is not None or not state.stages_shifted:
-            for rows in state.batches():
-                state.shifted.write(rows, state.forward(block, compressed, state.shifted, rows))
-        replace_module(job.model, block.name, compressed)
-        state.original = targets
+        with job.keeper.at_hand(block):
+            if job.keeper.is_finished(CUT, block):
+                with job.log.timed("streams"):
+                    note = _pass_by(job, state, block)
+            else:
+                assert state is not None
+                note = _finish_block(state, plan, block)
+                job.keeper.finish(CUT, block)
         job.progress.advance(stage, note)
     job.progress.finish(stage)
+
+
+def _finish_block(state: _Pass, plan: Plan, block: Block) -> str:
+    """Cut and refine a block, put it into the model, and move both streams past it."""
+    job, note = state.job, block.name
+    with job.log.timed("factorise"):
+        compressed, targets = _cut_block(state, plan, block)
+    if state.block_step is not None:
+        with job.log.timed("refine"):
+            note = refine(
+                job, state.replay, state.block_step, block, compressed, state.shifted, targets
+            )
+    if state.block_step is not None or not state.stages_shifted:
+        state.move(block, compressed, state.shifted, state.shifted)
+    replace_module(job.model, block.name, compressed)
+    state.original = targets
+    return note
+
+
+def _pass_by(job: Job, state: _Pass | None, block: Block) -> str:
+    """Put a block that was finished earlier into the model; both streams move past it."""
+    if state is not None:
+        module = get_module(job.model, block.name)
+        state.move(block, module, state.original, state.original)
+    job.keeper.restore(CUT, block)
+    if state is not None:
+        state.move(block, get_module(job.model, block.name), state.shifted, state.shifted)
+    return f"{block.name} finished earlier"

@@ -14,16 +14,12 @@ from spectrim.learn.checkpoint import Checkpoint
 from spectrim.learn.gated import GatedLinear
 from spectrim.model.recompute import is_large
 from spectrim.model.weights import read_weight
-from spectrim.recipe import AcipLearning, Recipe, SocoLearning
+from spectrim.recipe import AcipLearning, SocoLearning
+from spectrim.run.identity import flat_recipe
 from spectrim.run.job import Job
 from spectrim.storage.elastic import Base
 
 __all__ = ["StepReporter", "checkpoint_of", "put_factors", "recomputes", "settings_of"]
-
-PROSE = {"title", "paper", "equation", "differences"}
-
-WITHOUT_EFFECT = {"learn.recompute", "learn.checkpoint_every"}
-"""What a run out of memory may be resumed with: the result is the same."""
 
 
 def recomputes(job: Job, section: AcipLearning | SocoLearning) -> bool:
@@ -53,25 +49,10 @@ def checkpoint_of(job: Job, base: Base | None, work: Path | None, every: int) ->
     if work is None:
         return None
     assert job.windows is not None
-    identity = {k: v for k, v in _flat(job.recipe).items() if k not in WITHOUT_EFFECT}
+    identity = flat_recipe(job.recipe)
     identity["windows"] = job.windows.fingerprint()
     identity["model"] = "" if base is None else base.identity
     return Checkpoint(Path(work), identity, every)
-
-
-def _flat(recipe: Recipe) -> dict[str, Any]:
-    """Every field of a recipe under a dotted name."""
-    flat: dict[str, Any] = {}
-
-    def walk(value: Any, path: str) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                walk(inner, f"{path}.{key}" if path else key)
-        else:
-            flat[path] = value
-
-    walk(recipe.model_dump(mode="json", exclude=PROSE), "")
-    return flat
 
 
 class StepReporter:

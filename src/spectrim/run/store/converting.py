@@ -46,7 +46,7 @@ class Conversion:
     """A layer as it will be stored.
 
     Attributes:
-        layer: the module.
+        layer: the module, None once the model has it.
         storage: as carried out.
         rank: as carried out, None for a dense target.
         error: relative error of the layer against what it was before.

@@ -59,6 +59,7 @@ def save_outcome(
         report=report,
         card=_card(outcome),
         overwrite=overwrite,
+        read=None if outcome.onloader is None else outcome.onloader.tensor,
     )
     report["stored"] = inspection.summary()
 

@@ -22,11 +22,11 @@ from spectrim.allocate.plan import Plan, PlanEntry
 from spectrim.errors import RecipeError
 from spectrim.layers.swap import swap_in
 from spectrim.model.anatomy import Block, Target
-from spectrim.model.replay import record
+from spectrim.model.replay import Replay, record
 from spectrim.model.weights import get_module
 from spectrim.moments.moments import Moments
 from spectrim.recipe import Recipe
-from spectrim.run.cut.one_shot import block_moments
+from spectrim.run.cut.one_shot import advance, block_moments
 from spectrim.run.cut.sharing import owners_of
 from spectrim.run.job import Job
 from spectrim.run.store.converting import Conversion, Converter
@@ -83,14 +83,19 @@ def store(job: Job, plan: Plan, dtype: torch.dtype) -> Plan:
     found: dict[str, Conversion] = {}
     job.progress.start(STAGE, len(job.anatomy.blocks))
     with job.log.timed(STAGE):
-        replay = _replay(job)
+        replay = None if job.keeper.all_finished(STAGE, job.anatomy.blocks) else _replay(job)
         for block in job.anatomy.blocks:
-            moments: Sequence[Moments | None] = (
-                [None] * len(block.groups)
-                if replay is None
-                else block_moments(job, replay, block, frozenset({"C"}))
-            )
-            found.update(_convert_block(job, block, waiting, moments, dtype))
+            with job.keeper.at_hand(block):
+                if job.keeper.is_finished(STAGE, block):
+                    found.update(_taken_over(job, block, waiting, replay))
+                else:
+                    moments: Sequence[Moments | None] = (
+                        [None] * len(block.groups)
+                        if replay is None
+                        else block_moments(job, replay, block, frozenset({"C"}))
+                    )
+                    found.update(_convert_block(job, block, waiting, moments, dtype))
+                    job.keeper.finish(STAGE, block)
             job.progress.advance(STAGE, block.name)
     job.progress.finish(STAGE)
     stored = _as_carried_out(job, plan, found)
@@ -102,7 +107,7 @@ def _must_convert(entry: PlanEntry) -> bool:
     return entry.storage == "packed" or entry.weights != "native"
 
 
-def _replay(job: Job):
+def _replay(job: Job) -> Replay | None:
     if job.windows is None:
         return None
     return record(
@@ -139,6 +144,26 @@ def _convert_block(
         if result.note is not None:
             facts["storage_note"] = result.note
         job.log.target(target.name, **facts)
+        # The model has the layer; where blocks are released, nothing else may hold it.
+        found[target.name] = replace(result, layer=None)
+    return found
+
+
+def _taken_over(
+    job: Job, block: Block, waiting: dict[str, PlanEntry], replay: Replay | None
+) -> dict[str, Conversion]:
+    """A block that an earlier run has converted; the stream passes it as it was before that."""
+    if replay is not None:
+        advance(job, replay, block)
+    job.keeper.restore(STAGE, block)
+    found = {}
+    for target in block.targets:
+        if target.name in waiting:
+            layer: Any = get_module(job.model, target.name)
+            facts = job.log.targets[target.name]
+            found[target.name] = Conversion(
+                None, layer.storage, layer.rank, facts["stored_error"], facts.get("storage_note")
+            )
     return found
 
 

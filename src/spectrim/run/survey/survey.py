@@ -8,8 +8,9 @@ windows, which collects the input moments on the way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import closing
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -25,10 +26,18 @@ from spectrim.model.weights import get_module, read_weight
 from spectrim.moments.moments import Moments, OutputMoments
 from spectrim.recipe import Decompose
 from spectrim.run.cut.cutting import decompose_target
-from spectrim.run.cut.one_shot import block_moments
+from spectrim.run.cut.one_shot import advance, block_moments
 from spectrim.run.cut.sharing import owners_of, spans
 from spectrim.run.job import Job
-from spectrim.run.survey.backward import backward_pass
+from spectrim.run.survey.backward import backward_pass, gathered_moments
+from spectrim.run.survey.pieces import (
+    Found,
+    KeptFactors,
+    note_loss,
+    piece_name,
+    save_piece,
+    take_piece,
+)
 from spectrim.run.survey.planning import (
     TABLE,
     candidate_ranks,
@@ -89,19 +98,24 @@ def make_survey(
     choice = surveyed_choice(job.recipe.decompose)
     # Energies of the objective kfac are K-FAC losses already: no component is scored for them.
     scored = wanted & COMPONENT_SCORES - ({"kfac"} if choice.objective == "kfac" else set())
-    found = _Found(wanted, full=bool(scored))
+    found = Found(wanted, full=bool(scored))
     if choice.objective != job.recipe.decompose.objective:
         found.notes.append(
             f"the survey used the objective {choice.objective}, which is "
             f"{job.recipe.decompose.objective} while nothing is shifted"
         )
+    stage = f"survey{job.surveys}"
+    job.surveys += 1
     with job.log.timed("survey"):
-        _decompose_all(job, choice, found, weight_of)
+        _decompose_all(job, stage, choice, found, weight_of)
     if scored:
         with job.log.timed("scores"):
             _score_components(job, choice, found)
     limits = _limits(job)
-    for curve in () if complete else found.curves:
+    factors: Mapping[str, Factors] = found.factors
+    if job.keeper.onloader is not None:
+        factors = KeptFactors(job.keeper, stage, job.anatomy.blocks, job.device)
+    for curve in found.curves if factors is found.factors and not complete else ():
         held = min(largest_rank(curve.shape, limits), curve.rank)
         found.factors[curve.name] = _leading(found.factors[curve.name], held)
     if "measured" in wanted:
@@ -121,27 +135,8 @@ def make_survey(
         facts=_facts(job, found),
         table=table,
         notes=tuple(found.notes),
-        factors=found.factors,
+        factors=factors,
     )
-
-
-@dataclass
-class _Found:
-    """What the survey knows so far.
-
-    `spread` holds `a_i C̄ a_iᵀ` per component, the mean squared size of each component's
-    intermediate value, for K-FAC losses of any decomposition.
-    """
-
-    wanted: frozenset[str]
-    full: bool
-    curves: list[Curve] = field(default_factory=list)
-    factors: dict[str, Factors] = field(default_factory=dict)
-    spread: dict[str, Tensor] = field(default_factory=dict)
-    losses: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
-    stability: dict[str, float] = field(default_factory=dict)
-    damping: dict[str, float] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
 
 
 def _limits(job: Job) -> Limits:
@@ -160,78 +155,102 @@ def _leading(factors: Factors, rank: int) -> Factors:
 
 
 def _blocks(
-    job: Job, choice: Decompose, input_needs: frozenset[str]
+    job: Job, stage: str, choice: Decompose, input_needs: frozenset[str]
 ) -> Iterator[tuple[Block, list[Moments | None], dict[str, OutputMoments]]]:
-    """Every block with its groups' input moments and its targets' output moments."""
+    """Every block, at hand, with its groups' input moments and its targets' output moments.
+
+    Blocks that were surveyed earlier come without moments; a stream only passes them.
+    """
+    blocks = job.anatomy.blocks
+    finished = [job.keeper.has(piece_name(stage, block)) for block in blocks]
+    outputs: dict[str, OutputMoments] = {}
+    inputs: dict[str, Moments] = {}
+    replay = None
     if OBJECTIVES[choice.objective].needs & {"G", "fisher"}:
-        gathered = backward_pass(job, choice, input_needs=input_needs)
-        job.outputs = gathered.outputs
-        for block in job.anatomy.blocks:
-            inputs = [gathered.inputs.get(g.targets[0].name) for g in block.groups]
-            yield block, inputs, gathered.outputs
-        return
-    if not input_needs:
-        for block in job.anatomy.blocks:
-            yield block, [None] * len(block.groups), {}
-        return
-    replay = record(
-        job.model, job.own_ids, batch=job.batch, device=job.device, folder=job.offload_streams
-    )
-    for block in job.anatomy.blocks:
-        yield block, [*block_moments(job, replay, block, input_needs)], {}
+        outputs, inputs = gathered_moments(job, choice, input_needs=input_needs, stage=stage)
+        job.outputs = outputs
+    elif input_needs and not all(finished):
+        replay = record(
+            job.model,
+            job.own_ids,
+            batch=job.batch,
+            device=job.device,
+            anatomy=job.anatomy,
+            folder=job.offload_streams,
+        )
+    for block, done in zip(blocks, finished, strict=True):
+        with job.keeper.at_hand(block):
+            if replay is None or done:
+                moments = [inputs.get(g.targets[0].name) for g in block.groups]
+                if replay is not None:
+                    advance(job, replay, block)
+            else:
+                moments = [*block_moments(job, replay, block, input_needs)]
+            yield block, moments, outputs
 
 
 @torch.no_grad()
 def _decompose_all(
     job: Job,
+    stage: str,
     choice: Decompose,
-    found: _Found,
+    found: Found,
     weight_of: Callable[[Target], Tensor] | None,
 ) -> None:
     """Decompose every target, one block's moments at a time."""
-    stage, limits = "survey", _limits(job)
+    limits = _limits(job)
     shapes = {c.name: c for c in shape_curves(job.anatomy)}
     needs = frozenset(OBJECTIVES[choice.objective].needs) & {"C", "absolute"}
     if "kfac" in found.wanted:
         needs |= {"C"}
-    job.progress.start(stage, len(job.anatomy.blocks))
-    gathered = _blocks(job, choice, needs)
-    for span in spans(job.team, job.anatomy.blocks):
-        targets = [target for block in span for target in block.targets]
-        owned = owners_of(job.team, targets)
-        moments: dict[str, Moments | None] = {}
-        outputs: dict[str, OutputMoments] = {}
-        for block, inputs, outputs_of_block in islice(gathered, len(span)):
-            # Others' moments are let go at once.
-            mine = (t for t in block.targets if owned[t.name] == job.team.rank)
-            moments |= {t.name: inputs[t.group] for t in mine}
-            outputs = outputs_of_block
+    job.progress.start("survey", len(job.anatomy.blocks))
+    with closing(_blocks(job, stage, choice, needs)) as gathered:
+        for span in spans(job.team, job.anatomy.blocks):
+            owned = owners_of(job.team, [target for block in span for target in block.targets])
+            moments: dict[str, Moments | None] = {}
+            outputs: dict[str, OutputMoments] = {}
+            for block, inputs, outputs_of_block in islice(gathered, len(span)):
+                # Others' moments are let go at once.
+                mine = (t for t in block.targets if owned[t.name] == job.team.rank)
+                moments |= {t.name: inputs[t.group] for t in mine}
+                outputs = outputs_of_block
 
-        def find(target: Target, moments=moments, outputs=outputs) -> Spectrum:
-            module = get_module(job.model, target.name)
-            W = read_weight(module) if weight_of is None else weight_of(target)
-            of = moments[target.name]
-            whole = decompose_target(target, W, choice, of, outputs.get(target.name))
-            full = whole.rank if found.full else largest_rank(shapes[target.name].shape, limits)
-            return spectrum_of(whole, full, of, spread="kfac" in found.wanted)
+            def find(target: Target, moments=moments, outputs=outputs) -> Spectrum:
+                module = get_module(job.model, target.name)
+                W = read_weight(module) if weight_of is None else weight_of(target)
+                of = moments[target.name]
+                whole = decompose_target(target, W, choice, of, outputs.get(target.name))
+                full = whole.rank if found.full else largest_rank(shapes[target.name].shape, limits)
+                return spectrum_of(whole, full, of, spread="kfac" in found.wanted)
 
-        spectra = shared_spectra(job.team, targets, owned, find, job.device)
-        for target in targets:
-            _keep(found, shapes[target.name], spectra[target.name], choice.objective)
-        for block in span:
-            job.progress.advance(stage, block.name)
-    job.progress.finish(stage)
+            waiting = [b for b in span if not job.keeper.has(piece_name(stage, b))]
+            targets = [target for block in waiting for target in block.targets]
+            spectra = shared_spectra(job.team, targets, owned, find, job.device)
+            for block in span:
+                if block in waiting:
+                    for target in block.targets:
+                        _keep(found, shapes[target.name], spectra[target.name])
+                    save_piece(job.keeper, stage, block, found)
+                else:
+                    take_piece(job.keeper, stage, block, found, shapes, job.device)
+                if job.keeper.onloader is not None:
+                    # Read again when they are cut: together they can be larger than the model.
+                    for target in block.targets:
+                        del found.factors[target.name]
+                job.progress.advance("survey", block.name)
+    job.progress.finish("survey")
+    if "kfac" in found.wanted and choice.objective == "kfac":
+        for curve in found.curves:
+            note_loss(found, "kfac", curve.name, torch.from_numpy(np.array(curve.energy)))
 
 
-def _keep(found: _Found, bare: Curve, whole: Spectrum, objective: str) -> None:
+def _keep(found: Found, bare: Curve, whole: Spectrum) -> None:
     """Note one target's spectrum and as many of its components as are still needed."""
     found.factors[bare.name] = Factors(whole.up, whole.down)
     if whole.spread is not None:
         found.spread[bare.name] = whole.spread
     if whole.damping:
         found.damping[bare.name] = whole.damping
-    if "kfac" in found.wanted and objective == "kfac":
-        _note_loss(found, "kfac", bare.name, whole.energy)
     found.curves.append(
         replace(
             bare,
@@ -242,7 +261,7 @@ def _keep(found: _Found, bare: Curve, whole: Spectrum, objective: str) -> None:
     )
 
 
-def _score_components(job: Job, choice: Decompose, found: _Found) -> None:
+def _score_components(job: Job, choice: Decompose, found: Found) -> None:
     """One backward pass over some windows gives the scores of all components of all targets."""
     windows = min(job.recipe.allocate.gradient_windows, job.ids.shape[0])
     weigh = "kfac" in found.wanted and choice.objective != "kfac"
@@ -262,25 +281,18 @@ def _score_components(job: Job, choice: Decompose, found: _Found) -> None:
         if "second_order" in found.wanted:
             # Windows' gradients are sums over their tokens: the mean loss's curvature is
             # E[s sᵀ] / tokens, and the scores' squares are per token squared.
-            _note_loss(found, "second_order", curve.name, 0.5 * tokens * scores.squares)
+            note_loss(found, "second_order", curve.name, 0.5 * tokens * scores.squares)
         if weigh:
             output = result.outputs[curve.name]
             assert output.G is not None
             up = found.factors[curve.name].up.double().to(output.G.device)
             gain = ((output.G / output.tokens) @ up * up).sum(0)
             spread = found.spread[curve.name].to(gain)
-            _note_loss(found, "kfac", curve.name, 0.5 * gain * spread)
+            note_loss(found, "kfac", curve.name, 0.5 * gain * spread)
     _note_stability(found, windows)
 
 
-def _note_loss(found: _Found, score: str, name: str, components: Tensor) -> None:
-    """The loss at rank k is the sum of what the components from k on cost."""
-    values = components.double().clamp(min=0).cpu().numpy()
-    by_rank = np.append(np.cumsum(values[::-1])[::-1], 0.0)
-    found.losses.setdefault(score, {})[name] = by_rank
-
-
-def _note_stability(found: _Found, windows: int) -> None:
+def _note_stability(found: Found, windows: int) -> None:
     agreeing = float(np.mean(list(found.stability.values())))
     found.notes.append(
         f"signs of first-order scores agree between the halves of {windows} windows for "
@@ -288,7 +300,7 @@ def _note_stability(found: _Found, windows: int) -> None:
     )
 
 
-def _with_references(job: Job, found: _Found, limits: Limits) -> list[Curve]:
+def _with_references(job: Job, found: Found, limits: Limits) -> list[Curve]:
     """The curves with one measured KL each."""
     ranks = {
         c.name: max(1, round(REFERENCE_SHARE * found.factors[c.name].rank)) for c in found.curves
@@ -299,7 +311,7 @@ def _with_references(job: Job, found: _Found, limits: Limits) -> list[Curve]:
     return [replace(c, reference=(ranks[c.name], divergences[c.name])) for c in found.curves]
 
 
-def _facts(job: Job, found: _Found) -> dict:
+def _facts(job: Job, found: Found) -> dict:
     """For people, JSON-ready."""
     return {
         "calibration": job.windows.record() if job.windows is not None else None,

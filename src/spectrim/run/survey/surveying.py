@@ -17,6 +17,7 @@ from spectrim.run.survey.planning import TABLE, needed_scores, plan_from_survey
 from spectrim.run.survey.survey import make_survey, surveyed_choice
 from spectrim.run.survey.survey_key import survey_key
 from spectrim.run.texts import UserText
+from spectrim.storage.shared_work import Work
 from spectrim.storage.survey_record import Survey
 
 __all__ = ["DEFAULT_SCORES", "cut_survey", "survey_model"]
@@ -35,6 +36,7 @@ def survey_model(
     scores: Collection[str] | None = None,
     progress: Progress | None = None,
     offload_streams: Path | None = None,
+    work: Work | None = None,
     team: Team | None = None,
 ) -> Survey:
     """Survey a loaded model, which stays as it is.
@@ -47,6 +49,7 @@ def survey_model(
             first two and what the recipe's rule needs.
         progress: told of every step.
         offload_streams: folder for memory-mapped streams.
+        work: where surveyed blocks are kept and found again.
         team: the processes that share the work; all of them get the survey.
 
     Raises:
@@ -64,6 +67,8 @@ def survey_model(
         text=text,
         progress=progress,
         offload_streams=offload_streams,
+        work=work,
+        brought={"scores": sorted(wanted)},
         team=team,
     )
     key = survey_key(loaded, job.recipe, job.windows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 
 from torch import Tensor, nn
@@ -76,6 +77,21 @@ def refine(
     Raises:
         NonFiniteError: the training diverged and `on_failure` is not `keep-unrefined`.
     """
+    with ExitStack() as stack:
+        for ahead in job.anatomy.blocks[block.index + 1 : block.index + 1 + step.look_ahead]:
+            stack.enter_context(job.keeper.at_hand(ahead))
+        return _refine(job, replay, step, block, compressed, inputs, targets)
+
+
+def _refine(
+    job: Job,
+    replay: Replay,
+    step: BlockRefinement,
+    block: Block,
+    compressed: nn.Module,
+    inputs: Stream,
+    targets: Stream,
+) -> str:
     ahead, beyond = _looked_ahead(job, replay, step, block, targets)
     following = [(b.index, get_module(job.model, b.name)) for b in ahead]
 

@@ -1,0 +1,136 @@
+"""How much memory this machine has left, and whether a model has to stay out of it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from spectrim.errors import InputError
+from spectrim.recipe import Recipe
+from spectrim.run.loading import read_config, resolve_device, resolve_dtype, stored_dtype
+from spectrim.run.out_of_core import check_out_of_core
+from spectrim.storage.admission import admit_folder
+from spectrim.storage.inspect import INDEX_FILE, WEIGHTS_FILE
+from spectrim.storage.shards import Shards
+
+__all__ = ["available_bytes", "goes_out_of_core", "resident_bytes"]
+
+logger = logging.getLogger(__name__)
+
+SHARE_FOR_WEIGHTS = 0.8
+"""A model stays in memory as long as its weights take at most this share of what is free."""
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Free memory where blocks are worked on, None where that cannot be found out."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu":
+        return None
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None  # no Linux: nobody is surprised by a process that is ended
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    try:
+        limit = (_CGROUP / "memory.max").read_text(encoding="ascii").strip()
+        used = int((_CGROUP / "memory.current").read_text(encoding="ascii"))
+    except OSError:
+        return free
+    return free if limit == "max" else min(free, int(limit) - used)
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now, 0 where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        return 0
+    import os
+
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def goes_out_of_core(
+    model: str | Path | nn.Module,
+    wanted: bool | None,
+    recipe: Recipe,
+    *,
+    device: str | torch.device,
+    dtype: str | torch.dtype,
+    kept: bool,
+    given_ranks: bool = False,
+    given_text: bool = False,
+    processes: int = 1,
+    trust_remote_code: bool = False,
+) -> bool:
+    """Whether to leave a model's blocks in their files.
+
+    Args:
+        model: what the user gave.
+        wanted: the user's word; None leaves it to the memory that is free.
+        recipe: resolved.
+        device: as the user says it.
+        dtype: as the user says it.
+        kept: whether there are an output and a work folder, without which there is no place for
+            finished blocks.
+        given_ranks: whether the user brings a plan.
+        given_text: whether the user brings documents or tokens.
+        processes: that share the run, each with the whole model in memory.
+        trust_remote_code: read a configuration that comes with code.
+
+    Raises:
+        InputError: the user wants what cannot be done; says why.
+    """
+    if wanted is False or (wanted is None and (isinstance(model, nn.Module) or not kept)):
+        return False
+    if processes > 1:
+        if wanted:
+            raise InputError(
+                f"out of core, a run has one process, and {processes} were started: they share "
+                "windows and decompositions, each with the model in memory; start spectrim without "
+                "torchrun, or drop --out-of-core"
+            )
+        return False
+    if isinstance(model, nn.Module):
+        raise InputError("a model object is in memory already; out of core takes a folder or name")
+    if wanted:
+        if not kept:
+            raise InputError(
+                "out of core, finished blocks are kept in a work folder and assembled in the "
+                "output; give an output, and do not switch resuming off"
+            )
+        check_out_of_core(recipe, planned=given_ranks, own_text=given_text)
+        return True
+    needed, free = _weights_needed(str(model), device, dtype, trust_remote_code)
+    if needed is None or free is None or needed <= SHARE_FOR_WEIGHTS * free:
+        return False
+    check_out_of_core(recipe, planned=given_ranks, own_text=given_text)
+    logger.info("weights need %d bytes, %d are free: working out of core", needed, free)
+    return True
+
+
+def _weights_needed(
+    model: str,
+    device: str | torch.device,
+    dtype: str | torch.dtype,
+    trust_remote_code: bool,
+) -> tuple[int | None, int | None]:
+    """Bytes of the weights in the working dtype, and bytes that are free."""
+    folder = Path(model)
+    if not any((folder / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE)):
+        return None, None
+    if (folder / "config.json").is_file():
+        admit_folder(folder)
+    config: Any = read_config(model, trust_remote_code)
+    place = resolve_device(device)
+    stored = stored_dtype(config)
+    working = resolve_dtype(dtype, stored, place)
+    needed = Shards(folder).bytes * working.itemsize // stored.itemsize
+    return needed, available_bytes(place)

@@ -1,0 +1,190 @@
+"""Models larger than memory: blocks are read from the shards when they are worked on.
+
+Everything that is decided block by block can be done so. What needs gradients of the whole model,
+trains all blocks together, or evaluates the model again and again cannot, and is refused here
+before anything is read.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.decompose import OBJECTIVES
+from spectrim.errors import ArtifactError, InputError, ModelError
+from spectrim.model.onload import Onloader, unit_names
+from spectrim.model.weights import check_finite, get_module
+from spectrim.recipe import DistillRefinement, LoraRefinement, ProjectedGradientRefinement, Recipe
+from spectrim.run.survey.planning import TABLE, needed_scores
+from spectrim.storage.shards import Shards, names_on_disk
+
+__all__ = ["build_onloaded", "check_out_of_core", "checkpoint_folder"]
+
+_WAY_OUT = (
+    "run it in memory (--in-memory), or choose a recipe that works block by block: svd, svd-llm, "
+    "svd-llm-update, aa-svd"
+)
+
+
+def check_out_of_core(recipe: Recipe, *, planned: bool = False, own_text: bool = False) -> None:
+    """Refuse a recipe that needs the whole model in memory.
+
+    Args:
+        recipe: resolved.
+        planned: whether the ranks are given, so that the recipe's rule plays no part.
+        own_text: whether the calibration text is given as documents or tokens.
+
+    Raises:
+        InputError: says which part of the recipe it is and what to do.
+    """
+    reason = _reason(recipe, planned)
+    if reason is None and not own_text:
+        text = recipe.calibration.text
+        if "self" in ([text] if isinstance(text, str) else text) and _calibrates(recipe):
+            reason = (
+                "the calibration text 'self' is sampled token by token, which reads the whole "
+                "checkpoint for every token; give a text (--text FILE)"
+            )
+            raise InputError(f"recipe {recipe.name!r} cannot be run out of core: {reason}")
+    if reason is not None:
+        raise InputError(f"recipe {recipe.name!r} cannot be run out of core: {reason}; {_WAY_OUT}")
+
+
+def _calibrates(recipe: Recipe) -> bool:
+    plain = recipe.decompose.objective == "plain" and recipe.allocate.rule == "uniform"
+    return recipe.flow != "one-shot" or bool(recipe.refine) or not plain
+
+
+def _reason(recipe: Recipe, planned: bool) -> str | None:
+    if recipe.flow == "learned":
+        return "the flow 'learned' trains all blocks together"
+    objective = recipe.decompose.objective
+    if OBJECTIVES[objective].needs & {"G", "fisher"}:
+        return f"the objective {objective!r} needs gradients of the whole model"
+    for step in recipe.refine:
+        if isinstance(step, (DistillRefinement, LoraRefinement)):
+            return f"the refinement {step.step!r} trains all blocks together"
+        if isinstance(step, ProjectedGradientRefinement) and step.stages > 1:
+            return f"the refinement {step.step!r} needs gradients of the whole model"
+    scores = frozenset() if planned else needed_scores(recipe.allocate)
+    if scores & {"measured", TABLE}:
+        return f"the rule {recipe.allocate.rule!r} evaluates the model once for every target"
+    if scores:
+        return f"the rule {recipe.allocate.rule!r} needs gradients of the whole model"
+    return None
+
+
+def checkpoint_folder(name: str) -> Path:
+    """The folder with a checkpoint's files, downloaded first where it is on the hub.
+
+    Raises:
+        ModelError: there is nothing of that name.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = ["*.safetensors", "*.safetensors.index.json", "*.json"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise ModelError(f"{name!r} is no folder and cannot be downloaded: {error}") from error
+
+
+def build_onloaded(
+    folder: Path,
+    config: Any,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    trust_remote_code: bool = False,
+) -> tuple[nn.Module, Onloader]:
+    """A model of which only embeddings, final norm and head are in memory.
+
+    Raises:
+        ArtifactError: a shard is missing or damaged.
+        ModelError: the checkpoint does not hold the model's tensors one to one.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    shards = Shards(folder)
+    # Buffers are computed, not stored; they are small and stay on the device.
+    with init_empty_weights(include_buffers=False):
+        model: Any = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    names = names_on_disk(model, shards.names)
+    units = unit_names(model)
+    if not units:
+        raise ModelError(f"{type(model).__name__} has no list of blocks with linear layers")
+    _load_rest(model, units, shards, names, dtype, device)
+    _take_generation_config(model, folder)
+    sources = {}
+    for unit in units:
+        inside = [f"{unit}.{name}" for name in get_module(model, unit).state_dict()]
+        missing = [name for name in inside if name not in names]
+        if missing:
+            raise ArtifactError(f"{folder} holds no tensor for {missing[0]!r}")
+        pairs = {name.removeprefix(f"{unit}."): names[name] for name in inside}
+        sources[unit] = partial(_read, shards, pairs)
+    return model.eval(), Onloader(model, sources, device=device)
+
+
+def _read(shards: Shards, names: dict[str, str]) -> dict[str, Tensor]:
+    return {inside: shards.read(stored) for inside, stored in names.items()}
+
+
+def _load_rest(
+    model: Any,
+    units: tuple[str, ...],
+    shards: Shards,
+    names: dict[str, str],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Everything that is not in a block, in memory; tied weights tied."""
+    inside = tuple(f"{unit}." for unit in units)
+    missing: set[str] = set()
+    for name, like in model.state_dict().items():
+        if name.startswith(inside):
+            continue
+        if name not in names:
+            missing.add(name)
+            continue
+        found = shards.read(names[name])
+        if found.shape != like.shape:
+            raise ModelError(
+                f"{name} is {tuple(found.shape)} in {shards.folder}, the configuration says "
+                f"{tuple(like.shape)}"
+            )
+        owner, _, last = name.rpartition(".")
+        place = model.get_submodule(owner)
+        if last in place._parameters:
+            value = nn.Parameter(found.to(device, like.dtype))
+            check_finite(name, value)
+            place._parameters[last] = value
+        else:
+            place._buffers[last] = found.to(device, like.dtype)
+    for name, buffer in model.named_buffers():
+        if not buffer.is_meta and buffer.device != device:
+            owner, _, last = name.rpartition(".")
+            model.get_submodule(owner)._buffers[last] = buffer.to(device)
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)
+    absent = [n for n, p in model.named_parameters() if p.is_meta and not n.startswith(inside)]
+    if absent:
+        raise ArtifactError(f"{shards.folder} holds no tensor for {absent[0]!r}")
+
+
+def _take_generation_config(model: Any, folder: Path) -> None:
+    """What `from_pretrained` takes over from a checkpoint besides its weights."""
+    from transformers import GenerationConfig
+
+    model.name_or_path = str(folder)
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)

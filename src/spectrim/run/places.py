@@ -1,0 +1,69 @@
+"""Where a command writes: its output, locked for one process, and the work folder beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from spectrim.distributed.team import Team
+from spectrim.errors import OutputError
+from spectrim.learn.checkpoint import FILE as CHECKPOINT
+from spectrim.storage.atomic import check_output
+from spectrim.storage.lock import locked
+from spectrim.storage.shared_work import SharedWork, Work
+from spectrim.storage.work import open_work, remove_empty, work_beside
+
+__all__ = ["places"]
+
+
+@contextmanager
+def places(
+    output: str | Path | None,
+    *,
+    overwrite: bool = False,
+    work: str | Path | None = None,
+    resume: bool = True,
+    team: Team | None = None,
+) -> Iterator[Work | None]:
+    """Hold the locks of an output and of its work folder for the time of the context.
+
+    When the context ends well, the work beside the output is done with and removed; a folder that
+    the user chose for it is kept. When it does not, what was finished stays for the next run.
+
+    Args:
+        output: what will be written; None for a result in memory.
+        overwrite: whether something may be there.
+        work: the user's folder for unfinished work; by default `OUT.work` beside the output.
+        resume: False keeps no work but in a folder that the user chose.
+        team: the processes of the run; the leader holds the locks for all of them.
+
+    Raises:
+        OutputError: the output is taken, cannot be written, or another process works on it.
+    """
+    team = team or Team()
+    with ExitStack() as stack:
+        if output is not None and team.leads:
+            _lock_output(stack, check_output(output, overwrite=overwrite), output)
+        chosen = Path(work) if work is not None else None
+        if chosen is None and output is not None and resume:
+            chosen = work_beside(output)
+        folder = None
+        if chosen is not None and team.leads:
+            folder = stack.enter_context(open_work(chosen, place=output))
+        if chosen is not None and team.size > 1:
+            yield SharedWork(chosen, folder, team)
+        else:
+            yield folder
+        if folder is not None and work is None:
+            folder.clear(CHECKPOINT)
+
+
+def _lock_output(stack: ExitStack, path: Path, output: str | Path) -> None:
+    made = [p for p in path.parents if not p.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{output} cannot be written: {error.strerror or error}") from error
+    stack.callback(remove_empty, made)
+    stack.enter_context(locked(path.with_name(f".{path.name}.lock"), place=output))

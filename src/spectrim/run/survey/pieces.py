@@ -1,0 +1,116 @@
+"""What a survey knows so far, and its pieces in the work folder: one file per surveyed block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spectrim.allocate.curve import Curve
+from spectrim.model.anatomy import Block
+from spectrim.run.keeping import Keeper
+from spectrim.storage.survey_record import Factors
+
+__all__ = ["Found", "KeptFactors", "note_loss", "piece_name", "save_piece", "take_piece"]
+
+
+@dataclass
+class Found:
+    """What the survey knows so far.
+
+    `spread` holds `a_i C̄ a_iᵀ` per component, the mean squared size of each component's
+    intermediate value, for K-FAC losses of any decomposition.
+    """
+
+    wanted: frozenset[str]
+    full: bool
+    curves: list[Curve] = field(default_factory=list)
+    factors: dict[str, Factors] = field(default_factory=dict)
+    spread: dict[str, Tensor] = field(default_factory=dict)
+    losses: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    stability: dict[str, float] = field(default_factory=dict)
+    damping: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def note_loss(found: Found, score: str, name: str, components: Tensor) -> None:
+    """The loss at rank k is the sum of what the components from k on cost."""
+    values = components.double().clamp(min=0).cpu().numpy()
+    by_rank = np.append(np.cumsum(values[::-1])[::-1], 0.0)
+    found.losses.setdefault(score, {})[name] = by_rank
+
+
+def piece_name(stage: str, block: Block) -> str:
+    """Key of a surveyed block in the work folder."""
+    return f"{stage}-{block.index:03d}"
+
+
+def save_piece(keeper: Keeper, stage: str, block: Block, found: Found) -> None:
+    """Keep what the survey found in a block."""
+    curves = {c.name: c for c in found.curves}
+    tensors: dict[str, Tensor] = {}
+    facts = {}
+    for name in (t.name for t in block.targets):
+        curve, factors = curves[name], found.factors[name]
+        assert curve.energy is not None
+        tensors[f"{name}/energy"] = torch.from_numpy(np.array(curve.energy))
+        tensors |= {f"{name}/up": factors.up, f"{name}/down": factors.down}
+        if name in found.spread:
+            tensors[f"{name}/spread"] = found.spread[name]
+        facts[name] = {
+            "total": curve.total,
+            "irreducible": curve.irreducible,
+            "damping": found.damping.get(name),
+        }
+    keeper.save(piece_name(stage, block), tensors, facts)
+
+
+def take_piece(
+    keeper: Keeper,
+    stage: str,
+    block: Block,
+    found: Found,
+    bare: Mapping[str, Curve],
+    device: torch.device,
+) -> None:
+    """Put what an earlier run found in a block beside the rest."""
+    file, facts = keeper.load(piece_name(stage, block))
+    for name in (t.name for t in block.targets):
+        said = facts[name]
+        curve = replace(
+            bare[name],
+            energy=file.read(f"{name}/energy").numpy(),
+            total=said["total"],
+            irreducible=said["irreducible"],
+        )
+        found.curves.append(curve)
+        up, down = (file.read(f"{name}/{part}").to(device) for part in ("up", "down"))
+        found.factors[name] = Factors(up, down)
+        if f"{name}/spread" in file.entries:
+            found.spread[name] = file.read(f"{name}/spread").to(device)
+        if said["damping"]:
+            found.damping[name] = said["damping"]
+
+
+class KeptFactors(Mapping[str, Factors]):
+    """Factors of all targets, read from the work folder when one is asked for."""
+
+    def __init__(self, keeper: Keeper, stage: str, blocks: tuple[Block, ...], device: torch.device):
+        self._keeper = keeper
+        self._piece = {t.name: piece_name(stage, b) for b in blocks for t in b.targets}
+        self._device = device
+
+    def __getitem__(self, name: str) -> Factors:
+        file, _ = self._keeper.load(self._piece[name])
+        return Factors(
+            file.read(f"{name}/up").to(self._device), file.read(f"{name}/down").to(self._device)
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._piece)
+
+    def __len__(self) -> int:
+        return len(self._piece)
