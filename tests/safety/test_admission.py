@@ -126,6 +126,17 @@ def test_transformers_does_not_read_a_result_from_elsewhere(copy, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["dense", "shards", "compressed"])
+def test_a_folder_may_be_named_by_any_path(copy, monkeypatch, tmp_path, kind):
+    folder = copy(kind)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (tmp_path / "link").symlink_to(folder)
+    for name in (f"../{kind}", "../link", str(folder), f"{folder}/"):
+        load_model(name)
+        AutoModelForCausalLM.from_pretrained(name)
+
+
+@pytest.mark.parametrize("kind", ["dense", "shards", "compressed"])
 def test_a_truncated_file_is_named_with_its_tensor(copy, kind):
     folder = copy(kind)
     path = sorted(folder.glob("*.safetensors"))[-1]

@@ -14,8 +14,8 @@ from spectrim.recipe import Recipe
 from spectrim.run.loading import read_config, resolve_device, resolve_dtype, stored_dtype
 from spectrim.run.out_of_core import check_out_of_core
 from spectrim.storage.admission import admit_folder
-from spectrim.storage.inspect import INDEX_FILE, WEIGHTS_FILE
 from spectrim.storage.shards import Shards
+from spectrim.storage.weight_files import INDEX_FILE, WEIGHTS_FILE
 
 __all__ = ["available_bytes", "goes_out_of_core", "resident_bytes"]
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from spectrim.errors import ArtifactError, ModelError
 from spectrim.storage.headers import read_header
-from spectrim.storage.inspect import checkpoint_files
 from spectrim.storage.json_file import read_json
+from spectrim.storage.weight_files import checkpoint_files
 
 __all__ = ["admit_folder", "needs_remote_code"]
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectrim.storage.inspect import INDEX_FILE, WEIGHTS_FILE
 from spectrim.storage.tensor_file import Slot, write_tensors
+from spectrim.storage.weight_files import INDEX_FILE, WEIGHTS_FILE
 
 __all__ = ["save_in_parts"]
 

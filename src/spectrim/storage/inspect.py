@@ -6,25 +6,21 @@ keep is recounted from what lies on disk, not copied from what a run claimed.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from spectrim.errors import ArtifactError, ModelError, SpectrimError
+from spectrim.errors import ArtifactError
 from spectrim.layers.layout import layout_of
 from spectrim.storage.headers import DTYPE_BITS, TensorEntry, read_header
 from spectrim.storage.json_file import read_json
 from spectrim.storage.table import QUANT_METHOD, LayerEntry, Table, parse_table
+from spectrim.storage.weight_files import checkpoint_files
 
-__all__ = ["FolderInspection", "StoredTarget", "checkpoint_files", "inspect_folder"]
+__all__ = ["FolderInspection", "StoredTarget", "inspect_folder"]
 
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-WEIGHT_FILE_NAME = re.compile(r"[A-Za-z0-9][\w.\-]{0,200}\.safetensors", re.ASCII)
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 ORDER_DTYPE = "I32"
 """Of the permutations in packed layers, the only 32-bit integers of a model folder."""
 
@@ -153,53 +149,6 @@ def inspect_folder(path: str | Path) -> FolderInspection:
         targets += [finder.dense(name) for name in table.left_dense]
     sizes = {file.name: file.stat().st_size for file in files}
     return FolderInspection(folder, table, tuple(targets), tensors, sizes)
-
-
-def checkpoint_files(folder: Path) -> list[Path]:
-    """The weight files of a model folder, in order; all of them exist.
-
-    Raises:
-        ArtifactError: there are none, one is missing, or the index names something that is not
-            a plain file name.
-        ModelError: there are only pickled ones.
-    """
-    index, single = folder / INDEX_FILE, folder / WEIGHTS_FILE
-    if single.is_file():  # the one that transformers loads, whatever an index says
-        return [single]
-    if not index.is_file():
-        raise _no_weights(folder)
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ArtifactError(f"{index} has no weight_map")
-    names = set()
-    for name in weight_map.values():
-        # A name from a file must not lead out of the folder.
-        if not isinstance(name, str) or not WEIGHT_FILE_NAME.fullmatch(name):
-            raise ArtifactError(
-                f"{index} names {str(name)[:200]!r}, which is not the name of a safetensors file"
-            )
-        names.add(name)
-    missing = sorted(name for name in names if not (folder / name).is_file())
-    if missing:
-        raise ArtifactError(f"{folder} lacks {missing[0]!r}, one of {len(names)} weight files")
-    return [folder / name for name in sorted(names)]
-
-
-def _no_weights(folder: Path) -> SpectrimError:
-    """What to say of a folder without safetensors."""
-    found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-    pickled = [name for name in found if name.endswith(PICKLES)]
-    if not pickled:
-        return ArtifactError(
-            f"{folder} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}; spectrim reads "
-            "safetensors only"
-        )
-    return ModelError(
-        f"{folder} holds neither {WEIGHTS_FILE} nor {INDEX_FILE} but {pickled[0]!r}: pickled "
-        "weights can run code while they are read, and spectrim never reads them. If you trust "
-        "them, convert them once: AutoModelForCausalLM.from_pretrained(folder)"
-        ".save_pretrained(new_folder)"
-    )
 
 
 _DTYPE_WORDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}

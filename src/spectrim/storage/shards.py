@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from spectrim.errors import ArtifactError, ModelError
-from spectrim.storage.inspect import checkpoint_files
 from spectrim.storage.tensor_file import TensorFile
+from spectrim.storage.weight_files import checkpoint_files
 
 __all__ = ["Shards", "names_on_disk"]
 

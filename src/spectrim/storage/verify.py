@@ -68,13 +68,20 @@ _DTYPES = {torch.int32: ("I32",), torch.int8: ("I8",), torch.uint8: ("U8",)}
 
 def _check_places(model: Any, paths: list[Path]) -> None:
     """Safetensors only, and inside the folder that was asked for: an index may name anything."""
-    folder = Path(getattr(model.config, "_name_or_path", "") or ".").absolute()
+    # A name of the hub is no folder, and its files lie in a cache under names of their own.
+    name = Path(getattr(model.config, "_name_or_path", "") or ".")
+    folder = _plain(name) if name.is_dir() else None
     for file in paths:
         if file.suffix != ".safetensors":
             raise ArtifactError(f"{file} is not a safetensors file; spectrim reads nothing else")
-        inside = Path(os.path.normpath(file.absolute())).is_relative_to(folder)
-        if ".." in file.parts or (folder.is_dir() and not inside):
-            raise ArtifactError(f"the index of {folder} names {file}, which lies outside of it")
+        inside = ".." not in file.parts if folder is None else _plain(file).is_relative_to(folder)
+        if not inside:
+            raise ArtifactError(f"the index of {name} names {file}, which lies outside of it")
+
+
+def _plain(path: Path) -> Path:
+    """An absolute path without `..`, links not followed: caches are full of links."""
+    return Path(os.path.normpath(path.absolute()))
 
 
 def _check_complete(model: Any, found: dict[str, TensorEntry], paths: list[Path]) -> None:
@@ -95,7 +102,7 @@ def _check_complete(model: Any, found: dict[str, TensorEntry], paths: list[Path]
         entry.name.startswith(prefix) for entry in found.values()
     )
     tied = getattr(model, "all_tied_weights_keys", None) or {}
-    for name in model.state_dict():
+    for name, _ in model.named_parameters():
         bare = name.removeprefix(prefix)
         if bare in found or name in tied or any(p.search(name) for p in (*ignored, *built)):
             continue
