@@ -9,11 +9,13 @@ import types
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 from architectures import tiny, windows
 from spectrim import api, studies
 from spectrim.cli.main import app
+from spectrim.cli.session import session
 from spectrim.errors import InputError, OutputError, SpectrimError, TextError
 
 
@@ -82,6 +84,10 @@ def test_the_report_command_writes_a_page(folders, tmp_path):
         (("curve", "m", "-o", "{}", "--recipes", "svd", "--keep", "2"), "no fraction"),
         (("curve", "m", "-o", "{}"), "needs recipes"),
         (("compare", "m", "--recipes", "nothing-like-it"), "nothing-like-it|no model"),
+        (("layer-errors", "m", "-o", "{}", "--objectives", "nearest"), "'nearest'"),
+        (("distortion", "m", "-o", "{}"), "found none"),
+        (("calibration-study", "m", "-o", "{}", "--windows", "8,x"), "numbers from 1"),
+        (("curve", "m", "-o", "{}", "--recipes", "svd,svd"), "two recipes are called"),
         (("slider", "{}"), "neither an elastic artifact nor a survey"),
         (("report", "{}"), "cannot be read"),
     ],
@@ -90,6 +96,35 @@ def test_refusals_are_errors_with_words(arguments, words, tmp_path):
     done = run(*(a.format(tmp_path) for a in arguments))
     assert isinstance(done.exception, SpectrimError)
     assert any(part in str(done.exception) for part in words.split("|"))
+
+
+def test_the_commands_of_studies_run_and_print_their_tables(folders, tmp_path):
+    # Without a tokenizer only windows can be read, which the command line cannot give.
+    measure = studies.Measure(text=windows(4))
+    real = studies.layer_errors
+
+    def layer_errors(model, results, **options):
+        return real(model, results, **options | {"measure": measure, "text": windows(4)})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(studies, "layer_errors", layer_errors)
+        done = run("layer-errors", folders / "dense", folders / "small", "-o", tmp_path / "a", "-q")
+        assert done.exit_code == 0, done.output
+    found = done.output
+    assert "mlp.down_proj" in found and "small" in found and "predicted -> on held-out" in found
+    assert (tmp_path / "a" / "layer_errors.svg").is_file()
+
+
+def test_an_interrupted_study_says_that_it_goes_on(tmp_path, capsys):
+    for resumes, words in ((True, "the same command goes on from there"), (False, "left behind")):
+        folder = tmp_path / str(resumes)
+        with pytest.raises(typer.Exit) as ended, session(output=folder, resumes=resumes):
+            folder.mkdir()
+            raise KeyboardInterrupt
+        assert ended.value.exit_code == 130
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert last.startswith("interrupted: left behind") and words in last
+        assert ("goes on" in last) == resumes
 
 
 def test_the_wrapper_hands_everything_to_lm_eval(monkeypatch):

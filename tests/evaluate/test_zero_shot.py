@@ -108,6 +108,10 @@ def test_unknown_names_are_refused(model, words, monkeypatch):
     monkeypatch.setattr(zero_shot_module, "task_manager", lambda *_: ours)
     with pytest.raises(InputError, match="'hellaswagg'"):
         zero_shot(model, words, ["spectrim_tense", "hellaswagg"])
+    with pytest.raises(InputError, match="task folder /absent"):
+        zero_shot(model, words, ["spectrim_tense"], task_folders=["/absent"])
+    with pytest.raises(InputError, match="leaves no questions"):
+        zero_shot(model, words, ["spectrim_tense"], limit=0)
     with pytest.raises(InputError, match="no tokenizer"):
         zero_shot(model, None, ["spectrim_tense"])
 

@@ -84,7 +84,7 @@ def test_what_makes_no_study_is_refused(dense, pool):
         studies.calibration_study(dense, windows=[0], **OPTIONS)
     with pytest.raises(InputError, match="ready windows"):
         studies.calibration_study(dense, **OPTIONS | {"text": HELD_OUT})
-    with pytest.raises(InputError, match="same name"):
+    with pytest.raises(InputError, match="two recipes are called 'svd'"):
         studies.calibration_study(dense, recipes=["svd", "svd"], **OPTIONS)
     with pytest.raises(InputError, match="no number of windows could be had"):
         studies.calibration_study(dense, recipes=["svd-llm"], windows=[64], **OPTIONS)

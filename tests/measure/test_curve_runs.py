@@ -187,5 +187,7 @@ def test_the_dense_model_in_integers_is_the_rounded_dense_model(name, tmp_path):
 def test_what_makes_no_curve_is_refused(dense, tmp_path):
     with pytest.raises(InputError, match="needs recipes"):
         studies.curve(dense, measure=MEASURE)
+    with pytest.raises(InputError, match="two recipes are called 'svd'"):
+        studies.curve(dense, recipes=["svd", "svd"], measure=MEASURE)
     with pytest.raises(InputError, match="no size could be measured"):
         studies.curve(dense, recipes=["svd"], keep=[1e-6], measure=MEASURE)

@@ -53,7 +53,7 @@ def calibration_study(
         "windows": study.numbers("--windows", windows, least=1),
         "seeds": study.numbers("--seeds", seeds, least=0),
     }
-    with session(verbose=verbose, quiet=quiet or as_json, output=output) as progress:
+    with session(verbose=verbose, quiet=quiet or as_json, output=output, resumes=True) as progress:
         from spectrim import studies
 
         found = studies.calibration_study(

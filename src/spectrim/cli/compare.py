@@ -44,7 +44,7 @@ def compare(
     """
     from spectrim.cli.session import session
 
-    with session(verbose=verbose, quiet=quiet or as_json, output=output) as progress:
+    with session(verbose=verbose, quiet=quiet or as_json, output=output, resumes=True) as progress:
         from spectrim import studies
 
         found = studies.compare(

@@ -60,7 +60,7 @@ def curve(
     """
     from spectrim.cli.session import session
 
-    with session(verbose=verbose, quiet=quiet or as_json, output=output) as progress:
+    with session(verbose=verbose, quiet=quiet or as_json, output=output, resumes=True) as progress:
         from spectrim import studies
 
         found = studies.curve(

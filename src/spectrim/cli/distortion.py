@@ -42,7 +42,7 @@ def distortion(
     """
     from spectrim.cli.session import session
 
-    with session(verbose=verbose, quiet=quiet, output=output) as progress:
+    with session(verbose=verbose, quiet=quiet, output=output, resumes=True) as progress:
         from spectrim import studies
 
         found = studies.distortion(

@@ -43,7 +43,7 @@ def layer_errors(
     """
     from spectrim.cli.session import session
 
-    with session(verbose=verbose, quiet=quiet, output=output) as progress:
+    with session(verbose=verbose, quiet=quiet, output=output, resumes=True) as progress:
         from spectrim import studies
 
         chosen = study.names(objectives)

@@ -24,7 +24,11 @@ EXIT_INTERRUPTED = 130
 
 @contextmanager
 def session(
-    *, verbose: bool = False, quiet: bool = False, output: Path | None = None
+    *,
+    verbose: bool = False,
+    quiet: bool = False,
+    output: Path | None = None,
+    resumes: bool = False,
 ) -> Iterator[Progress]:
     """Set up logging, hand out a progress display, and say what an interruption leaves behind.
 
@@ -32,6 +36,7 @@ def session(
         verbose: log at debug level.
         quiet: no progress, only warnings and errors.
         output: the path the command writes; what lies there is compared after Ctrl-C.
+        resumes: whether the command finds its finished work in `output` and goes on.
 
     Yields:
         The progress display for the library to call.
@@ -56,7 +61,10 @@ def session(
         progress.close()
         if follows:
             raise typer.Exit(EXIT_INTERRUPTED) from None
-        print(f"interrupted: {left_behind(before, neighbors(output))}", file=sys.stderr)
+        left = left_behind(before, neighbors(output))
+        if resumes and output is not None and output.exists():
+            left += f"; what is finished stays in {output}, and the same command goes on from there"
+        print(f"interrupted: {left}", file=sys.stderr)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     finally:
         progress.close()

@@ -115,7 +115,7 @@ def zero_shot(
 
     Raises:
         MissingExtraError: lm-eval is absent.
-        InputError: a name that no task has, or no tokenizer.
+        InputError: a name that no task has, a folder that is none, no questions, no tokenizer.
     """
     try:
         from lm_eval.models import huggingface
@@ -124,6 +124,11 @@ def zero_shot(
     names = task_names(tasks)
     if tokenizer is None:
         raise InputError(f"the tasks {', '.join(names)} are text; the model has no tokenizer")
+    absent = [str(folder) for folder in task_folders if not Path(folder).is_dir()]
+    if absent:
+        raise InputError(f"the task folder {absent[0]} does not exist or is no folder")
+    if limit is not None and limit < 1:
+        raise InputError(f"a limit of {limit} leaves no questions; give at least 1")
     manager = task_manager(names, [TASK_FOLDER, *(Path(f) for f in task_folders)])
     unknown = sorted(set(names) - set(manager.all_tasks))
     if unknown:

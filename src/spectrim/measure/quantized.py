@@ -19,7 +19,7 @@ from spectrim.layers.quantized import QuantizedDense, QuantizedLinear
 from spectrim.layers.swap import swap_in
 from spectrim.measure.measuring import Measured, PointStore, Reference, Size
 from spectrim.model.weights import get_module, read_bias, read_weight
-from spectrim.recipe import Recipe
+from spectrim.recipe import Recipe, StorageChoice
 from spectrim.run.opening import open_job, other_bytes
 
 __all__ = ["FORMATS", "quantized_points"]
@@ -46,9 +46,8 @@ def quantized_points(
     for weights in formats:
         if weights not in FORMATS:
             raise InputError(f"{weights!r} is no number format; use {', '.join(FORMATS)}")
-        recipe = Recipe(
-            name=dense_name(weights), keep=1.0, storage={"kind": "factored", "weights": weights}
-        )
+        storage = StorageChoice(weights=weights)
+        recipe = Recipe(name=dense_name(weights), keep=1.0, storage=storage)
         key = store.key(recipe, reference, None)
         measured = store.find(key)
         if measured is None:

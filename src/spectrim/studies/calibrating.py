@@ -20,7 +20,7 @@ from spectrim.report.study_figures import draw_calibration
 from spectrim.report.tables import rows_csv
 from spectrim.run.job import Progress
 from spectrim.studies.files import save_pictures, study_folder, write_whole
-from spectrim.studies.measure import POINTS_FOLDER, Measure, own_text
+from spectrim.studies.measure import POINTS_FOLDER, Measure, different_names, own_text
 
 __all__ = ["WINDOWS", "calibration_study"]
 
@@ -66,10 +66,7 @@ def calibration_study(
     if isinstance(calibration.get("text"), Tensor):
         raise InputError("ready windows have one number; give a text, a source or documents")
     resolved = [resolve_recipe(recipe, keep=keep, **calibration) for recipe in recipes]
-    resolved = [recipe.with_changes(keep=resolved[0].keep) for recipe in resolved]
-    names = [recipe.name for recipe in resolved]
-    if len(set(names)) < len(names):
-        raise InputError(f"two recipes have the same name, one of {', '.join(names)}")
+    resolved = different_names([one.with_changes(keep=resolved[0].keep) for one in resolved])
     folder = None if output is None else study_folder(output)
     found = study_calibration(
         measure.reference(model, tokenizer),

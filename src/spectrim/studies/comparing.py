@@ -18,7 +18,7 @@ from spectrim.report.content import as_json
 from spectrim.report.tables import comparison_csv, comparison_markdown
 from spectrim.run.job import Progress
 from spectrim.studies.files import study_folder, write_whole
-from spectrim.studies.measure import POINTS_FOLDER, Measure, own_text
+from spectrim.studies.measure import POINTS_FOLDER, Measure, different_names, own_text
 
 __all__ = ["compare"]
 
@@ -56,7 +56,7 @@ def compare(
         raise InputError("compare runs in other processes; give the text as names or files")
     measure = measure or Measure()
     keeps = parse_keeps(keep) if isinstance(keep, str) else list(keep)
-    resolved = [resolve_recipe(recipe, **calibration) for recipe in recipes]
+    resolved = different_names([resolve_recipe(r, **calibration) for r in recipes])
     folder = None if output is None else study_folder(output)
     options = ["--device", str(measure.device)]
     options += ["--trust-remote-code"] if measure.trust_remote_code else []

@@ -20,7 +20,7 @@ from spectrim.report.drawing import new_figure
 from spectrim.report.figures import draw_curve
 from spectrim.run.job import Progress
 from spectrim.studies.files import save_pictures, study_folder, write_whole
-from spectrim.studies.measure import POINTS_FOLDER, Measure, own_text
+from spectrim.studies.measure import POINTS_FOLDER, Measure, different_names, own_text
 from spectrim.studies.opening import dense_twin, has_every_size, open_sizes
 
 __all__ = ["curve"]
@@ -67,7 +67,7 @@ def curve(
     else:
         if not recipes:
             raise InputError("a curve needs recipes, for example svd-llm,aa-svd")
-        resolved = [resolve_recipe(recipe, **calibration) for recipe in recipes]
+        resolved = different_names([resolve_recipe(r, **calibration) for r in recipes])
         found = recipe_curve(
             measure.reference(model, tokenizer),
             resolved,

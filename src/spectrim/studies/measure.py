@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -9,10 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from spectrim.errors import InputError
 from spectrim.measure.measuring import Reference, open_reference
+from spectrim.recipe import Recipe
 from spectrim.run.texts import UserText
 
-__all__ = ["POINTS_FOLDER", "Measure", "own_text"]
+__all__ = ["POINTS_FOLDER", "Measure", "different_names", "own_text"]
 
 POINTS_FOLDER = "points"
 """Finished points inside a study's folder."""
@@ -43,6 +46,19 @@ class Measure:
     def reference(self, model: str | Path | nn.Module, tokenizer: Any = None) -> Reference:
         """The dense model, loaded and measured."""
         return open_reference(model, tokenizer=tokenizer, **vars(self))
+
+
+def different_names(recipes: Sequence[Recipe]) -> list[Recipe]:
+    """The recipes, if pictures and tables can tell them apart by name.
+
+    Raises:
+        InputError: two of one name.
+    """
+    names = [recipe.name for recipe in recipes]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise InputError(f"two recipes are called {twice[0]!r}; give one of them another name")
+    return list(recipes)
 
 
 def own_text(text: UserText) -> UserText:
