@@ -48,6 +48,7 @@ def test_generation_with_a_static_cache_compiles_without_a_break():
     assert torch.equal(found, expected)
 
 
+@pytest.mark.slow  # half a minute of C++ compilation
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_the_compiled_code_computes_the_same():
     model = compressed()

@@ -165,6 +165,12 @@ def test_other_caches_and_no_cache_are_left_alone():
         static = StaticCache(config=model.config, max_cache_len=8)
         found = model(tokens, past_key_values=static)
         assert found.past_key_values is static
+        own = DynamicCache(config=model.config)
+        model(tokens, past_key_values=own)
+        assert own.get_seq_length() == 6
+    own = DynamicCache(config=model.config)
+    assert written(model, past_key_values=own).past_key_values is own
+    assert own.get_seq_length() == 10
     assert torch.allclose(found.logits, expected.logits, rtol=1e-9, atol=1e-9)
 
 

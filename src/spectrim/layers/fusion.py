@@ -14,11 +14,8 @@ call, in whatever order, computes afresh. Inference tensors and compiled graphs 
 counter, there identity alone decides: `fuse` therefore traces the model and joins only layers that
 really met one unchanged tensor.
 
-What is not done: the permutations of packed layers are not folded into their neighbours. The
-pivots lie on the smaller side, so that the layers whose order could be folded (gate and up into
-down) have no output order at all, and the remaining ones end in the residual stream, in rotary
-embeddings, or cross the heads. All gathers of a block together take about 2 % of its time
-(`benchmarks/inference.py`).
+Permutations of packed layers are not folded into their neighbours; docs/storage.md says why, with
+numbers.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ like any other. The latents are caught where the up factors read them.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from transformers import DynamicCache, PreTrainedModel
@@ -18,16 +19,16 @@ from spectrim.layers.latent.sites import Site, find_sites
 __all__ = ["LatentSwitch", "latent_cache"]
 
 _MARK = "spectrim_latent_switch"
+_PREPARE = "_prepare_cache_for_generation"
 
 
 def latent_cache(model: Any) -> LatentSwitch:
     """Let a compressed model cache the latents of its key and value projections.
 
-    From now on `model.generate(...)` and every call that would start a new `DynamicCache` start a
-    `LatentCache`. Logits stay the same up to rounding. A cache of another kind that is passed in
-    (static, offloaded, one that is not empty) is used as it is. The past goes through the up
-    factors again for every new token, so memory is bought with time: `spectrim bench
-    --latent-cache` measures both.
+    From now on `model.generate(...)`, and every call that would make a `DynamicCache` of its own,
+    make a `LatentCache`. Logits stay the same up to rounding. A cache that is passed in is used as
+    it is, whatever its kind. The past goes through the up factors again for every new token, so
+    memory is bought with time: `spectrim bench --latent-cache` measures both.
 
     One forward at a time may run on a model that is switched over.
 
@@ -63,6 +64,10 @@ class LatentSwitch:
             self._listen(caught)
         self._handles.append(model.register_forward_pre_hook(self._before, with_kwargs=True))
         self._handles.append(model.register_forward_hook(self._after, always_call=True))
+        # `generate` makes its cache itself; what its callers pass in must stay theirs.
+        self._prepare = getattr(model, _PREPARE, None)
+        if self._prepare is not None:
+            setattr(model, _PREPARE, self._prepare_for_generation)
         setattr(model, _MARK, self)
 
     def _listen(self, caught: Caught) -> None:
@@ -96,12 +101,24 @@ class LatentSwitch:
         self._handles.clear()
         if getattr(self._model, _MARK, None) is self:
             delattr(self._model, _MARK)
+            if self._prepare is not None:
+                delattr(self._model, _PREPARE)
+
+    def _prepare_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers does it, but for the kind of the cache."""
+        assert self._prepare is not None
+        given = inspect.signature(self._prepare).bind(*args, **kwargs).arguments
+        before = given["model_kwargs"].get("past_key_values")
+        result = self._prepare(*args, **kwargs)
+        if before is None and _is_fresh(given["model_kwargs"].get("past_key_values")):
+            given["model_kwargs"]["past_key_values"] = self.new_cache()
+        return result
 
     def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = kwargs.get("past_key_values")
         use = kwargs.get("use_cache")
         wanted = module.config.use_cache if use is None else use
-        if (given is None and wanted) or _is_fresh(given):
+        if given is None and wanted:
             given = self.new_cache()
         latent = isinstance(given, LatentCache)
         if latent and any(layer.caught not in self._caught for layer in given.layers):
@@ -117,7 +134,7 @@ class LatentSwitch:
 
 
 def _is_fresh(cache: Any) -> bool:
-    """Whether it is the empty cache that `generate` starts with, with nothing asked of it."""
+    """Whether it is the empty cache of full attention that `generate` starts with."""
     return (
         type(cache) is DynamicCache
         and not cache.offloading
