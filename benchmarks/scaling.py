@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scaling_model import SEQUENTIAL, WHITENED, Shape, work
+from scaling_model import ASSUMED, SEQUENTIAL, WHITENED, Shape, extrapolated, work
 from torch import Tensor
 
 from spectrim.data.windows import given_windows
@@ -257,6 +257,20 @@ def constants(rows: list[dict]) -> dict:
     return found
 
 
+def product_rates() -> dict[str, float]:
+    """FLOP per CPU second of plain square products here, the best of some."""
+    found = {}
+    for dtype in (torch.float32, torch.float64):
+        a = torch.randn(1024, 1024, dtype=dtype)
+        seconds = []
+        for _ in range(7):
+            started = time.process_time()
+            a @ a
+            seconds.append(time.process_time() - started)
+        found[str(dtype).removeprefix("torch.")] = 2 * 1024**3 / min(seconds)
+    return found
+
+
 def _rate(counts: Tensor, seconds: Tensor) -> float:
     ratios = counts / seconds
     return float(ratios.sum() / ratios.square().sum())
@@ -297,7 +311,20 @@ def main() -> None:
     results["hardware"] = hardware()
     if "growth" in arguments.parts.split(","):
         rows = growth(arguments.repeats)
-        results |= {"base": asdict(BASE), "constants": constants(rows), "growth": rows}
+        rates, found = product_rates(), constants(rows)
+        for one in found.values():
+            # In units of plain products, which say more of another machine than seconds do.
+            one["share_of_fp32_peak"] = 1 / (one["seconds_per_product_flop"] * rates["float32"])
+            one["fp64_flops_per_m_n_min"] = one["seconds_per_m_n_min"] * rates["float64"]
+        cubes = {flow: one["fp64_flops_per_m_n_min"] for flow, one in found.items()}
+        results |= {
+            "base": asdict(BASE),
+            "product_flops_per_second": rates,
+            "constants": found,
+            "growth": rows,
+            "assumed_of_an_accelerator": ASSUMED,
+            "extrapolation": extrapolated({f: kind for f, (_, kind) in FLOWS.items()}, cubes),
+        }
     if "team" in arguments.parts.split(","):
         output = RESULTS.with_suffix(".team")
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]

@@ -6,9 +6,20 @@ FLOP of each kind takes and checks the products against runs. See docs/scaling.m
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["SEQUENTIAL", "WHITENED", "Flow", "Shape", "Work", "communication", "memory", "work"]
+__all__ = [
+    "SEQUENTIAL",
+    "WHITENED",
+    "Flow",
+    "Shape",
+    "Work",
+    "communication",
+    "extrapolated",
+    "memory",
+    "work",
+]
 
 
 @dataclass(frozen=True)
@@ -90,13 +101,12 @@ class Work:
 def work(shape: Shape, flow: Flow, ranks: int = 1) -> Work:
     """Work of the busiest process; windows are split, targets go to whoever has least."""
     mine = -(-shape.windows // ranks) * shape.length
-    d, kv = shape.width, shape.kv
+    d = shape.width
     # Queries meet all keys and values of their window, without use of causality.
     attention = 4 * shape.length * d
-    projections = 2 * (shape.weights)
+    projections = 2 * shape.weights
     forward = shape.blocks * flow.streams * mine * (projections + attention)
     moments = shape.blocks * flow.moments * mine * sum(2 * n * n for n, _ in shape.groups)
-    assert kv <= d
     return Work(float(forward), float(moments), _busiest(shape, flow, ranks))
 
 
@@ -144,3 +154,48 @@ def memory(shape: Shape, flow: Flow, ranks: int, *, bytes_each: int) -> dict[str
         # Weight, full-rank map, both factors and two matrices of the eigenproblem, fp64.
         "decomposition": 8 * (4 * largest + 2 * shape.width**2),
     }
+
+
+LARGE = {
+    "7B": Shape(width=4096, inner=11008, kv=4096, blocks=32, windows=256, length=2048),
+    "70B": Shape(width=8192, inner=28672, kv=1024, blocks=80, windows=256, length=2048),
+    "405B": Shape(width=16384, inner=53248, kv=1024, blocks=126, windows=256, length=2048),
+}
+"""Llama 2 7B, Llama 2 and 3 70B, Llama 3.1 405B, with the default recipe's calibration."""
+
+ASSUMED = {"forward": 3e14, "moments": 4e13, "cut": 2e12, "link": 1e11}
+"""What one accelerator is assumed to sustain: FLOP/s of bf16 forwards, of fp32 products and of fp64
+decompositions, and bytes/s that it sends. None of this was measured."""
+
+
+def extrapolated(flows: Mapping[str, Flow], flops_per_cube: Mapping[str, float]) -> list[dict]:
+    """Hours and gigabytes of large models on 1, 8 and 64 accelerators.
+
+    Args:
+        flows: by name.
+        flops_per_cube: fp64 FLOPs of a decomposition over `m n min(m, n)`, measured, by flow.
+    """
+    rows = []
+    for model, shape in LARGE.items():
+        for name, flow in flows.items():
+            for ranks in (1, 8, 64):
+                done = work(shape, flow, ranks)
+                sent = communication(shape, flow, ranks, keep=0.6, bytes_each=2)
+                seconds = {
+                    "forward": done.forward / ASSUMED["forward"],
+                    "moments": done.moments / ASSUMED["moments"],
+                    "cut": flops_per_cube[name] * done.cut / ASSUMED["cut"],
+                    "communication": sent / ASSUMED["link"],
+                }
+                held = memory(shape, flow, ranks, bytes_each=2)
+                rows.append(
+                    {
+                        "model": model,
+                        "flow": name,
+                        "accelerators": ranks,
+                        "hours": {k: v / 3600 for k, v in seconds.items()},
+                        "total_hours": sum(seconds.values()) / 3600,
+                        "gigabytes": {k: v / 1e9 for k, v in held.items()},
+                    }
+                )
+    return rows
