@@ -12,17 +12,19 @@ from torch import nn
 
 from spectrim.allocate.budget import parse_size
 from spectrim.allocate.plan import Plan
-from spectrim.errors import BudgetError, InputError, RecipeError
+from spectrim.errors import BudgetError, InputError
 from spectrim.measure.evaluating import evaluate_model
 from spectrim.recipe import Recipe
-from spectrim.recipes import DEFAULT_RECIPE, EFFORTS, get_recipe
+from spectrim.recipes import DEFAULT_RECIPE
 from spectrim.run.compress import Outcome, run_recipe
+from spectrim.run.estimate import Estimate, estimate_run
 from spectrim.run.job import Progress
 from spectrim.run.learned.elastic import ElasticModel, open_elastic
 from spectrim.run.learned.resizing import settle_outcome
 from spectrim.run.loading import load_model
 from spectrim.run.memory import goes_out_of_core
 from spectrim.run.places import places
+from spectrim.run.resolving import resolve_recipe
 from spectrim.run.store.saving import save_outcome
 from spectrim.run.survey.replanning import read_plan, replan
 from spectrim.run.survey.surveying import cut_survey, survey_model
@@ -35,6 +37,7 @@ __all__ = [
     "ElasticModel",
     "Result",
     "compress",
+    "estimate",
     "evaluate",
     "export",
     "inspect",
@@ -51,56 +54,6 @@ class Result(Outcome):
     """A compressed model, its plan, recipe and report, and the folder it was saved to."""
 
     output: Path | None = None
-
-
-def resolve_recipe(
-    recipe: str | Path | Recipe = DEFAULT_RECIPE,
-    *,
-    keep: float | None = None,
-    seed: int | None = None,
-    text: UserText = None,
-    windows: int | None = None,
-    window_length: int | None = None,
-    storage: str | None = None,
-    weights: str | None = None,
-    effort: str | None = None,
-) -> Recipe:
-    """A recipe with the user's changes, validated.
-
-    Raises:
-        RecipeError: an unknown recipe, a value outside its range, or an effort for a recipe that
-            has none.
-    """
-    if effort is not None:
-        recipe = _recipe_at(effort, recipe)
-    chosen = get_recipe(recipe)
-    if keep is not None and not 0 < keep <= 1:
-        raise BudgetError(f"keep is {keep}; it is a fraction in (0, 1], for example 0.6")
-    calibration: dict[str, Any] = {"windows": windows, "window_length": window_length}
-    if isinstance(text, (str, Path)):
-        parts = [part.strip() for part in str(text).split(",")]
-        calibration["text"] = parts[0] if len(parts) == 1 else parts
-    elif text is not None:
-        calibration["text"] = f"({type(text).__name__})"
-    changes: dict[str, Any] = {
-        "calibration": {k: v for k, v in calibration.items() if v is not None},
-        "storage": {
-            k: v for k, v in {"kind": storage, "weights": weights}.items() if v is not None
-        },
-    }
-    if keep is not None:
-        changes["keep"] = keep
-    if seed is not None:
-        changes["seed"] = seed
-    return chosen.with_changes(**changes)
-
-
-def _recipe_at(effort: str, recipe: str | Path | Recipe) -> str:
-    if effort not in EFFORTS:
-        raise RecipeError(f"unknown effort {effort!r}; use {', '.join(EFFORTS)}")
-    if recipe != DEFAULT_RECIPE:
-        raise RecipeError(f"effort is for the recipe {DEFAULT_RECIPE!r} only, not for {recipe}")
-    return EFFORTS[effort]
 
 
 def compress(
@@ -159,11 +112,11 @@ def compress(
         tokenizer: for model objects.
         offload_streams: folder for hidden states that should not be held in memory.
         on_failure: `error`, or `keep-unrefined` to keep a block whose refinement diverged.
-        work: folder for what is finished; a run that finds work there goes on from it. By default
-            `OUT.work` beside the output, which is removed when the output is there.
-        resume: False keeps no work without a `work` folder: a run that ends begins anew.
-        out_of_core: leave the blocks of a checkpoint in its files until they are worked on; None
-            does so where the model would not fit this machine's memory.
+        work: folder for what is finished, from which the next run goes on; by default `OUT.work`
+            beside the output, removed when the output is there.
+        resume: False keeps no work but in a `work` folder: a run that ends begins anew.
+        out_of_core: leave blocks in the checkpoint until they are worked on; None decides by the
+            memory that is free.
         self_contained: include the base checkpoint in an elastic artifact.
         progress: told of stages and steps.
         trust_remote_code: run code that comes with the checkpoint.
@@ -226,6 +179,40 @@ def compress(
             save_outcome(result, output, overwrite=overwrite, original=original)
             result.output = Path(output)
     return result
+
+
+def estimate(
+    model: str | Path,
+    *,
+    recipe: str | Path | Recipe = DEFAULT_RECIPE,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    plan: Plan | str | Path | None = None,
+    offload_streams: str | Path | None = None,
+    out_of_core: bool | None = None,
+    size: str | int | None = None,
+    trust_remote_code: bool = False,
+    **changes: Any,
+) -> Estimate:
+    """Predict time and peak memory of `compress` with these arguments; no weight is read.
+
+    `size` plays no part: what is kept hardly changes what the work takes. `changes` are those of
+    `resolve_recipe`.
+
+    Raises:
+        SpectrimError: what cannot be run as asked, or is not predicted.
+    """
+    resolved = resolve_recipe(recipe, **changes)
+    return estimate_run(
+        str(model),
+        resolved,
+        device=device,
+        dtype=dtype,
+        out_of_core=out_of_core,
+        given_ranks=plan is not None,
+        offloaded=offload_streams is not None,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def _read_plan(plan: Plan | str | Path | None) -> tuple[Plan | None, Survey | None]:

@@ -24,7 +24,11 @@ EXIT_INTERRUPTED = 130
 
 @contextmanager
 def session(
-    *, verbose: bool = False, quiet: bool = False, output: Path | None = None
+    *,
+    verbose: bool = False,
+    quiet: bool = False,
+    output: Path | None = None,
+    resumable: bool = False,
 ) -> Iterator[Progress]:
     """Set up logging, hand out a progress display, and say what an interruption leaves behind.
 
@@ -32,6 +36,7 @@ def session(
         verbose: log at debug level.
         quiet: no progress, only warnings and errors.
         output: the path the command writes; what lies there is compared after Ctrl-C.
+        resumable: whether the command goes on from what it leaves behind.
 
     Yields:
         The progress display for the library to call.
@@ -50,7 +55,11 @@ def session(
         yield progress
     except KeyboardInterrupt:
         progress.close()
-        print(f"interrupted: {left_behind(before, neighbors(output))}", file=sys.stderr)
+        after = neighbors(output)
+        left = left_behind(before, after)
+        if resumable and any(path.name.endswith(".work") for path in after):
+            left += "; run the same command again to go on from there"
+        print(f"interrupted: {left}", file=sys.stderr)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     finally:
         progress.close()

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ class Onloader:
         self.device = device
         self._units = {name: _Unit(name, source) for name, source in sources.items()}
         names = list(sources)
-        self._after = dict(zip(names, names[1:], strict=False))
+        self._after = dict(pairwise(names))
         self._samples: dict[str, Tensor] = {}
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="onload")
         self._coming: tuple[Source, Future[Mapping[str, Tensor]]] | None = None

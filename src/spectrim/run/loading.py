@@ -16,7 +16,14 @@ from spectrim.model.onload import Onloader
 from spectrim.model.weights import sampled
 from spectrim.run.out_of_core import build_onloaded, checkpoint_folder
 
-__all__ = ["LoadedModel", "load_model", "read_config", "resolve_device", "resolve_dtype", "stored_dtype"]
+__all__ = [
+    "LoadedModel",
+    "load_model",
+    "read_config",
+    "resolve_device",
+    "resolve_dtype",
+    "stored_dtype",
+]
 
 _DTYPES = {
     "float32": torch.float32,

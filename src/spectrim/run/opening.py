@@ -80,9 +80,7 @@ def open_job(
         with log.timed("windows"):
             windows = gather_windows(loaded, recipe.calibration, text, seed=recipe.seed)
     if work is not None:
-        work.begin(
-            run_identity(loaded, recipe, windows, on_failure=on_failure, **(brought or {}))
-        )
+        work.begin(run_identity(loaded, recipe, windows, on_failure=on_failure, **(brought or {})))
         if work.finished:
             log.notes.append(f"resumed after {len(work.finished)} finished pieces")
     return Job(

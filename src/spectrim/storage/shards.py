@@ -1,4 +1,4 @@
-"""A checkpoint in shards as one place to read tensors from, under the names a model has for them."""
+"""A checkpoint in shards as one place to read tensors from, and the names a model has for them."""
 
 from __future__ import annotations
 

@@ -99,8 +99,10 @@ class TensorFile:
         if entry is None:
             raise ArtifactError(f"{self.path} holds no tensor {name!r}")
         if entry.dtype not in _DTYPES:
-            raise ArtifactError(f"{self.path}: {name!r} has the dtype {entry.dtype}, not one of "
-                                f"{', '.join(_DTYPES)}")
+            raise ArtifactError(
+                f"{self.path}: {name!r} has the dtype {entry.dtype}, not one of "
+                f"{', '.join(_DTYPES)}"
+            )
         tensor = torch.empty(entry.shape, dtype=_DTYPES[entry.dtype])
         if not tensor.numel():
             return tensor
@@ -219,6 +221,3 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-

@@ -61,9 +61,7 @@ def _cut_target(job: Job, rank: int | None, survey: Survey, curve: Curve) -> Non
         return
     started = time.perf_counter()
     original = get_module(job.model, name)
-    layer = cut_layer(
-        original, load_factors(survey, name), rank, balance=bool(job.recipe.refine)
-    )
+    layer = cut_layer(original, load_factors(survey, name), rank, balance=bool(job.recipe.refine))
     replace_module(job.model, name, layer)
     job.log.target(
         name,

@@ -35,6 +35,7 @@ from spectrim.storage.elastic import Base, Elastic
 
 __all__ = ["learn"]
 
+
 def learn(
     job: Job, *, base: Base | None = None, work: Path | None = None
 ) -> tuple[Plan, Elastic | None]:
