@@ -164,15 +164,18 @@ def expected(home, tmp_path_factory):
 )
 def test_killed_and_run_again_gives_the_same_bytes(place, expected, name, seed):
     draws = random.Random(f"{name}{seed}")
-    event = draws.choice(("write", "written", "advance"))
-    status, _ = compress_in(place, name, Struck(draws.randint(1, 5), event=event))
+    # A learned run keeps itself in its checkpoint; the others write a piece for every block.
+    event = "advance" if name == "soco" else draws.choice(("write", "written", "advance"))
+    status, _ = compress_in(
+        place, name, Struck(draws.randint(1, 14 if name == "soco" else 3), event=event)
+    )
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
     assert not (place / "out").exists()
     # Every second run is killed once more, so that a resumed run is interrupted too.
     if seed % 2:
         compress_in(place, name, Struck(draws.randint(2, 6), event=event))
     if not (place / "out").exists():
-        status, notes = compress_in(place, name)
+        status, _ = compress_in(place, name)
         assert status == 0
     assert same(tensors(place / "out"), expected(name))
     left = {p.name for p in place.iterdir()}
@@ -222,7 +225,7 @@ def test_finished_blocks_are_not_computed_again(place):
 
 def test_another_recipe_text_or_model_is_refused_by_name(place, home):
     work = killed(place)
-    before = {p.name: p.read_bytes() for p in work.iterdir()}
+    before = {p.name: p.read_bytes() for p in work.iterdir() if p.name != "lock"}
     for changed, field in (
         ({"keep": 0.5}, "keep: 0.6 there, 0.5 now"),
         ({"text": windows(8, seed=9)}, "windows: "),
@@ -271,13 +274,14 @@ def test_a_full_disk_ends_with_a_message_and_can_be_resumed(place, expected):
 
         return child(act)
 
-    # A block's file has about 38 kB; then the block fits and the whole model does not.
-    status, said = limited(20_000)
+    status, said = limited(5_000)
     assert os.waitstatus_to_exitcode(status) == 2
     assert said[0] == "OutputError" and "cut-000" in said[1] and "File too large" in said[1]
     assert not (place / "out").exists()
-    status, said = limited(60_000)
-    assert said[0] == "OutputError" and "nothing was left there" in said[1]
+    # The blocks' files fit, the whole model with its header does not.
+    whole = sum(t.nbytes for t in expected("svd-llm").values())
+    status, said = limited(whole)
+    assert said is not None and said[0] == "OutputError" and "nothing was left there" in said[1]
     assert {p.name for p in place.iterdir()} == {"model", "out.work"}
     status, _ = compress_in(place, "svd-llm")
     assert status == 0
