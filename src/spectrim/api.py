@@ -18,6 +18,7 @@ from spectrim.measure.evaluating import evaluate_model
 from spectrim.recipe import Recipe
 from spectrim.recipes import DEFAULT_RECIPE
 from spectrim.run.compress import Outcome, run_recipe
+from spectrim.run.estimate import Estimate, estimate_run
 from spectrim.run.job import Progress
 from spectrim.run.learned.elastic import ElasticModel, open_elastic
 from spectrim.run.learned.resizing import settle_outcome
@@ -28,7 +29,7 @@ from spectrim.run.places import places
 from spectrim.run.resolving import resolve_recipe
 from spectrim.run.store.saving import save_outcome
 from spectrim.run.survey.replanning import read_plan, replan
-from spectrim.run.survey.surveying import cut_survey, survey_model
+from spectrim.run.survey.surveying import resize_survey, survey_model
 from spectrim.run.texts import UserText
 from spectrim.storage.atomic import check_output
 from spectrim.storage.survey_file import is_survey, load_survey, save_survey
@@ -39,6 +40,7 @@ __all__ = [
     "Result",
     "compress",
     "elastic",
+    "estimate",
     "evaluate",
     "export",
     "inspect",
@@ -114,11 +116,11 @@ def compress(
         tokenizer: for model objects.
         offload_streams: folder for hidden states that should not be held in memory.
         on_failure: `error`, or `keep-unrefined` to keep a block whose refinement diverged.
-        work: folder for what is finished; a run that finds work there goes on from it. By default
-            `OUT.work` beside the output, which is removed when the output is there.
-        resume: False keeps no work without a `work` folder: a run that ends begins anew.
-        out_of_core: leave the blocks of a checkpoint in its files until they are worked on; None
-            does so where the model would not fit this machine's memory.
+        work: folder for what is finished, from which the next run goes on; by default `OUT.work`
+            beside the output, removed when the output is there.
+        resume: False keeps no work but in a `work` folder: a run that ends begins anew.
+        out_of_core: leave blocks in the checkpoint until they are worked on; None decides by the
+            memory that is free.
         self_contained: include the base checkpoint in an elastic artifact.
         progress: told of stages and steps.
         trust_remote_code: run code that comes with the checkpoint.
@@ -189,6 +191,40 @@ def compress(
             team.barrier()  # what the others return is there as well
             result.output = Path(output)
     return result
+
+
+def estimate(
+    model: str | Path,
+    *,
+    recipe: str | Path | Recipe = DEFAULT_RECIPE,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    plan: Plan | str | Path | None = None,
+    offload_streams: str | Path | None = None,
+    out_of_core: bool | None = None,
+    size: str | int | None = None,
+    trust_remote_code: bool = False,
+    **changes: Any,
+) -> Estimate:
+    """Predict time and peak memory of `compress` with these arguments; no weight is read.
+
+    `size` plays no part: what is kept hardly changes what the work takes. `changes` are those of
+    `resolve_recipe`.
+
+    Raises:
+        SpectrimError: what cannot be run as asked, or is not predicted.
+    """
+    resolved = resolve_recipe(recipe, **changes)
+    return estimate_run(
+        str(model),
+        resolved,
+        device=device,
+        dtype=dtype,
+        out_of_core=out_of_core,
+        given_ranks=plan is not None,
+        offloaded=offload_streams is not None,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def _read_plan(plan: Plan | str | Path | None) -> tuple[Plan | None, Survey | None]:
@@ -334,7 +370,7 @@ def resize(
     if output is not None:
         check_output(output, overwrite=overwrite)
     if is_survey(artifact):
-        outcome = _resize_survey(load_survey(artifact), keep=keep, size=size, **options)
+        outcome = resize_survey(load_survey(artifact), keep=keep, size=size, **options)
     else:
         opened = load_elastic(artifact, **options)
         outcome = settle_outcome(opened, artifact, keep=keep, size=size)
@@ -343,25 +379,6 @@ def resize(
         save_outcome(result, output, overwrite=overwrite)
         result.output = Path(output)
     return result
-
-
-def _resize_survey(
-    surveyed: Survey,
-    *,
-    keep: float | None,
-    size: str | int | None,
-    base: str | Path | nn.Module | None = None,
-    score: str | None = None,
-    **options: Any,
-) -> Outcome:
-    """A surveyed model at one size: the survey's decompositions in the base model's place."""
-    return cut_survey(
-        load_model(surveyed.model_name if base is None else base, **options),
-        surveyed,
-        keep=keep,
-        size=parse_size(size) if isinstance(size, str) else size,
-        score=score,
-    )
 
 
 def evaluate(model: str | Path | nn.Module, **options: Any) -> dict[str, Any]:

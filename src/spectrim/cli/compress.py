@@ -53,9 +53,28 @@ def compress(
     work: Annotated[
         Path | None,
         typer.Option(
-            "--work", metavar="DIR", help="Checkpoints of acip and soco; resumes what is there."
+            "--work",
+            metavar="DIR",
+            help="Keep finished blocks in DIR; default OUT.work, removed when OUT is there.",
         ),
     ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume/--no-resume", help="Go on from what an earlier run finished; default on."
+        ),
+    ] = True,
+    out_of_core: Annotated[
+        bool | None,
+        typer.Option(
+            "--out-of-core/--in-memory",
+            help="Read blocks from the checkpoint one at a time; default where memory is short.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Predict time and peak memory; load and write nothing."),
+    ] = False,
     self_contained: Annotated[
         bool,
         typer.Option("--self-contained", help="Include the base model in an elastic artifact."),
@@ -73,39 +92,48 @@ def compress(
     from spectrim.cli.crew import crew
     from spectrim.cli.session import session
 
+    choices = options.given(
+        keep=keep,
+        size=size,
+        recipe=recipe,
+        text=text,
+        windows=windows,
+        window_length=window_length,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        plan=plan,
+        storage=storage,
+        weights=weights,
+        effort=effort,
+        offload_streams=offload_streams,
+        out_of_core=out_of_core,
+    )
+    written = None if dry_run else output
     with (
-        session(verbose=verbose, quiet=quiet, output=output) as progress,
+        session(verbose=verbose, quiet=quiet, output=written, resumes=resume) as progress,
         crew(device, progress) as team,
     ):
         from spectrim import api
 
+        if dry_run:
+            from spectrim.cli.results import print_estimate
+
+            if team.leads:
+                found = api.estimate(model, trust_remote_code=trust_remote_code, **choices)
+                print_estimate(found.summary())
+            return
         result = api.compress(
             model,
             output=output,
             overwrite=overwrite,
+            resume=resume,
             trust_remote_code=trust_remote_code,
             self_contained=self_contained,
             progress=progress,
             team=team,
-            **options.given(
-                keep=keep,
-                size=size,
-                recipe=recipe,
-                text=text,
-                windows=windows,
-                window_length=window_length,
-                seed=seed,
-                device=device,
-                dtype=dtype,
-                plan=plan,
-                survey=survey,
-                storage=storage,
-                weights=weights,
-                effort=effort,
-                offload_streams=offload_streams,
-                on_failure=on_failure,
-                work=work,
-            ),
+            **options.given(survey=survey, on_failure=on_failure, work=work),
+            **choices,
         )
     from spectrim.cli.results import print_compression
 

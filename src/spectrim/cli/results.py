@@ -15,7 +15,13 @@ from spectrim.cli.render import (
     storage_words,
 )
 
-__all__ = ["print_compression", "print_demo", "print_evaluations", "print_inspection"]
+__all__ = [
+    "print_compression",
+    "print_demo",
+    "print_estimate",
+    "print_evaluations",
+    "print_inspection",
+]
 
 REPORT_FILE = "spectrim_report.json"
 
@@ -43,6 +49,29 @@ def print_compression(report: dict[str, Any], output: Path) -> None:
             "left alone": f"{len(report['left_alone'])} modules" if report["left_alone"] else None,
             "notes": "; ".join(report["notes"]) or None,
             "output": output,
+        }
+    )
+
+
+def print_estimate(record: dict[str, Any]) -> None:
+    """Print what a run is predicted to take, and which parts make up its memory."""
+    seconds = record["seconds"]
+    where = "host" if not record["device_bytes"] else record["device"]
+    parts = record["device_parts"] or record["host_parts"]
+    windows, length = record["windows"]
+    print_facts(
+        {
+            "checkpoint": format_bytes(record["checkpoint_bytes"]),
+            "blocks": "read one at a time" if record["out_of_core"] else "all in memory",
+            "windows": f"{windows} of {length} tokens",
+            "time": f"{format_seconds(sum(seconds.values()))} without training",
+            "peak host memory": format_bytes(record["host_bytes"]),
+            "peak device memory": format_bytes(record["device_bytes"])
+            if record["device_bytes"]
+            else None,
+            f"of it on the {where}": ", ".join(
+                f"{name} {format_bytes(size)}" for name, size in parts.items() if size
+            ),
         }
     )
 

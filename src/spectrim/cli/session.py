@@ -36,7 +36,7 @@ def session(
         verbose: log at debug level.
         quiet: no progress, only warnings and errors.
         output: the path the command writes; what lies there is compared after Ctrl-C.
-        resumes: whether the command finds its finished work in `output` and goes on.
+        resumes: whether the command goes on from what it leaves in `output` or `OUTPUT.work`.
 
     Yields:
         The progress display for the library to call.
@@ -62,8 +62,9 @@ def session(
         if follows:
             raise typer.Exit(EXIT_INTERRUPTED) from None
         left = left_behind(before, neighbors(output))
-        if resumes and output is not None and output.exists():
-            left += f"; what is finished stays in {output}, and the same command goes on from there"
+        kept = kept_in(output) if resumes else None
+        if kept is not None:
+            left += f"; what is finished stays in {kept}, and the same command goes on from there"
         print(f"interrupted: {left}", file=sys.stderr)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     finally:
@@ -104,6 +105,14 @@ def new_progress(console: Console, *, quiet: bool) -> Progress:
     if quiet:
         return SilentProgress()
     return BarProgress(console) if console.is_terminal else LineProgress(sys.stderr)
+
+
+def kept_in(output: Path | None) -> Path | None:
+    """Where the finished part of an output lies: beside it, or in it where it grows in place."""
+    if output is None:
+        return None
+    beside = output.with_name(f"{output.name}.work")
+    return next((path for path in (beside, output) if path.exists()), None)
 
 
 def neighbors(output: Path | None) -> dict[Path, int]:

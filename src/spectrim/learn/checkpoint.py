@@ -1,8 +1,8 @@
 """One file from which a training goes on as if it had never stopped: tensors, counters, identity.
 
-The file is safetensors with a JSON text in its header, written beside the old one and renamed, so
-that a kill at any moment leaves a complete checkpoint. Nothing random has to be stored: whatever
-is drawn in a training depends on the seed and the step alone.
+The file is safetensors with a JSON text in its header, written beside the old one, forced to disk
+and renamed, so that a kill at any moment leaves a complete checkpoint. Nothing random has to be
+stored: whatever is drawn in a training depends on the seed and the step alone.
 """
 
 from __future__ import annotations
@@ -16,16 +16,26 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from spectrim.errors import ArtifactError, InputError
+from spectrim.errors import ArtifactError, InputError, OutputError
 from spectrim.storage.headers import read_header
 from spectrim.storage.strict import check_nesting, checked
+from spectrim.storage.tensor_file import Slot, write_tensors
 
-__all__ = ["FILE", "Checkpoint", "load_optimizer", "optimizer_tensors", "where_kept"]
+__all__ = [
+    "FILE",
+    "RECOVERY_FILE",
+    "Checkpoint",
+    "load_optimizer",
+    "optimizer_tensors",
+    "where_kept",
+]
 
 FILE = "learning.safetensors"
+RECOVERY_FILE = "recovery.safetensors"
+"""The checkpoint of a recovery; that of the phases before it stays."""
+
 _KEY = "state"
 
 
@@ -72,13 +82,21 @@ class Checkpoint:
         return step % self.every == 0
 
     def save(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Replace the checkpoint; state is plain data."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
+        """Replace the checkpoint; state is plain data.
+
+        Raises:
+            OutputError: the disk is full or the folder cannot be written.
+        """
         text = json.dumps({"identity": self.identity, **state})
-        plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        save_file(plain, str(partial), metadata={_KEY: text})
-        partial.replace(self.path)
+        slots = [Slot.of(name, tensor) for name, tensor in tensors.items()]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_tensors(self.path, slots, {_KEY: text})
+        except OSError as error:
+            raise OutputError(
+                f"{self.path} could not be written: {error.strerror or error}; the checkpoint "
+                "before it is kept: make room and run again"
+            ) from error
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Tensors and state, None if there is no checkpoint.

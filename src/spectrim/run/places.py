@@ -8,7 +8,7 @@ from pathlib import Path
 
 from spectrim.distributed.team import Team
 from spectrim.errors import OutputError
-from spectrim.learn.checkpoint import FILE as CHECKPOINT
+from spectrim.learn.checkpoint import FILE, RECOVERY_FILE
 from spectrim.storage.atomic import check_output
 from spectrim.storage.lock import locked
 from spectrim.storage.shared_work import SharedWork, Work
@@ -56,7 +56,7 @@ def places(
         else:
             yield folder
         if folder is not None and work is None:
-            folder.clear(CHECKPOINT)
+            folder.clear(FILE, RECOVERY_FILE)
 
 
 def _lock_output(stack: ExitStack, path: Path, output: str | Path) -> None:

@@ -31,7 +31,13 @@ def check_output(output: str | Path, *, overwrite: bool) -> Path:
     Raises:
         OutputError: it is a file, or a folder that is not empty and may not be replaced.
     """
-    path = Path(output).resolve()
+    try:
+        return _checked(Path(output).resolve(), output, overwrite=overwrite)
+    except PermissionError as error:
+        raise OutputError(f"{output} cannot be written: {error}") from error
+
+
+def _checked(path: Path, output: str | Path, *, overwrite: bool) -> Path:
     if path.is_dir():
         found = sorted(entry.name for entry in path.iterdir())
         if found and not overwrite:

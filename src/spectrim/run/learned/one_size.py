@@ -7,6 +7,7 @@ from pathlib import Path
 
 from spectrim.allocate.plan import Plan
 from spectrim.allocate.uniform import uniform
+from spectrim.learn.checkpoint import RECOVERY_FILE
 from spectrim.learn.scores import SocoSettings, SocoState
 from spectrim.learn.soco import learn_scores
 from spectrim.learn.survivors import RecoverySettings, choose, fixed_choice, folded, recover
@@ -24,9 +25,6 @@ from spectrim.run.survey.planning import plan_limits, shape_curves
 from spectrim.storage.elastic import Base
 
 __all__ = ["learn_one_size"]
-
-RECOVERY_FILE = "recovery.safetensors"
-"""The checkpoint of the recovery; that of the phases before it stays."""
 
 
 def learn_one_size(job: Job, section: SocoLearning, base: Base | None, work: Path | None) -> Plan:

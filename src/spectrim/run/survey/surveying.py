@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from torch import nn
+
+from spectrim.allocate.budget import parse_size
 from spectrim.distributed.team import Team
 from spectrim.errors import InputError
 from spectrim.recipe import Recipe, validated
 from spectrim.run.compress import Outcome, run_recipe
 from spectrim.run.job import Progress
-from spectrim.run.loading import LoadedModel
+from spectrim.run.loading import LoadedModel, load_model
 from spectrim.run.opening import open_job, other_bytes
 from spectrim.run.survey.planning import TABLE, needed_scores, plan_from_survey
 from spectrim.run.survey.survey import make_survey, surveyed_choice
@@ -20,7 +24,7 @@ from spectrim.run.texts import UserText
 from spectrim.storage.shared_work import Work
 from spectrim.storage.survey_record import Survey
 
-__all__ = ["DEFAULT_SCORES", "cut_survey", "survey_model"]
+__all__ = ["DEFAULT_SCORES", "cut_survey", "resize_survey", "survey_model"]
 
 DEFAULT_SCORES = ("first_order", "second_order")
 """One backward pass over a few windows gives both; every rule can then be planned."""
@@ -110,3 +114,31 @@ def cut_survey(
         learn=None,
     )
     return run_recipe(loaded, recipe, plan=plan, survey=survey, progress=progress)
+
+
+def resize_survey(
+    surveyed: Survey,
+    *,
+    keep: float | None,
+    size: str | int | None,
+    base: str | Path | nn.Module | None = None,
+    score: str | None = None,
+    **options: Any,
+) -> Outcome:
+    """A surveyed model at one size: the survey's decompositions in the base model's place.
+
+    Args:
+        surveyed: with the name of its model.
+        keep: fraction of the target bytes.
+        size: instead of keep, of the whole checkpoint.
+        base: the model, where it does not lie under that name.
+        score: that ranks components, in place of the recipe's rule.
+        options: of `load_model`.
+    """
+    return cut_survey(
+        load_model(surveyed.model_name if base is None else base, **options),
+        surveyed,
+        keep=keep,
+        size=parse_size(size) if isinstance(size, str) else size,
+        score=score,
+    )

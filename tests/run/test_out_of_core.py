@@ -1,0 +1,185 @@
+"""Blocks read one at a time give the bytes of a model in memory, and memory is as predicted."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from architectures import tiny, windows
+from spectrim import api
+from spectrim.errors import ArtifactError, InputError
+from spectrim.model.onload import Onloader, unit_names
+from spectrim.model.weights import get_module
+from spectrim.recipes import get_recipe
+from spectrim.run.loading import load_model
+from spectrim.storage.tensor_file import Slot, TensorFile, write_tensors
+
+
+def checkpoint(folder, name="llama", dtype=torch.bfloat16, **options):
+    tiny(name)[0].to(dtype).save_pretrained(folder, **options)
+    return folder
+
+
+def tensors(folder):
+    files = [TensorFile(path) for path in sorted(folder.glob("*.safetensors"))]
+    return {name: file.read(name) for file in files for name in file.entries}
+
+
+def quick(name):
+    recipe = get_recipe(name).with_changes(calibration={"batch": 4})
+    if recipe.refine:
+        step = {"step": "block", "epochs": 1, "batch": 4, "look_ahead": 1}
+        recipe = recipe.with_changes(refine=[step])
+    return recipe
+
+
+@pytest.mark.parametrize(
+    ("architecture", "recipe", "options"),
+    [
+        ("llama", "svd-llm", {}),
+        ("gpt2", "aa-svd", {}),
+        ("qwen3", "svd-llm-v2", {}),
+        ("gpt_neox", "svd", {"storage": "packed", "weights": "int8"}),
+    ],
+)
+def test_the_bytes_are_those_of_a_model_in_memory(tmp_path, architecture, recipe, options):
+    model = checkpoint(tmp_path / "m", architecture, max_shard_size="20KB")
+    for name, lazily in (("a", False), ("b", True)):
+        api.compress(
+            model,
+            recipe=quick(recipe),
+            keep=0.6,
+            text=windows(8),
+            output=tmp_path / name,
+            out_of_core=lazily,
+            **options,
+        )
+    one, other = tensors(tmp_path / "a"), tensors(tmp_path / "b")
+    assert one.keys() == other.keys()
+    assert all(one[k].dtype == other[k].dtype and torch.equal(one[k], other[k]) for k in one)
+    config = (json.loads((tmp_path / n / "config.json").read_text()) for n in "ab")
+    assert next(config) == next(config)
+    assert {p.name for p in tmp_path.iterdir()} == {"m", "a", "b"}
+
+
+def test_a_block_is_in_memory_only_while_it_is_held(tmp_path):
+    loaded = load_model(checkpoint(tmp_path / "m"), device="cpu", out_of_core=True)
+    model, onloader = loaded.model, loaded.onloader
+    assert isinstance(onloader, Onloader)
+
+    def resident():
+        return [
+            name
+            for name in unit_names(model)
+            if not any(p.is_meta for p in get_module(model, name).parameters())
+        ]
+
+    assert resident() == []
+    with onloader.hold("model.layers.1"):
+        assert resident() == ["model.layers.1"]
+        with torch.no_grad():
+            found = model(input_ids=windows(2), use_cache=False).logits
+        assert resident() == ["model.layers.1"]
+    assert resident() == []
+    plain = load_model(tmp_path / "m", device="cpu")
+    assert torch.equal(found, plain.model(input_ids=windows(2), use_cache=False).logits)
+    assert plain.identity() == loaded.identity()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "reason"),
+    [
+        ("soco", "trains all blocks together"),
+        ("spectrim", "gradients of the whole model"),
+        ("fwsvd", "gradients of the whole model"),
+        ("asvd", "once for every target"),
+        ("svd-llm-lora", "trains all blocks together"),
+        ("zs-svd", "gradients of the whole model"),
+    ],
+)
+def test_what_needs_the_whole_model_is_refused_before_anything_is_read(tmp_path, recipe, reason):
+    with pytest.raises(InputError, match=reason):
+        api.compress("nowhere", recipe=recipe, output=tmp_path / "o", out_of_core=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_text_sampled_from_the_model_is_refused(tmp_path):
+    recipe = get_recipe("svd-llm").with_changes(calibration={"text": "self"})
+    with pytest.raises(InputError, match="token by token"):
+        api.compress("nowhere", recipe=recipe, output=tmp_path / "o", out_of_core=True)
+
+
+def test_a_truncated_shard_is_named(tmp_path):
+    model = checkpoint(tmp_path / "m", max_shard_size="20KB")
+    shard = sorted(model.glob("*.safetensors"))[1]
+    os.truncate(shard, shard.stat().st_size - 8)
+    with pytest.raises(ArtifactError, match=f"{shard.name} is truncated"):
+        api.compress(model, recipe="svd", output=tmp_path / "o", out_of_core=True)
+    assert {p.name for p in tmp_path.iterdir()} == {"m"}
+
+
+def test_files_are_those_of_the_safetensors_library(tmp_path):
+    from safetensors.torch import save_file
+
+    held = {
+        "b": torch.randn(3, 4),
+        "a": torch.randn(2, 2).bfloat16(),
+        "é": torch.arange(5, dtype=torch.int32),
+        "codes": torch.randint(0, 9, (3, 3), dtype=torch.int8),
+        "wide": torch.randn(3).double(),
+        "scalar": torch.tensor(3.5),
+        "empty": torch.empty(0, 3),
+    }
+    save_file(held, tmp_path / "lib", metadata={"format": "pt"})
+    write_tensors(tmp_path / "own", [Slot.of(n, t) for n, t in held.items()], {"format": "pt"})
+    assert (tmp_path / "own").read_bytes() == (tmp_path / "lib").read_bytes()
+    file = TensorFile(tmp_path / "lib")
+    assert all(torch.equal(file.read(n), t) for n, t in held.items())
+
+
+RUN = """
+import json, resource, sys
+sys.path.insert(0, sys.argv[3])
+import torch
+torch.set_num_threads(1)
+from architectures import windows
+from spectrim import api
+from spectrim.recipes import get_recipe
+recipe = get_recipe("svd-llm").with_changes(
+    calibration={"windows": 4, "window_length": 40, "batch": 1}
+)
+text = windows(4, 40)
+predicted = api.estimate(sys.argv[1], recipe=recipe, out_of_core=True, text=text)
+api.compress(sys.argv[1], recipe=recipe, text=text, output=sys.argv[2], out_of_core=True)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps([predicted.host_bytes, peak, sum(predicted.seconds.values())]))
+"""
+
+
+def test_the_predicted_memory_is_within_a_fifth_of_the_measured(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=384,
+        intermediate_size=768,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        max_position_embeddings=64,
+        pad_token_id=None,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "m")
+    tests = str(next(p for p in map(os.path.abspath, sys.path) if p.endswith("tests")))
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(tmp_path / "m"), str(tmp_path / "o"), tests],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    predicted, measured, seconds = json.loads(done.stdout.splitlines()[-1])
+    assert abs(predicted - measured) <= 0.2 * measured
+    assert seconds > 0
