@@ -108,5 +108,5 @@ def test_the_rate_line_is_a_mean_for_every_tenth():
     line = RateLine()
     for keep, loss in [(1.0, 4.0), (0.82, 5.0), (0.78, 6.0), (0.31, 9.0)]:
         line.see(keep, loss)
-    assert line.text() == "1.0: 4.000, 0.8: 5.500, 0.3: 9.000"
-    assert RateLine.over([[1, 4.0, 1.0]]).text() == "1.0: 4.000"
+    assert line.text() == "1.0: 4, 0.8: 5.5, 0.3: 9"
+    assert RateLine.over([[1, 4.0, 1.0]]).text() == "1.0: 4"

@@ -42,4 +42,4 @@ class RateLine:
     def text(self) -> str:
         """From the largest size to the smallest."""
         tenths = sorted(self.means, reverse=True)
-        return ", ".join(f"{tenth / 10:.1f}: {self.means[tenth][1]:.3f}" for tenth in tenths)
+        return ", ".join(f"{tenth / 10:.1f}: {self.means[tenth][1]:.3g}" for tenth in tenths)
