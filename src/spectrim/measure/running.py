@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from spectrim.run.loading import LoadedModel
 from spectrim.run.texts import UserText
 from spectrim.storage.elastic import Elastic
 from spectrim.storage.survey_record import Survey
+from spectrim.storage.work import open_work
 
 __all__ = ["gives_every_size", "run_and_measure", "run_on_copy", "train_every_size"]
 
@@ -97,13 +99,14 @@ def train_every_size(
     section = recipe.learn
     if not isinstance(section, AcipLearning):
         raise RecipeError(f"recipe {recipe.name!r} learns one size at a time")
-    outcome = run_recipe(
-        replace(dense, model=copy.deepcopy(dense.model)),
-        recipe.with_changes(keep=max(recipe.keep, section.stop_keep)),
-        text=text,
-        work=work,
-        progress=progress,
-    )
+    with nullcontext() if work is None else open_work(work) as folder:
+        outcome = run_recipe(
+            replace(dense, model=copy.deepcopy(dense.model)),
+            recipe.with_changes(keep=max(recipe.keep, section.stop_keep)),
+            text=text,
+            work=folder,
+            progress=progress,
+        )
     assert outcome.elastic is not None  # every run names its base
     rounded = _as_stored(outcome.elastic, dense.stored_dtype)
     return ElasticModel(replace(dense, model=copy.deepcopy(dense.model)), rounded)

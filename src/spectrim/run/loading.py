@@ -89,8 +89,10 @@ class LoadedModel:
             digest.update(json.dumps(fields, sort_keys=True, default=str).encode())
         for name, p in self.model.named_parameters():
             digest.update(f"{name}{tuple(p.shape)}".encode())
-            lies_elsewhere = self.onloader is not None and p.is_meta
-            values = self.onloader.sample(name) if lies_elsewhere else sampled(p)
+            if self.onloader is not None and p.is_meta:
+                values = self.onloader.sample(name)
+            else:
+                values = sampled(p)
             digest.update(values.contiguous().numpy().tobytes())
         return digest.hexdigest()
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -109,7 +109,7 @@ class TensorFile:
         try:
             with self.path.open("rb", buffering=0) as file:
                 file.seek(self._start + entry.begin)
-                _read_into(file, memoryview(_bytes_of(tensor)))
+                _read_into(file, _bytes_of(tensor))
         except (OSError, EOFError) as error:
             raise ArtifactError(f"{self.path}: tensor {name!r} cannot be read: {error}") from error
         return tensor
@@ -134,9 +134,10 @@ def _read_into(file, place: memoryview) -> None:
         place = place[count:]
 
 
-def _bytes_of(tensor: Tensor):
-    """The memory of a contiguous CPU tensor as an array of bytes."""
-    return tensor.reshape(-1).view(torch.uint8).numpy()
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 def write_tensors(
@@ -173,7 +174,10 @@ def write_tensors(
 
 
 def _write(
-    file: BinaryIO, slots: list[Slot], metadata: dict[str, str], note: Callable[[bytes], None]
+    file: BinaryIO,
+    slots: list[Slot],
+    metadata: dict[str, str],
+    note: Callable[[bytes | memoryview], None],
 ) -> None:
     slots.sort(key=lambda slot: (-_ORDER[slot.dtype], slot.name))
     header, position = {}, 0
@@ -195,7 +199,7 @@ def _write(
         tensor = slot.fetch().detach().to("cpu", slot.dtype).contiguous()
         if tuple(tensor.shape) != slot.shape:
             raise ValueError(f"{slot.name} is {tuple(tensor.shape)}, announced as {slot.shape}")
-        data = memoryview(_bytes_of(tensor)) if tensor.numel() else memoryview(b"")
+        data = _bytes_of(tensor) if tensor.numel() else memoryview(b"")
         for start in range(0, len(data), CHUNK):
             file.write(data[start : start + CHUNK])
             note(data[start : start + CHUNK])

@@ -8,7 +8,7 @@ windows, which collects the input moments on the way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import islice
@@ -156,7 +156,7 @@ def _leading(factors: Factors, rank: int) -> Factors:
 
 def _blocks(
     job: Job, stage: str, choice: Decompose, input_needs: frozenset[str]
-) -> Iterator[tuple[Block, list[Moments | None], dict[str, OutputMoments]]]:
+) -> Generator[tuple[Block, Sequence[Moments | None], dict[str, OutputMoments]], None, None]:
     """Every block, at hand, with its groups' input moments and its targets' output moments.
 
     Blocks that were surveyed earlier come without moments; a stream only passes them.
@@ -185,7 +185,7 @@ def _blocks(
                 if replay is not None:
                     advance(job, replay, block)
             else:
-                moments = [*block_moments(job, replay, block, input_needs)]
+                moments = block_moments(job, replay, block, input_needs)
             yield block, moments, outputs
 
 
