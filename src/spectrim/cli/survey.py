@@ -42,7 +42,7 @@ def survey(
     from spectrim.cli.session import session
 
     with (
-        session(verbose=verbose, quiet=quiet, output=output) as progress,
+        session(verbose=verbose, quiet=quiet, output=output, resumes=True) as progress,
         crew(device, progress) as team,
     ):
         from spectrim import api
