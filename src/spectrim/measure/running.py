@@ -96,13 +96,13 @@ def train_every_size(
     Raises:
         RecipeError: the recipe's training gives a single size.
     """
-    section = recipe.learn
-    if not isinstance(section, AcipLearning):
+    if not gives_every_size(recipe):
         raise RecipeError(f"recipe {recipe.name!r} learns one size at a time")
     with nullcontext() if work is None else open_work(work) as folder:
         outcome = run_recipe(
             replace(dense, model=copy.deepcopy(dense.model)),
-            recipe.with_changes(keep=max(recipe.keep, section.stop_keep)),
+            # Every training reaches the whole model, wherever it ends.
+            recipe.with_changes(keep=1.0),
             text=text,
             work=folder,
             progress=progress,
