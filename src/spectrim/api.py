@@ -208,8 +208,7 @@ def estimate(
 ) -> Estimate:
     """Predict time and peak memory of `compress` with these arguments; no weight is read.
 
-    `size` plays no part: what is kept hardly changes what the work takes. `changes` are those of
-    `resolve_recipe`.
+    What is kept hardly matters for that: `size` plays no part. `changes`: of `resolve_recipe`.
 
     Raises:
         SpectrimError: what cannot be run as asked, or is not predicted.

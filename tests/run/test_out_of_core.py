@@ -1,4 +1,4 @@
-"""Blocks read one at a time give the bytes of a model in memory, and memory is as predicted."""
+"""Blocks read one at a time give the bytes of a model in memory; memory is as predicted."""
 
 import json
 import os
