@@ -63,7 +63,7 @@ def test_distortion_of_several_results_is_a_table_and_pictures(folders, tmp_path
     for name in ("mse", "cosine"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert "<svg" in (tmp_path / f"{name}.svg").read_text()
-    with pytest.raises(InputError, match="different folder names"):
+    with pytest.raises(InputError, match="different names"):
         studies.distortion(folders / "dense", [folders / "small"] * 2, measure=measure)
 
 
