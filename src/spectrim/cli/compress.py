@@ -59,11 +59,11 @@ def compress(
         ),
     ] = None,
     resume: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--resume/--no-resume", help="Go on from what an earlier run finished; default on."
+            "--resume/--no-resume", help="Go on from what an earlier run finished, as by default."
         ),
-    ] = True,
+    ] = None,
     out_of_core: Annotated[
         bool | None,
         typer.Option(
@@ -109,7 +109,10 @@ def compress(
         out_of_core=out_of_core,
     )
     with session(
-        verbose=verbose, quiet=quiet, output=None if dry_run else output, resumable=resume
+        verbose=verbose,
+        quiet=quiet,
+        output=None if dry_run else output,
+        resumable=resume is not False,
     ) as progress:
         from spectrim import api
 
@@ -124,11 +127,10 @@ def compress(
             model,
             output=output,
             overwrite=overwrite,
-            resume=resume,
             trust_remote_code=trust_remote_code,
             self_contained=self_contained,
             progress=progress,
-            **options.given(survey=survey, on_failure=on_failure, work=work),
+            **options.given(survey=survey, on_failure=on_failure, work=work, resume=resume),
             **choices,
         )
     from spectrim.cli.results import print_compression
