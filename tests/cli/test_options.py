@@ -30,8 +30,10 @@ HANDED_TO = {
     "evaluate": "spectrim.measure.evaluating.evaluate_model",
     "plan": "spectrim.run.survey.replanning.replan",
 }
-# Several models are one call each; `plan` writes the file itself; export has one format.
+# Several models are one call each; `plan` writes the file itself; export has one format; a dry run
+# is `api.estimate`.
 ONLY_HERE = {
+    "compress": {"dry_run"},
     "evaluate": {"models"},
     "plan": {"output", "overwrite"},
     "export": {"dense"},

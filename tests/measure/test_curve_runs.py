@@ -132,7 +132,7 @@ def test_one_training_serves_all_sizes_of_a_learned_recipe(dense, tmp_path, monk
     runs = []
     real = running_module.run_recipe
     monkeypatch.setattr(
-        running_module, "run_recipe", lambda *a, **k: runs.append(k["work"]) or real(*a, **k)
+        running_module, "run_recipe", lambda *a, **k: runs.append(k["work"].path) or real(*a, **k)
     )
     options = {"measure": MEASURE, "text": CALIBRATION, "output": tmp_path}
     found = studies.curve(dense, recipes=[recipe], keep=[0.8, 0.6, 0.1], **options)

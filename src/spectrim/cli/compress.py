@@ -59,11 +59,11 @@ def compress(
         ),
     ] = None,
     resume: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--resume/--no-resume", help="Go on from what an earlier run finished; default on."
+            "--resume/--no-resume", help="Go on from what an earlier run finished, as by default."
         ),
-    ] = True,
+    ] = None,
     out_of_core: Annotated[
         bool | None,
         typer.Option(
@@ -109,9 +109,9 @@ def compress(
         offload_streams=offload_streams,
         out_of_core=out_of_core,
     )
-    written = None if dry_run else output
+    written, resumes = None if dry_run else output, resume is not False
     with (
-        session(verbose=verbose, quiet=quiet, output=written, resumes=resume) as progress,
+        session(verbose=verbose, quiet=quiet, output=written, resumes=resumes) as progress,
         crew(device, progress) as team,
     ):
         from spectrim import api
@@ -127,12 +127,11 @@ def compress(
             model,
             output=output,
             overwrite=overwrite,
-            resume=resume,
             trust_remote_code=trust_remote_code,
             self_contained=self_contained,
             progress=progress,
             team=team,
-            **options.given(survey=survey, on_failure=on_failure, work=work),
+            **options.given(survey=survey, on_failure=on_failure, work=work, resume=resume),
             **choices,
         )
     from spectrim.cli.results import print_compression

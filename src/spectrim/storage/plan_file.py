@@ -53,7 +53,10 @@ def load_plan(path: str | Path) -> tuple[Plan, str | None]:
     Raises:
         ArtifactError: the file is not a plan, or contradicts itself; names what.
     """
-    data = read_json(path)
+    try:
+        data = read_json(path)
+    except ArtifactError as error:
+        raise ArtifactError(f"{path} is no plan written by `spectrim plan`: {error}") from error
     source = f"{path}, which is not a plan written by `spectrim plan`:"
     check_version(data, FORMAT_VERSION, absent=1, source=source)
     record = checked(_Record, data, source=source)
