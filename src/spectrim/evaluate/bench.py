@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from spectrim.allocate.budget import Shape, layer_bytes
+from spectrim.allocate.plan import Weights
 from spectrim.errors import InputError
 from spectrim.evaluate.speed import Speed, speed
 from spectrim.layers.prepack import PrepackedLinear
@@ -100,15 +101,22 @@ def uncut_bytes(model: Any, work: Work) -> dict[str, int]:
 
     What low rank has to be held against: rounding alone saves more than most cuts.
     """
-    found = {}
-    for weights in ("int8", "int4"):
+    found: dict[str, int] = {}
+    rounded: tuple[Weights, ...] = ("int8", "int4")
+    for weights in rounded:
         change = 0
         for layer in compressed_layers(model).values():
             shape = Shape(layer.out_features, layer.in_features, layer.bias is not None)
-            stored = {"weights": layer.weights, "dtype_bytes": model.dtype.itemsize}
-            change -= layer_bytes(shape, rank=layer.rank, storage=layer.storage, **stored)
+            size: int = model.dtype.itemsize
+            change -= layer_bytes(
+                shape,
+                rank=layer.rank,
+                storage=layer.storage,
+                weights=layer.weights,
+                dtype_bytes=size,
+            )
             change += layer_bytes(
-                shape, rank=None, storage="dense", **(stored | {"weights": weights})
+                shape, rank=None, storage="dense", weights=weights, dtype_bytes=size
             )
         found[weights] = work.bytes + change
     return found

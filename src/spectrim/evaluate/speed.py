@@ -97,7 +97,8 @@ def speed(
     ids = ids.to(weight.device)
     with evaluation_mode(model):
         runs = [_run(model, ids, new_tokens) for _ in range(warmup + repeats)][warmup:]
-    prefill, decode = (statistics.median(run[i] for run in runs) for i in range(2))
+    prefill = statistics.median(run[0] for run in runs)
+    decode = statistics.median(run[1] for run in runs)
     cached, tokens = runs[-1][2], batch * (prompt_length + new_tokens)
     return Speed(
         prefill=batch * prompt_length / prefill,
@@ -138,9 +139,10 @@ def _cache_bytes(cache: Any) -> int | None:
         for layer in getattr(cache, "layers", [])
         for name in ("keys", "values")
     ]
-    if not tensors or any(t is None for t in tensors):
+    held = [t for t in tensors if t is not None]
+    if not held or len(held) < len(tensors):
         return None
-    return sum(t.numel() * t.element_size() for t in tensors)
+    return sum(t.numel() * t.element_size() for t in held)
 
 
 def _wait(device: torch.device) -> None:

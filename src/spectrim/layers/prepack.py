@@ -127,10 +127,14 @@ class PrepackedLinear(nn.Module):
         self._pack(self._packed)
 
 
-# A compiler cannot look into the blocked order, and prepacks constant weights by itself.
-@torch.compiler.disable
-def _outside_the_graph(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+def _plainly(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     return _multiply(x, packed, bias, "none", [], "")
+
+
+# A compiler cannot look into the blocked order, and prepacks constant weights by itself.
+_outside_the_graph: Callable[[Tensor, Tensor, Tensor | None], Tensor] = torch.compiler.disable(
+    _plainly
+)
 
 
 def can_prepack(weight: Tensor) -> bool:

@@ -187,7 +187,7 @@ class LatentCache(Cache):
         super().reset()
         self.tracks.clear()
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Let sequences take over the past of others (beam search)."""
         super().reorder_cache(beam_idx)
         self._change(lambda t: t.index_select(0, beam_idx.to(t.device)), rows=True)
