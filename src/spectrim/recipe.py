@@ -133,6 +133,11 @@ class BlockRefinement(Section):
     held_out: float = Field(
         default=0.0625, ge=0, lt=1, description="share of windows that choose the epoch"
     )
+    relative: bool = Field(
+        default=False,
+        description="the learning rate is a share of each tensor's root mean square, which fits "
+        "layers of all widths",
+    )
     look_ahead: int = Field(
         default=0, ge=0, description="further original blocks the error is seen through"
     )
@@ -149,6 +154,11 @@ class DistillRefinement(Section):
     warmup: float = Field(default=0.1, ge=0, lt=1)
     clip: float = Field(default=1.0, gt=0)
     held_out: float = Field(default=0.125, ge=0, lt=1)
+    relative: bool = Field(
+        default=False,
+        description="the learning rate is a share of each tensor's root mean square, which fits "
+        "layers of all widths",
+    )
     evaluate_every: int = Field(default=25, ge=1)
     windows: int | None = Field(
         default=None,

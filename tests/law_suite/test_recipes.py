@@ -33,7 +33,7 @@ QUICK_STEPS = {
     "closed_form": {},
     "projected_gradient": {"stages": 2},
     "block": {"epochs": 2, "batch": 4},
-    "distill": {"steps": 4, "evaluate_every": 2, "batch": 4},
+    "distill": {"steps": 4, "evaluate_every": 2, "batch": 4, "windows": 8},
     "lora": {"epochs": 1, "batch": 4, "rank": 2},
 }
 QUICK_LEARNING = {

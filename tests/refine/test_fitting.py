@@ -163,3 +163,42 @@ def test_a_broken_start_is_not_blamed_on_the_rate():
     problem.judge = lambda: math.nan
     with pytest.raises(NonFiniteError, match="broken before its training"):
         problem.fit()
+
+
+class Scaled(Regression):
+    """The same map, held in other units: `weight / unit` is what multiplies."""
+
+    def __init__(self, unit):
+        super().__init__()
+        start = torch.randn(5, 2, generator=torch.Generator().manual_seed(1))
+        self.unit, self.weight = unit, nn.Parameter(unit * start)
+
+    def loss_of(self, rows):
+        return (self.x[rows] @ (self.weight / self.unit) - self.y[rows]).square().mean()
+
+
+def test_relative_steps_do_not_depend_on_the_units_of_a_tensor():
+    large, small = Scaled(64.0), Scaled(1 / 64)
+    for problem in (large, small):
+        # Gradients scale too, and Adam does not mind as long as nothing is clipped.
+        problem.fit(relative=True, clip=1e6)
+    torch.testing.assert_close(large.weight / 64, small.weight * 64, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(large.weight / 64, Scaled(1.0).weight, rtol=0.05)
+
+
+def test_a_tensor_of_zeros_moves_like_the_smallest():
+    problem = Scaled(1.0)
+    bias = nn.Parameter(torch.zeros(2))
+    loss_of = problem.loss_of
+    settings = FitSettings(**{**SETTINGS, "steps": 1, "warmup": 0.0, "relative": True})
+    fit(
+        "a map with a bias",
+        [problem.weight, bias],
+        lambda r: loss_of(r) + (bias - 1).square().mean(),
+        None,
+        problem.train,
+        settings,
+        tokens_per_window=3,
+    )
+    size = float(Scaled(1.0).weight.square().mean().sqrt())
+    torch.testing.assert_close(bias, torch.full((2,), SETTINGS["learning_rate"] * size))

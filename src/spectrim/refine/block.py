@@ -58,6 +58,7 @@ class BlockTraining:
     final_learning_rate: float = 0.1
     clip: float = 1.0
     held_out: float = 0.0625
+    relative: bool = False
     seed: int = 0
 
     def settings(self, windows: int) -> FitSettings:
@@ -73,6 +74,7 @@ class BlockTraining:
             weight_decay=self.weight_decay,
             warmup=self.warmup,
             clip=self.clip,
+            relative=self.relative,
             seed=self.seed,
         )
 

@@ -38,6 +38,8 @@ class FitSettings:
         warmup: share of the steps in which the rate grows linearly.
         clip: largest gradient norm.
         seed: of the order of the windows.
+        relative: learning rates are shares of each tensor's root mean square. Entries of a factor
+            shrink as layers grow, so one share fits models of all widths and one step does not.
     """
 
     steps: int
@@ -50,6 +52,7 @@ class FitSettings:
     warmup: float
     clip: float
     seed: int = 0
+    relative: bool = False
 
 
 @dataclass
@@ -105,6 +108,16 @@ def hold_out(windows: int, share: float) -> tuple[Tensor, Tensor]:
     mask = torch.ones(windows, dtype=torch.bool)
     mask[(torch.arange(count) * windows) // count] = False
     return everything[mask], everything[~mask]
+
+
+def _units(parameters: list[nn.Parameter], relative: bool) -> list[float]:
+    """What a learning rate of one means for each tensor."""
+    if not relative:
+        return [1.0] * len(parameters)
+    sizes = [float(p.detach().square().mean().sqrt()) for p in parameters]
+    # A tensor of zeros has no size of its own, and moves as carefully as the smallest one.
+    smallest = min((size for size in sizes if size > 0), default=1.0)
+    return [size or smallest for size in sizes]
 
 
 def _copies(parameters: list[nn.Parameter]) -> list[Tensor]:
@@ -261,8 +274,11 @@ def _train(
     result = FitResult(before, before, 0, [], selected=judge is not None)
     if judge is not None:
         result.history.append((0, before))
+    units = _units(parameters, settings.relative)
     optimizer = torch.optim.AdamW(
-        parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
+        [{"params": [p], "unit": unit} for p, unit in zip(parameters, units, strict=True)],
+        lr=settings.learning_rate,
+        weight_decay=settings.weight_decay,
     )
     batches = _batches(train, settings.batch, torch.Generator().manual_seed(settings.seed))
     for step in range(1, settings.steps + 1):
@@ -273,7 +289,7 @@ def _train(
             step - 1, settings.steps, warmup=settings.warmup, final=settings.final_learning_rate
         )
         for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * factor
+            group["lr"] = settings.learning_rate * factor * group["unit"]
         optimizer.step()
         last = step == settings.steps
         if judge is None:

@@ -125,6 +125,7 @@ def distill_network(job: Job, step: DistillRefinement, teacher: Teacher) -> str:
         weight_decay=step.weight_decay,
         warmup=step.warmup,
         clip=step.clip,
+        relative=step.relative,
         seed=job.recipe.seed,
     )
     with frozen(others):
