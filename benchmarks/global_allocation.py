@@ -42,7 +42,8 @@ RESULTS = Path(__file__).parent / "results" / "global_allocation.json"
 SURVEY = Path(tempfile.gettempdir()) / "spectrim-books-survey"
 SCORES = ("energy", "first_order", "second_order", "kfac", "measured")
 LIMITS = Limits(dtype_bytes=2)
-BLOCK = {"step": "block", "batch": 16}
+BLOCK = get_recipe("spectrim-balanced").refine[0].model_dump(mode="json")
+"""Block refinement as the default recipe has it, the same behind every plan."""
 
 
 def recipes() -> dict[str, Recipe]:
