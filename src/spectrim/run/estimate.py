@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from spectrim.data.windows import longest_window
 from spectrim.decompose import OBJECTIVES
 from spectrim.errors import InputError
 from spectrim.model.onload import unit_names
@@ -163,7 +164,9 @@ def estimate_run(
     place = resolve_device(device)
     stored = stored_dtype(config)
     shards = Shards(folder)
-    count = windows or (recipe.calibration.windows, recipe.calibration.window_length)
+    length = recipe.calibration.window_length
+    length = min(length, longest_window(config) or length)
+    count = windows or (recipe.calibration.windows, length)
     setting = Setting(place, resolve_dtype(dtype, stored, place), stored, lazily, offloaded, *count)
     sizes = _sizes(config, trust_remote_code)
     working = _working_parts(recipe, setting, sizes)
