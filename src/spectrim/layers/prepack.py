@@ -132,9 +132,7 @@ def _plainly(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 
 # A compiler cannot look into the blocked order, and prepacks constant weights by itself.
-_outside_the_graph: Callable[[Tensor, Tensor, Tensor | None], Tensor] = torch.compiler.disable(
-    _plainly
-)
+_outside_the_graph: Any = torch.compiler.disable(_plainly)
 
 
 def can_prepack(weight: Tensor) -> bool:

@@ -178,7 +178,8 @@ class LatentCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of everything that is kept."""
-        kept = [t for layer in self.layers for t in (layer.keys, layer.values) if t is not None]
+        layers: list[Any] = self.layers  # all of them ours
+        kept = [t for layer in layers for t in (layer.keys, layer.values) if t is not None]
         kept += [t for track in self.tracks if track.pair is not None for t in track.pair]
         return sum(t.numel() * t.element_size() for t in kept)
 

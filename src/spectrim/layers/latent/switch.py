@@ -121,7 +121,8 @@ class LatentSwitch:
         if given is None and wanted:
             given = self.new_cache()
         latent = isinstance(given, LatentCache)
-        if latent and any(layer.caught not in self._caught for layer in given.layers):
+        layers: list[Any] = given.layers if latent else []
+        if any(layer.caught not in self._caught for layer in layers):
             raise ModelError("this latent cache belongs to another model, or was switched off")
         for caught in self._caught:
             caught.active = latent
