@@ -4,8 +4,7 @@
     python benchmarks/learned.py ... --only '^soco'
     python benchmarks/learned.py --show
 
-Protocol and token cache are those of layerwise.py: 128 calibration windows of 256 tokens,
-evaluation on the first 781 windows of 256 tokens of a novel that the model never saw, fp32.
+Protocol and token cache are those of protocol.py.
 
 One ACIP training gives every keep. It stands beside zs-svd (one-shot) and svd-llm, decided anew for
 every keep, and beside the one-pass Fisher order of the same components, cut without training, and
@@ -32,20 +31,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from layerwise import (
+from protocol import (
     EVALUATION,
     LENGTH,
     MODEL,
     TOKEN_CACHE,
     environment,
+    evaluation_windows,
     fill_cache,
+    quality,
+    random_windows,
     read_results,
-    read_windows,
 )
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from spectrim.evaluate.perplexity import perplexity
 from spectrim.recipe import Recipe
 from spectrim.recipes import get_recipe
 from spectrim.run.compress import run_recipe
@@ -146,23 +145,20 @@ def runs() -> dict[str, Run]:
     return found
 
 
-def windows_of(arguments: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """Calibration windows, and those to measure on."""
-    calibration, evaluation = read_windows(arguments.token_cache, arguments.eval_windows)
-    if not arguments.held_out:
-        return calibration, evaluation
-    with safe_open(arguments.token_cache, framework="pt") as ids:
-        train = ids.get_slice("train")
-        generator = torch.Generator().manual_seed(HELD_OUT_SEED)
-        last = train.get_shape()[0] - LENGTH - 1
-        starts = torch.randint(0, last, (HELD_OUT,), generator=generator).tolist()
-        return calibration, torch.stack([train[i : i + LENGTH] for i in starts]).long()
+def measured_windows(arguments: argparse.Namespace) -> Tensor:
+    """The windows to measure on."""
+    if arguments.held_out:
+        return random_windows(arguments.token_cache, seed=HELD_OUT_SEED, count=HELD_OUT)
+    windows = evaluation_windows(arguments.token_cache, arguments.eval_windows)
+    assert windows is not None
+    return windows
 
 
 def rows_of(name: str, run: Run, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Compress once in this process, measure at every size."""
     torch.set_num_threads(1)
-    calibration, evaluation = windows_of(arguments)
+    calibration = random_windows(arguments.token_cache)
+    evaluation = measured_windows(arguments)
     loaded = load_model(MODEL)
     started = time.process_time()
     outcome = run_recipe(loaded, run.recipe, text=calibration)
@@ -180,25 +176,15 @@ def rows_of(name: str, run: Run, arguments: argparse.Namespace) -> Iterator[dict
         model: nn.Module = outcome.model if elastic is None else elastic.model
         plan = outcome.plan if elastic is None else elastic.resize(keep)
         row = {"row": name.partition(" @")[0], "keep": keep, "kept": plan.achieved_keep}
-        yield {**row, **facts, **quality(model, evaluation)}
-
-
-def quality(model: nn.Module, windows: Tensor) -> dict[str, Any]:
-    """Loss of a model, evaluated in fp32."""
-    result = perplexity(model.float(), windows, batch=16)
-    return {
-        "nll": result.nll,
-        "perplexity": result.perplexity,
-        "nll_standard_error": result.nll_standard_error,
-        "eval_windows": len(windows),
-    }
+        yield {**row, **facts, **quality(model, evaluation), "eval_windows": len(evaluation)}
 
 
 def dense_row(arguments: argparse.Namespace) -> dict[str, Any]:
     """What all gaps are measured against."""
     torch.set_num_threads(1)
-    model = load_model(MODEL).model
-    return {"row": "dense", "keep": 1.0, "kept": 1.0, **quality(model, windows_of(arguments)[1])}
+    windows = measured_windows(arguments)
+    row = {"row": "dense", "keep": 1.0, "kept": 1.0, "eval_windows": len(windows)}
+    return row | quality(load_model(MODEL).model, windows)
 
 
 def is_known(name: str, run: Run, known: list[dict[str, Any]], windows: int) -> bool:
@@ -212,7 +198,8 @@ def is_known(name: str, run: Run, known: list[dict[str, Any]], windows: int) -> 
 
 def measure(table: dict[str, Run], arguments: argparse.Namespace) -> None:
     """Carry out what is missing, one process per run, and write the results after every row."""
-    fill_cache(arguments)
+    texts = {"train": arguments.train_text, "eval": arguments.eval_text}
+    fill_cache(arguments.token_cache, MODEL, **texts)
     windows = HELD_OUT if arguments.held_out else arguments.eval_windows
     wanted = ["dense", *(n for n in table if re.search(arguments.only, n))]
     for name in wanted:

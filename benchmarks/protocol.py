@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import spectrim.demo
 from spectrim.data.tokens import tokenize
@@ -39,15 +39,21 @@ from spectrim.run.compress import run_recipe
 from spectrim.run.loading import LoadedModel, load_model
 
 __all__ = [
+    "EVALUATION",
     "FLOORS",
-    "KEEPS",
+    "LENGTH",
     "MODEL",
+    "TOKEN_CACHE",
     "Row",
+    "environment",
+    "evaluation_windows",
+    "fill_cache",
     "main",
+    "quality",
+    "random_windows",
     "read_results",
     "recipe_row",
     "recipe_rows",
-    "show",
 ]
 
 MODEL = Path(spectrim.demo.__file__).parent / "llama-books"
@@ -82,18 +88,15 @@ def recipe_rows(recipes: Mapping[str, Recipe]) -> dict[str, Row]:
     return {name: recipe_row(recipe) for name, recipe in recipes.items()}
 
 
-def _fill_cache(arguments: argparse.Namespace) -> None:
-    """Tokenise all texts, unless an earlier run has done so."""
-    cache = arguments.token_cache
+def fill_cache(cache: Path, model: Path, **texts: Path | None) -> None:
+    """Tokenise the texts `train`, `eval` and perhaps `also`, unless an earlier run has done so."""
     if cache.exists():
         return
-    if arguments.train_text is None or arguments.eval_text is None:
+    if texts["train"] is None or texts["eval"] is None:
         sys.exit(f"no token cache at {cache}: give --train-text and --eval-text")
-    tokenizer = load_model(arguments.model).tokenizer
-    texts = {"train": arguments.train_text, "eval": arguments.eval_text}
-    if arguments.also_text is not None:
-        texts["also"] = arguments.also_text
-    save_file({k: tokenize(_read(path), tokenizer).int() for k, path in texts.items()}, cache)
+    tokenizer = load_model(model).tokenizer
+    given = {key: path for key, path in texts.items() if path is not None}
+    save_file({k: tokenize(_read(path), tokenizer).int() for k, path in given.items()}, cache)
 
 
 def _read(path: Path) -> str:
@@ -103,29 +106,44 @@ def _read(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def _calibration(cache: Path, seed: int) -> Tensor:
-    """Calibration windows at random positions; the text itself stays on disk."""
+def random_windows(cache: Path, *, seed: int = 0, count: int = CALIBRATION) -> Tensor:
+    """Windows at random positions of the training text, (count, 256); the text stays on disk."""
     with safe_open(cache, framework="pt") as ids:
         train = ids.get_slice("train")
         last = train.get_shape()[0] - LENGTH - 1
         generator = torch.Generator().manual_seed(seed)
-        starts = torch.randint(0, last, (CALIBRATION,), generator=generator).tolist()
+        starts = torch.randint(0, last, (count,), generator=generator).tolist()
         return torch.stack([train[i : i + LENGTH] for i in starts]).long()
 
 
-def _evaluate(model: Any, cache: Path, windows: int) -> dict[str, Any]:
-    """Losses on the evaluation text, and on the further one where there is one."""
-    found: dict[str, Any] = {}
+def evaluation_windows(cache: Path, count: int, *, text: str = "eval") -> Tensor | None:
+    """The first windows of a text, (at most count, 256); None where the cache lacks it."""
     with safe_open(cache, framework="pt") as ids:
-        for key in sorted({"eval", "also"} & set(ids.keys()), reverse=True):
-            text = ids.get_slice(key)
-            count = min(windows, text.get_shape()[0] // LENGTH)
-            held = text[: count * LENGTH].view(count, LENGTH).long()
-            result = perplexity(model.float(), held, batch=16)
-            prefix = "" if key == "eval" else "also_"
-            found[f"{prefix}nll"] = result.nll
-            found[f"{prefix}perplexity"] = result.perplexity
-            found[f"{prefix}nll_standard_error"] = result.nll_standard_error
+        if text not in ids.keys():  # noqa: SIM118 - not a mapping
+            return None
+        held = ids.get_slice(text)
+        count = min(count, held.get_shape()[0] // LENGTH)
+        return held[: count * LENGTH].view(count, LENGTH).long()
+
+
+def quality(model: nn.Module, windows: Tensor) -> dict[str, float]:
+    """Loss of a model, evaluated in fp32."""
+    result = perplexity(model.float(), windows, batch=16)
+    return {
+        "nll": result.nll,
+        "perplexity": result.perplexity,
+        "nll_standard_error": result.nll_standard_error,
+    }
+
+
+def _evaluate(model: nn.Module, cache: Path, count: int) -> dict[str, float]:
+    """Losses on the evaluation text, and on the further one where there is one."""
+    windows = evaluation_windows(cache, count)
+    assert windows is not None
+    found = quality(model, windows)
+    also = evaluation_windows(cache, count, text="also")
+    if also is not None:
+        found |= {f"also_{key}": value for key, value in quality(model, also).items()}
     return found
 
 
@@ -135,7 +153,7 @@ def _run(row: Row | None, arguments: argparse.Namespace) -> dict[str, Any]:
     loaded = load_model(arguments.model)
     facts: dict[str, Any] = {}
     if row is not None:
-        calibration = _calibration(arguments.token_cache, arguments.seeds[0])
+        calibration = random_windows(arguments.token_cache, seed=arguments.seeds[0])
         started = time.process_time()
         facts = row(loaded, calibration, arguments.keeps[0])
         facts.setdefault("cpu_seconds", round(time.process_time() - started, 1))
@@ -146,7 +164,8 @@ def _run(row: Row | None, arguments: argparse.Namespace) -> dict[str, Any]:
     return facts
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """Hardware, versions and precision of a study's rows."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -174,7 +193,8 @@ def _key(row: Mapping[str, Any]) -> tuple:
 
 def _measure(wanted: Sequence[tuple[str, float, int]], arguments: argparse.Namespace) -> None:
     """Run what is missing, one process per row, and write the results after each."""
-    _fill_cache(arguments)
+    texts = {"train": arguments.train_text, "eval": arguments.eval_text}
+    fill_cache(arguments.token_cache, arguments.model, **texts, also=arguments.also_text)
     windows = arguments.eval_windows
     for name, keep, seed in wanted:
         known = read_results(arguments.output)
@@ -186,7 +206,7 @@ def _measure(wanted: Sequence[tuple[str, float, int]], arguments: argparse.Names
         command += ["--model", str(arguments.model), "--token-cache", str(arguments.token_cache)]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         known.append(row | json.loads(done.stdout.splitlines()[-1]))
-        content = {"environment": _environment(), "rows": known}
+        content = {"environment": environment(), "rows": known}
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         show(known, windows)
