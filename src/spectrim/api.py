@@ -18,7 +18,6 @@ from spectrim.measure.evaluating import evaluate_model
 from spectrim.recipe import Recipe
 from spectrim.recipes import DEFAULT_RECIPE
 from spectrim.run.compress import Outcome, run_recipe
-from spectrim.run.estimate import Estimate, estimate_run
 from spectrim.run.job import Progress
 from spectrim.run.learned.elastic import ElasticModel, open_elastic
 from spectrim.run.learned.resizing import settle_outcome
@@ -26,6 +25,7 @@ from spectrim.run.learned.saving_elastic import save_survey_as_elastic as elasti
 from spectrim.run.loading import load_model
 from spectrim.run.memory import goes_out_of_core
 from spectrim.run.places import places
+from spectrim.run.predicting import estimate
 from spectrim.run.resolving import resolve_recipe
 from spectrim.run.store.saving import save_outcome
 from spectrim.run.survey.replanning import read_plan, replan
@@ -191,39 +191,6 @@ def compress(
             team.barrier()  # what the others return is there as well
             result.output = Path(output)
     return result
-
-
-def estimate(
-    model: str | Path,
-    *,
-    recipe: str | Path | Recipe = DEFAULT_RECIPE,
-    device: str | torch.device = "auto",
-    dtype: str | torch.dtype = "auto",
-    plan: Plan | str | Path | None = None,
-    offload_streams: str | Path | None = None,
-    out_of_core: bool | None = None,
-    size: str | int | None = None,
-    trust_remote_code: bool = False,
-    **changes: Any,
-) -> Estimate:
-    """Predict time and peak memory of `compress` with these arguments; no weight is read.
-
-    What is kept hardly matters for that: `size` plays no part. `changes`: of `resolve_recipe`.
-
-    Raises:
-        SpectrimError: what cannot be run as asked, or is not predicted.
-    """
-    resolved = resolve_recipe(recipe, **changes)
-    return estimate_run(
-        str(model),
-        resolved,
-        device=device,
-        dtype=dtype,
-        out_of_core=out_of_core,
-        given_ranks=plan is not None,
-        offloaded=offload_streams is not None,
-        trust_remote_code=trust_remote_code,
-    )
 
 
 def _read_plan(plan: Plan | str | Path | None) -> tuple[Plan | None, Survey | None]:

@@ -29,7 +29,7 @@ from spectrim.run.cut.cutting import decompose_target
 from spectrim.run.cut.one_shot import advance, block_moments
 from spectrim.run.cut.sharing import owners_of, spans
 from spectrim.run.job import Job
-from spectrim.run.survey.backward import backward_pass, gathered_moments
+from spectrim.run.survey.backward import gathered_moments
 from spectrim.run.survey.pieces import (
     Found,
     KeptFactors,
@@ -45,20 +45,15 @@ from spectrim.run.survey.planning import (
     needed_scores,
     shape_curves,
 )
-from spectrim.run.survey.probing import measured_divergences, measured_perplexities
+from spectrim.run.survey.probing import measured_perplexities
+from spectrim.run.survey.scoring import score_components, with_references
 from spectrim.run.survey.spectra import Spectrum, shared_spectra, spectrum_of
 from spectrim.storage.survey_record import Factors, Survey
 
 __all__ = ["make_survey", "surveyed_choice"]
 
 COMPONENT_SCORES = frozenset({"first_order", "second_order", "kfac"})
-REFERENCE_SHARE = 0.1
-"""Measured KL is taken at this share of a target's break-even rank."""
-
 _UNSHIFTED = {"shifted": "whitened", "anchored": "whitened", "anchored_kfac": "kfac"}
-
-MEASURED_WINDOWS = 8
-"""Windows behind measured KL."""
 
 
 def surveyed_choice(choice: Decompose) -> Decompose:
@@ -110,7 +105,7 @@ def make_survey(
         _decompose_all(job, stage, choice, found, weight_of)
     if scored:
         with job.log.timed("scores"):
-            _score_components(job, choice, found)
+            score_components(job, choice, found)
     limits = _limits(job)
     factors: Mapping[str, Factors] = found.factors
     if job.keeper.onloader is not None:
@@ -119,7 +114,7 @@ def make_survey(
         held = min(largest_rank(curve.shape, limits), curve.rank)
         found.factors[curve.name] = _leading(found.factors[curve.name], held)
     if "measured" in wanted:
-        found.curves = _with_references(job, found, limits)
+        found.curves = with_references(job, found)
     table: dict[tuple[str, float], float] = {}
     if TABLE in wanted:
         candidates = {c.name: candidate_ranks(c, limits) for c in found.curves}
@@ -259,56 +254,6 @@ def _keep(found: Found, bare: Curve, whole: Spectrum) -> None:
             irreducible=whole.irreducible,
         )
     )
-
-
-def _score_components(job: Job, choice: Decompose, found: Found) -> None:
-    """One backward pass over some windows gives the scores of all components of all targets."""
-    windows = min(job.recipe.allocate.gradient_windows, job.ids.shape[0])
-    weigh = "kfac" in found.wanted and choice.objective != "kfac"
-    result = backward_pass(
-        job,
-        choice,
-        needs=frozenset({"G"} if weigh else ()),
-        windows=windows,
-        factors={name: (f.up, f.down) for name, f in found.factors.items()},
-    )
-    tokens = result.tokens / windows
-    for i, curve in enumerate(found.curves):
-        scores = result.scores[curve.name]
-        found.stability[curve.name] = scores.sign_stability
-        if "first_order" in found.wanted:
-            found.curves[i] = replace(curve, score=scores.first.cpu().numpy())
-        if "second_order" in found.wanted:
-            # Windows' gradients are sums over their tokens: the mean loss's curvature is
-            # E[s sᵀ] / tokens, and the scores' squares are per token squared.
-            note_loss(found, "second_order", curve.name, 0.5 * tokens * scores.squares)
-        if weigh:
-            output = result.outputs[curve.name]
-            assert output.G is not None
-            up = found.factors[curve.name].up.double().to(output.G.device)
-            gain = ((output.G / output.tokens) @ up * up).sum(0)
-            spread = found.spread[curve.name].to(gain)
-            note_loss(found, "kfac", curve.name, 0.5 * gain * spread)
-    _note_stability(found, windows)
-
-
-def _note_stability(found: Found, windows: int) -> None:
-    agreeing = float(np.mean(list(found.stability.values())))
-    found.notes.append(
-        f"signs of first-order scores agree between the halves of {windows} windows for "
-        f"{agreeing:.0%} of the components (half is noise)"
-    )
-
-
-def _with_references(job: Job, found: Found, limits: Limits) -> list[Curve]:
-    """The curves with one measured KL each."""
-    ranks = {
-        c.name: max(1, round(REFERENCE_SHARE * found.factors[c.name].rank)) for c in found.curves
-    }
-    ids = job.ids[: min(MEASURED_WINDOWS, job.ids.shape[0])]
-    divergences = measured_divergences(job, ids, found.factors, ranks)
-    found.notes.append(f"KL measured on {len(ids)} windows, {len(ranks)} targets one at a time")
-    return [replace(c, reference=(ranks[c.name], divergences[c.name])) for c in found.curves]
 
 
 def _facts(job: Job, found: Found) -> dict:

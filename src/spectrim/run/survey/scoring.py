@@ -1,0 +1,72 @@
+"""Scores of a survey's components: what one backward pass predicts, and what a few runs measure."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from spectrim.allocate.curve import Curve
+from spectrim.recipe import Decompose
+from spectrim.run.job import Job
+from spectrim.run.survey.backward import backward_pass
+from spectrim.run.survey.pieces import Found, note_loss
+from spectrim.run.survey.probing import measured_divergences
+
+__all__ = ["score_components", "with_references"]
+
+REFERENCE_SHARE = 0.1
+"""Measured KL is taken at this share of a target's break-even rank."""
+
+MEASURED_WINDOWS = 8
+"""Windows behind measured KL."""
+
+
+def score_components(job: Job, choice: Decompose, found: Found) -> None:
+    """One backward pass over some windows gives the scores of all components of all targets."""
+    windows = min(job.recipe.allocate.gradient_windows, job.ids.shape[0])
+    weigh = "kfac" in found.wanted and choice.objective != "kfac"
+    result = backward_pass(
+        job,
+        choice,
+        needs=frozenset({"G"} if weigh else ()),
+        windows=windows,
+        factors={name: (f.up, f.down) for name, f in found.factors.items()},
+    )
+    tokens = result.tokens / windows
+    for i, curve in enumerate(found.curves):
+        scores = result.scores[curve.name]
+        found.stability[curve.name] = scores.sign_stability
+        if "first_order" in found.wanted:
+            found.curves[i] = replace(curve, score=scores.first.cpu().numpy())
+        if "second_order" in found.wanted:
+            # Windows' gradients are sums over their tokens: the mean loss's curvature is
+            # E[s sᵀ] / tokens, and the scores' squares are per token squared.
+            note_loss(found, "second_order", curve.name, 0.5 * tokens * scores.squares)
+        if weigh:
+            output = result.outputs[curve.name]
+            assert output.G is not None
+            up = found.factors[curve.name].up.double().to(output.G.device)
+            gain = ((output.G / output.tokens) @ up * up).sum(0)
+            spread = found.spread[curve.name].to(gain)
+            note_loss(found, "kfac", curve.name, 0.5 * gain * spread)
+    _note_stability(found, windows)
+
+
+def _note_stability(found: Found, windows: int) -> None:
+    agreeing = float(np.mean(list(found.stability.values())))
+    found.notes.append(
+        f"signs of first-order scores agree between the halves of {windows} windows for "
+        f"{agreeing:.0%} of the components (half is noise)"
+    )
+
+
+def with_references(job: Job, found: Found) -> list[Curve]:
+    """The curves with one measured KL each."""
+    ranks = {
+        c.name: max(1, round(REFERENCE_SHARE * found.factors[c.name].rank)) for c in found.curves
+    }
+    ids = job.ids[: min(MEASURED_WINDOWS, job.ids.shape[0])]
+    divergences = measured_divergences(job, ids, found.factors, ranks)
+    found.notes.append(f"KL measured on {len(ids)} windows, {len(ranks)} targets one at a time")
+    return [replace(c, reference=(ranks[c.name], divergences[c.name])) for c in found.curves]
