@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from architectures import tiny
 from spectrim.errors import ArtifactError, InputError, ModelError, RecipeError
 from spectrim.recipe import Recipe
-from spectrim.run.loading import load_model, resolve_device, resolve_dtype
+from spectrim.run.loading import load_model
+from spectrim.run.working import resolve_device, resolve_dtype
 from spectrim.storage.dense import export_dense
 from spectrim.storage.inspect import inspect_folder
 from storage_cases import compressed, save

@@ -26,9 +26,10 @@ from spectrim.errors import InputError
 from spectrim.model.onload import unit_names
 from spectrim.model.weights import get_module, is_linear
 from spectrim.recipe import ClosedFormRefinement, Recipe
-from spectrim.run.loading import read_config, resolve_device, resolve_dtype, stored_dtype
+from spectrim.run.loading import read_config
 from spectrim.run.memory import goes_out_of_core, resident_bytes
 from spectrim.run.out_of_core import checkpoint_folder
+from spectrim.run.working import resolve_device, resolve_dtype, stored_dtype
 from spectrim.storage.admission import admit_folder
 from spectrim.storage.shards import Shards
 

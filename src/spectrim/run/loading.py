@@ -13,30 +13,14 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 
-from spectrim.errors import ArtifactError, InputError, ModelError
+from spectrim.errors import ArtifactError, ModelError
 from spectrim.model.onload import Onloader
 from spectrim.model.weights import sampled
 from spectrim.run.out_of_core import build_onloaded, checkpoint_folder
+from spectrim.run.working import resolve_device, resolve_dtype, stored_dtype
 from spectrim.storage.admission import admit_folder, needs_remote_code
 
-__all__ = [
-    "LoadedModel",
-    "load_model",
-    "read_config",
-    "resolve_device",
-    "resolve_dtype",
-    "stored_dtype",
-]
-
-_DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-}
-
+__all__ = ["LoadedModel", "load_model", "read_config"]
 
 # What transformers raises for a configuration of wrong types, beside what it raises on purpose.
 _BAD_CONFIGURATION = (
@@ -95,51 +79,6 @@ class LoadedModel:
                 values = sampled(p)
             digest.update(values.contiguous().numpy().tobytes())
         return digest.hexdigest()
-
-
-def resolve_device(device: str | torch.device) -> torch.device:
-    """`auto` is the accelerator where there is one, else the CPU.
-
-    Raises:
-        InputError: an unknown device, or one that this machine does not have; says what works.
-    """
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if str(device) == "auto":
-        return accelerator if accelerator is not None else torch.device("cpu")
-    works = "auto, cpu"
-    if accelerator is not None:
-        count = torch.accelerator.device_count()
-        works += "".join(f", {accelerator.type}:{index}" for index in range(count))
-    try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        raise InputError(
-            f"device {str(device)!r} cannot be used here ({_first_line(error)}); this machine has "
-            f"{works}"
-        ) from error
-    if place.type == "meta":
-        raise InputError(f"device 'meta' holds no numbers; this machine has {works}")
-    return place
-
-
-def resolve_dtype(
-    dtype: str | torch.dtype, stored: torch.dtype, device: torch.device
-) -> torch.dtype:
-    """The working dtype: on a CPU half precision is slow and coarse, so `auto` works in fp32.
-
-    Raises:
-        InputError: not a dtype that a model can work in; says which are.
-    """
-    if isinstance(dtype, torch.dtype):
-        if dtype not in {*_DTYPES.values(), torch.float64}:
-            raise InputError(f"cannot work in {dtype}; use auto, {', '.join(_DTYPES)}")
-        return dtype
-    if dtype == "auto":
-        return torch.float32 if device.type == "cpu" else stored
-    if dtype not in _DTYPES:
-        raise InputError(f"unknown dtype {dtype!r}; use auto, {', '.join(_DTYPES)}")
-    return _DTYPES[dtype]
 
 
 def load_model(
@@ -295,15 +234,6 @@ def _load_tokenizer(name: str, trust_remote_code: bool):
         if type(error) is not Exception:
             raise
         raise ModelError(f"the tokenizer of {name!r} is damaged: {_first_line(error)}") from error
-
-
-def stored_dtype(config: Any) -> torch.dtype:
-    """The dtype that a configuration says its checkpoint has."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None)
-    if isinstance(dtype, str):
-        dtype = _DTYPES.get(dtype)
-    return dtype or torch.float32
 
 
 def _first_line(error: BaseException) -> str:

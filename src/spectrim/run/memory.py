@@ -11,8 +11,9 @@ from torch import nn
 
 from spectrim.errors import InputError
 from spectrim.recipe import Recipe
-from spectrim.run.loading import read_config, resolve_device, resolve_dtype, stored_dtype
+from spectrim.run.loading import read_config
 from spectrim.run.out_of_core import check_out_of_core
+from spectrim.run.working import resolve_device, resolve_dtype, stored_dtype
 from spectrim.storage.admission import admit_folder
 from spectrim.storage.shards import Shards
 from spectrim.storage.weight_files import INDEX_FILE, WEIGHTS_FILE
