@@ -166,17 +166,17 @@ def test_killed_and_run_again_gives_the_same_bytes(place, expected, name, seed):
     draws = random.Random(f"{name}{seed}")
     # A learned run keeps itself in its checkpoint; the others write a piece for every block.
     event = "advance" if name == "soco" else draws.choice(("write", "written", "advance"))
-    status, _ = compress_in(
+    status, said = compress_in(
         place, name, Struck(draws.randint(1, 14 if name == "soco" else 3), event=event)
     )
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, said
     assert not (place / "out").exists()
     # Every second run is killed once more, so that a resumed run is interrupted too.
     if seed % 2:
         compress_in(place, name, Struck(draws.randint(2, 6), event=event))
     if not (place / "out").exists():
-        status, _ = compress_in(place, name)
-        assert status == 0
+        status, said = compress_in(place, name)
+        assert status == 0, said
     assert same(tensors(place / "out"), expected(name))
     left = {p.name for p in place.iterdir()}
     assert left == {"model", "out"}

@@ -39,12 +39,22 @@ def available_bytes(device: torch.device) -> int | None:
     except OSError:
         return None  # no Linux: nobody is surprised by a process that is ended
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    limit = _limit_of_group()
+    return free if limit is None else min(free, limit)
+
+
+def _limit_of_group() -> int | None:
+    """What the control group of this process leaves, None where there is no limit."""
     try:
         limit = (_CGROUP / "memory.max").read_text(encoding="ascii").strip()
         used = int((_CGROUP / "memory.current").read_text(encoding="ascii"))
+        stat = (_CGROUP / "memory.stat").read_text(encoding="ascii").split()
     except OSError:
-        return free
-    return free if limit == "max" else min(free, int(limit) - used)
+        return None
+    if limit == "max":
+        return None
+    # Files that were read count as used, but make room when it is needed.
+    return int(limit) - used + int(stat[stat.index("inactive_file") + 1])
 
 
 def resident_bytes() -> int:
