@@ -72,6 +72,9 @@ def child(act):
         status = 1
         try:
             os.close(reader)
+            # A fork leaves torch's pool to be replaced by whoever asks first; threads that ask
+            # together (a loader's) can find none, so it is asked for here.
+            torch.set_num_threads(torch.get_num_threads())
             os.write(writer, json.dumps(act()).encode())
             status = 0
         except KeyboardInterrupt:
