@@ -38,13 +38,9 @@ GOLDEN = {
 SHORT = {"step": "block", "epochs": 6, "batch": 8, "learning_rate": 5e-4}
 """Enough training to tell the objectives apart, in seconds."""
 
-OBJECTIVES = {
-    "plain": (120.394, 52.837),
-    "whitened": (66.873, 51.803),
-    "shifted": (70.696, 53.27),
-    "anchored": (54.485, 50.945),
-}
-"""AA-SVD's ablation at keep 0.4: perplexity of each objective, not refined and refined."""
+NOT_REFINED = {"plain": 120.394, "whitened": 66.873, "shifted": 70.696, "anchored": 54.485}
+REFINED = {"plain": 52.837, "anchored": 50.945}
+"""AA-SVD's ablation at keep 0.4: perplexity of each objective; two are enough where it takes long."""
 
 
 def held_out(loaded):
@@ -88,28 +84,31 @@ def test_perplexity_is_golden(recipe, keep, dense):
     assert measured(recipe, keep, dense[1]) == pytest.approx(GOLDEN[recipe, keep], rel=RELATIVE)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("refined", [False, True])
-def test_objectives_are_golden(objective, refined, dense):
-    recipe = get_recipe("aa-svd").with_changes(
-        decompose={"objective": objective}, refine=[SHORT] if refined else []
-    )
-    golden = OBJECTIVES[objective][refined]
+def ablation(objective, refine, windows):
+    recipe = get_recipe("aa-svd").with_changes(decompose={"objective": objective}, refine=refine)
+    return measured(recipe, 0.4, windows)
+
+
+@pytest.mark.parametrize("objective", NOT_REFINED)
+def test_objectives_are_golden(objective, dense):
+    found = ablation(objective, [], dense[1])
+    assert found == pytest.approx(NOT_REFINED[objective], rel=RELATIVE)
+
+
+@pytest.mark.parametrize("objective", REFINED)
+def test_refined_objectives_are_golden(objective, dense):
     # Training adds up more rounding than a closed form.
-    relative = 2 * RELATIVE if refined else RELATIVE
-    assert measured(recipe, 0.4, dense[1]) == pytest.approx(golden, rel=relative)
+    found = ablation(objective, [SHORT], dense[1])
+    assert found == pytest.approx(REFINED[objective], rel=2 * RELATIVE)
 
 
 def test_without_refinement_the_objectives_stand_in_the_order_of_the_paper():
-    plain, whitened, shifted, anchored = (OBJECTIVES[o][0] for o in OBJECTIVES)
-    assert anchored < whitened < plain
-    assert anchored < shifted < plain
+    plain, whitened, shifted, anchored = NOT_REFINED.values()
+    assert anchored < whitened < shifted < plain
 
 
-def test_refinement_helps_every_objective_and_plain_svd_the_most():
-    gains = {o: before / after for o, (before, after) in OBJECTIVES.items()}
-    assert min(gains.values()) > 1.1
-    assert max(gains, key=gains.get) == "plain"
+def test_refinement_rescues_plain_svd():
+    assert REFINED["anchored"] < REFINED["plain"] < 0.5 * NOT_REFINED["plain"]
 
 
 def test_the_default_recipe_beats_whitening():
