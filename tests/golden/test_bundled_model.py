@@ -40,7 +40,7 @@ SHORT = {"step": "block", "epochs": 6, "batch": 8, "learning_rate": 5e-4}
 
 NOT_REFINED = {"plain": 120.394, "whitened": 66.873, "shifted": 70.696, "anchored": 54.485}
 REFINED = {"plain": 52.837, "anchored": 50.945}
-"""AA-SVD's ablation at keep 0.4: perplexity of each objective; two are enough where it takes long."""
+"""AA-SVD's ablation at keep 0.4: perplexity by objective; two where it takes long."""
 
 
 def held_out(loaded):
