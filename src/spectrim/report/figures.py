@@ -89,7 +89,8 @@ def draw_curve(axes: Axes, points: Sequence[CurvePoint], *, measure: str = "exce
     axes.set_ylabel(
         "nats per token above dense" if measure == "excess" else "KL to dense, nats per token"
     )
-    axes.legend()
+    # Above the axes: curves, formats and hull leave no corner that is always free.
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
 
 
 def _chords(hull: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
