@@ -91,6 +91,8 @@ def prepare() -> None:
 
 def interrupt(self: LineProgress, stage: str, note: str = "") -> None:
     """A user presses Ctrl-C in the middle of the work."""
+    # Where the suite runs in the background, it was started with interrupts ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.kill(os.getpid(), signal.SIGINT)
 
 

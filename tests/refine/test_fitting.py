@@ -200,5 +200,5 @@ def test_a_tensor_of_zeros_moves_like_the_smallest():
         settings,
         tokens_per_window=3,
     )
-    size = float(Scaled(1.0).weight.square().mean().sqrt())
+    size = float(Scaled(1.0).weight.detach().square().mean().sqrt())
     torch.testing.assert_close(bias, torch.full((2,), SETTINGS["learning_rate"] * size))

@@ -72,6 +72,8 @@ def child(act):
         status = 1
         try:
             os.close(reader)
+            # Where the suite runs in the background, it was started with interrupts ignored.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             # A fork leaves torch's pool to be replaced by whoever asks first; threads that ask
             # together (a loader's) can find none, so it is asked for here.
             torch.set_num_threads(torch.get_num_threads())
