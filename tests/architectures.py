@@ -90,11 +90,14 @@ _RECIPES = {
 ARCHITECTURES = tuple(_RECIPES)
 
 
-def tiny(name):
-    """Return `(model, vocab_size)`: fp32, evaluation mode, the same weights at every call."""
+def tiny(name, **changes):
+    """Return `(model, vocab_size)`: fp32, evaluation mode, the same weights at every call.
+
+    `changes` are other values of the configuration.
+    """
     config_class, model_class, settings = _RECIPES[name]
     transformers = importlib.import_module("transformers")
-    config = getattr(transformers, config_class)(**settings)
+    config = getattr(transformers, config_class)(**settings | changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(sum(map(ord, name)))
         model = getattr(transformers, model_class)(config).to(torch.float32).eval()

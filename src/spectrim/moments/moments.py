@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spectrim.distributed.team import Team
 
-__all__ = ["Moments", "OutputMoments", "reduced"]
+__all__ = ["Moments", "OutputMoments", "Record", "reduced"]
 
 
 def _add(left: Any, right: Any) -> Any:

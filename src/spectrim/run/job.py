@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -77,7 +78,7 @@ class Job:
     log: RunLog = field(default_factory=RunLog)
     offload_streams: Path | None = None
     on_failure: str = "error"
-    outputs: dict[str, OutputMoments] | None = None
+    outputs: Mapping[str, OutputMoments] | None = None
     dtype_bytes: int = 2
     keeper: Keeper = None  # type: ignore[assignment]
     surveys: int = 0

@@ -1,7 +1,7 @@
 """Models larger than memory: blocks are read from the shards when they are worked on.
 
-Everything that is decided block by block can be done so. What needs gradients of the whole model,
-trains all blocks together, or evaluates the model again and again cannot, and is refused here
+Everything that is decided block by block can be done so, gradients of one backward pass included.
+What trains all blocks together or evaluates the model again and again cannot, and is refused here
 before anything is read.
 """
 
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectrim.decompose import OBJECTIVES
 from spectrim.errors import ArtifactError, InputError, ModelError
 from spectrim.model.onload import Onloader, unit_names
 from spectrim.model.weights import check_finite, get_module
@@ -25,8 +24,8 @@ from spectrim.storage.shards import Shards, names_on_disk
 __all__ = ["build_onloaded", "check_out_of_core", "checkpoint_folder"]
 
 _WAY_OUT = (
-    "run it in memory (--in-memory), or choose a recipe that works block by block: svd, svd-llm, "
-    "svd-llm-update, aa-svd"
+    "run it in memory (--in-memory), or choose a recipe that works block by block: spectrim, "
+    "aa-svd, svd-llm"
 )
 
 
@@ -62,19 +61,14 @@ def _calibrates(recipe: Recipe) -> bool:
 def _reason(recipe: Recipe, planned: bool) -> str | None:
     if recipe.flow == "learned":
         return "the flow 'learned' trains all blocks together"
-    objective = recipe.decompose.objective
-    if OBJECTIVES[objective].needs & {"G", "fisher"}:
-        return f"the objective {objective!r} needs gradients of the whole model"
     for step in recipe.refine:
         if isinstance(step, (DistillRefinement, LoraRefinement)):
             return f"the refinement {step.step!r} trains all blocks together"
         if isinstance(step, ProjectedGradientRefinement) and step.stages > 1:
-            return f"the refinement {step.step!r} needs gradients of the whole model"
+            return f"the refinement {step.step!r} moves all blocks together (one stage moves none)"
     scores = frozenset() if planned else needed_scores(recipe.allocate)
     if scores & {"measured", TABLE}:
         return f"the rule {recipe.allocate.rule!r} evaluates the model once for every target"
-    if scores:
-        return f"the rule {recipe.allocate.rule!r} needs gradients of the whole model"
     return None
 
 

@@ -18,13 +18,14 @@ from torch import nn
 from spectrim.allocate.plan import Plan
 from spectrim.decompose import OBJECTIVES
 from spectrim.model.anatomy import Block, Target
-from spectrim.model.replay import Replay, capture_inputs, record
+from spectrim.model.replay import Replay, capture_inputs
 from spectrim.model.weights import get_module, replace_module
 from spectrim.moments.accumulate import MomentAccumulator
 from spectrim.moments.moments import Moments, OutputMoments, reduced
 from spectrim.run.cut.cutting import replace_target
 from spectrim.run.cut.sharing import cut_shared, owners_of, spans
 from spectrim.run.job import Job
+from spectrim.run.recorded import recorded
 
 __all__ = ["CUT", "advance", "block_moments", "cut_one_shot"]
 
@@ -72,18 +73,7 @@ def cut_one_shot(job: Job, plan: Plan, outputs: Mapping[str, OutputMoments] | No
     job.progress.start(stage, len(job.anatomy.blocks))
     unfinished = not job.keeper.all_finished(CUT, job.anatomy.blocks)
     with job.log.timed(stage):
-        replay = (
-            record(
-                job.model,
-                job.own_ids,
-                batch=job.batch,
-                device=job.device,
-                anatomy=job.anatomy,
-                folder=job.offload_streams,
-            )
-            if needs and unfinished
-            else None
-        )
+        replay = recorded(job, job.ids) if needs and unfinished else None
         for span in spans(job.team, job.anatomy.blocks, plan):
             with ExitStack() as stack:
                 for block in span:

@@ -25,7 +25,7 @@ from spectrim.decompose import OBJECTIVES
 from spectrim.decompose.balance import balanced
 from spectrim.layers.lowrank import LowRankLinear
 from spectrim.model.anatomy import Block, Group, Target
-from spectrim.model.replay import Replay, record
+from spectrim.model.replay import Replay
 from spectrim.model.staged import Staged
 from spectrim.model.stream import Stream
 from spectrim.model.weights import get_module, read_weight, replace_module
@@ -38,6 +38,7 @@ from spectrim.run.cut.flow import Flow, must_restart
 from spectrim.run.cut.one_shot import CUT
 from spectrim.run.cut.sharing import cut_shared, owners_of
 from spectrim.run.job import Job
+from spectrim.run.recorded import recorded
 from spectrim.run.train.refining import refine
 
 __all__ = ["cut_sequentially"]
@@ -71,14 +72,7 @@ class _Pass:
         if self.closed_step is not None:
             needs.add("shifted")
         self.needs = frozenset(needs)
-        self.replay: Replay = record(
-            job.model,
-            job.own_ids,
-            batch=job.batch,
-            device=job.device,
-            anatomy=job.anatomy,
-            folder=job.offload_streams,
-        )
+        self.replay: Replay = recorded(job, job.ids)
         self.original: Stream = self.replay.stream
         self.shifted: Stream = self.original.duplicate(job.offload_streams)
         streams = 2 if self.stages_shifted else 1

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from spectrim.decompose import OBJECTIVES
+from spectrim.model.anatomy import Block
 from spectrim.model.recompute import is_large
-from spectrim.moments.gradients import GradientPass, gradient_pass
-from spectrim.moments.moments import Moments, OutputMoments
+from spectrim.moments.gradients import gradient_pass
+from spectrim.moments.gradients_by_block import gradients_by_block
+from spectrim.moments.moments import Moments, OutputMoments, Record
+from spectrim.moments.target_sums import ComponentsOf, GradientPass
 from spectrim.recipe import Decompose
 from spectrim.run.job import Job
-from spectrim.storage.shared_work import Piece
+from spectrim.run.recorded import recorded
 
-__all__ = ["backward_pass", "gathered_moments", "output_moments"]
+__all__ = ["backward_pass", "by_block", "gathered_moments", "output_moments"]
 
 
 def backward_pass(
@@ -27,9 +29,12 @@ def backward_pass(
     needs: frozenset[str] | None = None,
     input_needs: frozenset[str] = frozenset(),
     windows: int | None = None,
-    factors: Mapping[str, tuple[Tensor, Tensor]] | None = None,
-) -> GradientPass:
-    """One forward and one backward over the first windows, all targets at once.
+    factors: ComponentsOf | None = None,
+) -> Iterator[tuple[Block, GradientPass]]:
+    """Gradients of the first windows, block by block, all targets of a block at once.
+
+    Small models in memory take one forward and one backward for all blocks; others go block by
+    block from the last to the first, with as much in memory as one block needs.
 
     Args:
         job: the run; its model is left as it is.
@@ -47,29 +52,43 @@ def backward_pass(
     needs = (
         frozenset(OBJECTIVES[choice.objective].needs & {"G", "fisher"}) if needs is None else needs
     )
-    mine = job.team.share(len(ids))
-    job.progress.start(stage, mine.stop - mine.start)
+    options = {
+        "needs": needs,
+        "input_needs": input_needs,
+        "factors": factors,
+        "clip": choice.clip,
+        "batch": job.batch,
+        "team": job.team,
+    }
+    if by_block(job):
+        job.progress.start(stage, len(job.anatomy.blocks))
+        yield from gradients_by_block(
+            recorded(job, ids),
+            job.anatomy,
+            ids,
+            at_hand=job.keeper.at_hand,
+            device=job.device,
+            folder=job.offload_streams,
+            on_block=lambda: job.progress.advance(stage),
+            **options,
+        )
+    else:
+        mine = job.team.share(len(ids))
+        job.progress.start(stage, mine.stop - mine.start)
 
-    def advance(done: int) -> None:
-        for _ in range(done):
-            job.progress.advance(stage)
+        def advance(done: int) -> None:
+            for _ in range(done):
+                job.progress.advance(stage)
 
-    result = gradient_pass(
-        job.model,
-        job.anatomy,
-        ids,
-        needs=needs,
-        input_needs=input_needs,
-        factors=factors,
-        clip=choice.clip,
-        batch=job.batch,
-        seed=job.recipe.seed,
-        checkpointing=is_large(job.model),
-        on_batch=advance,
-        team=job.team,
-    )
+        whole = gradient_pass(job.model, job.anatomy, ids, on_batch=advance, **options)
+        for block in job.anatomy.blocks:
+            yield block, whole.of(block)
     job.progress.finish(stage)
-    return result
+
+
+def by_block(job: Job) -> bool:
+    """Whether gradients are taken one block at a time: the model is large or not in memory."""
+    return job.keeper.onloader is not None or is_large(job.model)
 
 
 def gathered_moments(
@@ -78,8 +97,11 @@ def gathered_moments(
     *,
     input_needs: frozenset[str] = frozenset(),
     stage: str = "cut",
-) -> tuple[dict[str, OutputMoments], dict[str, Moments]]:
+) -> tuple[Mapping[str, OutputMoments], Mapping[str, Moments]]:
     """Output moments of every target and input moments of every group, by their first target.
+
+    Of a model that is large or not in memory they lie in the work folder, where there is one, and
+    are read when they are asked for.
 
     Args:
         job: the run.
@@ -87,22 +109,57 @@ def gathered_moments(
         input_needs: input statistics to collect on the way.
         stage: whose gradients these are; what an earlier run gathered for it is used again.
     """
-    blocks = job.anatomy.blocks
-    names = [f"{stage}-gradients-{block.index:03d}" for block in blocks]
-    if not all(job.keeper.has(name) for name in names):
-        result = backward_pass(job, choice, input_needs=input_needs)
-        for block, name in zip(blocks, names, strict=True):
-            held = [t.name for t in block.targets]
-            outputs = {n: x for n, x in result.outputs.items() if n in held}
-            inputs = {n: x for n, x in result.inputs.items() if n in held}
-            job.keeper.save(name, *_flattened({"out": outputs, "in": inputs}))
-        return result.outputs, result.inputs
-    outputs, inputs = {}, {}
-    for name in names:
-        file, facts = job.keeper.load(name)
-        outputs |= _restored(file, facts, "out", OutputMoments, job.device)
-        inputs |= _restored(file, facts, "in", Moments, job.device)
-    return outputs, inputs
+    blocks, keeper = job.anatomy.blocks, job.keeper
+    names = {block.index: f"{stage}-gradients-{block.index:03d}" for block in blocks}
+    # Processes read pieces together, and a target's moments are asked for by its owner alone.
+    lies = by_block(job) and keeper.work is not None and job.team.size == 1
+    outputs: dict[str, OutputMoments] = {}
+    inputs: dict[str, Moments] = {}
+    if not all(keeper.has(name) for name in names.values()):
+        for block, found in backward_pass(job, choice, input_needs=input_needs):
+            if not keeper.has(names[block.index]):
+                keeper.save(
+                    names[block.index], *_flattened({"out": found.outputs, "in": found.inputs})
+                )
+            if not lies:
+                outputs |= found.outputs
+                inputs |= found.inputs
+        if not lies:
+            return outputs, inputs
+    kept_outputs = KeptMoments(job, names, "out", OutputMoments)
+    kept_inputs = KeptMoments(job, names, "in", Moments)
+    return (kept_outputs, kept_inputs) if lies else (dict(kept_outputs), dict(kept_inputs))
+
+
+class KeptMoments(Mapping[str, Record]):
+    """Moments in the work folder, by target; read when one is asked for."""
+
+    def __init__(self, job: Job, pieces: Mapping[int, str], kind: str, record: type[Record]):
+        self._keeper, self._device = job.keeper, job.device
+        self._kind, self._record = kind, record
+        self._pieces = {
+            target.name: pieces[block.index]
+            for block in job.anatomy.blocks
+            for group in block.groups
+            for target in (group.targets if kind == "out" else group.targets[:1])
+        }
+
+    def __getitem__(self, name: str) -> Record:
+        file, numbers = self._keeper.load(self._pieces[name])
+        start = f"{self._kind}/{name}/"
+        values: dict[str, Any] = {
+            where.removeprefix(start): file.read(where).to(self._device)
+            for where in file.entries
+            if where.startswith(start)
+        }
+        values |= {w.removeprefix(start): n for w, n in numbers.items() if w.startswith(start)}
+        return self._record(**values)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._pieces)
+
+    def __len__(self) -> int:
+        return len(self._pieces)
 
 
 def _flattened(records: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Tensor], dict]:
@@ -120,23 +177,7 @@ def _flattened(records: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Tens
     return tensors, numbers
 
 
-def _restored(
-    file: Piece,
-    numbers: Mapping[str, Any],
-    kind: str,
-    record: type,
-    device: torch.device,
-) -> dict:
-    values: dict[str, dict[str, Any]] = {}
-    for where in (*file.entries, *numbers):
-        found, name, field = where.split("/")
-        if found == kind:
-            value = numbers[where] if where in numbers else file.read(where).to(device)
-            values.setdefault(name, {})[field] = value
-    return {name: record(**given) for name, given in values.items()}
-
-
-def output_moments(job: Job) -> dict[str, OutputMoments]:
+def output_moments(job: Job) -> Mapping[str, OutputMoments]:
     """Gradient moments of every target if the recipe's objective needs them, else nothing.
 
     What a survey has gathered already is used again.

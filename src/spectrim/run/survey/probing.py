@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectrim.model.anatomy import Target
-from spectrim.model.replay import Replay, record
-from spectrim.model.stream import Stream
+from spectrim.model.replay import Replay
 from spectrim.model.weights import get_module, replace_module
 from spectrim.run.cut.cutting import cut_layer
 from spectrim.run.job import Job
+from spectrim.run.recorded import recorded
 from spectrim.storage.survey_record import Factors
 
 __all__ = ["measured_divergences", "measured_perplexities"]
@@ -35,7 +35,7 @@ def measured_divergences(
 
     The original's log-probabilities of these windows are held in memory, in fp32.
     """
-    replay = _recorded(job, ids)
+    replay = recorded(job, ids)
     reference = {
         rows.start: _log_probabilities(logits).cpu() for rows, logits in _outputs(job, replay)
     }
@@ -46,7 +46,7 @@ def measured_divergences(
         return float(F.kl_div(log_q, log_p, reduction="sum", log_target=True))
 
     probes = {name: [(None, rank)] for name, rank in ranks.items()}
-    sums = _probe(job, _recorded(job, ids), factors, probes, divergence, "measure KL")
+    sums = _probe(job, recorded(job, ids), factors, probes, divergence, "measure KL")
     return {name: total / ids.numel() for (name, _), total in sums.items()}
 
 
@@ -68,26 +68,10 @@ def measured_perplexities(
         return float(F.cross_entropy(flat, labels, reduction="sum"))
 
     probes = {name: list(ranks.items()) for name, ranks in candidates.items()}
-    sums = _probe(job, _recorded(job, ids), factors, probes, loss, "measure perplexity")
+    sums = _probe(job, recorded(job, ids), factors, probes, loss, "measure perplexity")
     predicted = ids.shape[0] * (ids.shape[1] - 1)
     job.log.notes.append(f"{len(sums)} evaluations of {predicted} tokens for the sensitivities")
     return {key: math.exp(total / predicted) for key, total in sums.items()}
-
-
-def _recorded(job: Job, ids: Tensor) -> Replay:
-    """The model recorded with this process's part of some windows, which may be none of them."""
-    own = ids[job.team.share(len(ids))]
-    replay = record(
-        job.model,
-        own if len(own) else ids[:1],
-        batch=job.batch,
-        device=job.device,
-        folder=job.offload_streams,
-    )
-    if not len(own):
-        _, tokens, width = replay.stream.shape
-        replay.stream = Stream.empty(0, tokens, width, replay.stream.dtype)
-    return replay
 
 
 def _log_probabilities(logits: Tensor) -> Tensor:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
+from torch import Tensor
 
 from spectrim.allocate.curve import Curve
 from spectrim.recipe import Decompose
@@ -12,6 +14,7 @@ from spectrim.run.job import Job
 from spectrim.run.survey.backward import backward_pass
 from spectrim.run.survey.pieces import Found, note_loss
 from spectrim.run.survey.probing import measured_divergences
+from spectrim.storage.survey_record import Factors
 
 __all__ = ["score_components", "with_references"]
 
@@ -22,34 +25,50 @@ MEASURED_WINDOWS = 8
 """Windows behind measured KL."""
 
 
-def score_components(job: Job, choice: Decompose, found: Found) -> None:
-    """One backward pass over some windows gives the scores of all components of all targets."""
+def score_components(
+    job: Job, choice: Decompose, found: Found, factors: Mapping[str, Factors]
+) -> None:
+    """One backward pass over some windows gives the scores of all components of all targets.
+
+    Args:
+        job: the run.
+        choice: objective and clipping.
+        found: the survey so far; its curves and losses are completed.
+        factors: all components of every target.
+    """
     windows = min(job.recipe.allocate.gradient_windows, job.ids.shape[0])
     weigh = "kfac" in found.wanted and choice.objective != "kfac"
-    result = backward_pass(
+    places = {curve.name: i for i, curve in enumerate(found.curves)}
+
+    def components(name: str) -> tuple[Tensor, Tensor]:
+        held = factors[name]
+        return held.up, held.down
+
+    blocks = backward_pass(
         job,
         choice,
         needs=frozenset({"G"} if weigh else ()),
         windows=windows,
-        factors={name: (f.up, f.down) for name, f in found.factors.items()},
+        factors=components,
     )
-    tokens = result.tokens / windows
-    for i, curve in enumerate(found.curves):
-        scores = result.scores[curve.name]
-        found.stability[curve.name] = scores.sign_stability
-        if "first_order" in found.wanted:
-            found.curves[i] = replace(curve, score=scores.first.cpu().numpy())
-        if "second_order" in found.wanted:
-            # Windows' gradients are sums over their tokens: the mean loss's curvature is
-            # E[s sᵀ] / tokens, and the scores' squares are per token squared.
-            note_loss(found, "second_order", curve.name, 0.5 * tokens * scores.squares)
-        if weigh:
-            output = result.outputs[curve.name]
-            assert output.G is not None
-            up = found.factors[curve.name].up.double().to(output.G.device)
-            gain = ((output.G / output.tokens) @ up * up).sum(0)
-            spread = found.spread[curve.name].to(gain)
-            note_loss(found, "kfac", curve.name, 0.5 * gain * spread)
+    for _, result in blocks:
+        tokens = result.tokens / windows
+        for name, scores in result.scores.items():
+            found.stability[name] = scores.sign_stability
+            if "first_order" in found.wanted:
+                i = places[name]
+                found.curves[i] = replace(found.curves[i], score=scores.first.cpu().numpy())
+            if "second_order" in found.wanted:
+                # Windows' gradients are sums over their tokens: the mean loss's curvature is
+                # E[s sᵀ] / tokens, and the scores' squares are per token squared.
+                note_loss(found, "second_order", name, 0.5 * tokens * scores.squares)
+            if weigh:
+                output = result.outputs[name]
+                assert output.G is not None
+                up = factors[name].up.double().to(output.G.device)
+                gain = ((output.G / output.tokens) @ up * up).sum(0)
+                spread = found.spread[name].to(gain)
+                note_loss(found, "kfac", name, 0.5 * gain * spread)
     _note_stability(found, windows)
 
 

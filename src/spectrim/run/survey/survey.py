@@ -21,7 +21,6 @@ from spectrim.allocate.curve import Curve
 from spectrim.allocate.ladder import Limits
 from spectrim.decompose import OBJECTIVES
 from spectrim.model.anatomy import Block, Target
-from spectrim.model.replay import record
 from spectrim.model.weights import get_module, read_weight
 from spectrim.moments.moments import Moments, OutputMoments
 from spectrim.recipe import Decompose
@@ -29,6 +28,7 @@ from spectrim.run.cut.cutting import decompose_target
 from spectrim.run.cut.one_shot import advance, block_moments
 from spectrim.run.cut.sharing import owners_of, spans
 from spectrim.run.job import Job
+from spectrim.run.recorded import recorded
 from spectrim.run.survey.backward import gathered_moments
 from spectrim.run.survey.pieces import (
     Found,
@@ -103,13 +103,13 @@ def make_survey(
     job.surveys += 1
     with job.log.timed("survey"):
         _decompose_all(job, stage, choice, found, weight_of)
-    if scored:
-        with job.log.timed("scores"):
-            score_components(job, choice, found)
-    limits = _limits(job)
     factors: Mapping[str, Factors] = found.factors
     if job.keeper.onloader is not None:
         factors = KeptFactors(job.keeper, stage, job.anatomy.blocks, job.device)
+    if scored:
+        with job.log.timed("scores"):
+            score_components(job, choice, found, factors)
+    limits = _limits(job)
     for curve in found.curves if factors is found.factors and not complete else ():
         held = min(largest_rank(curve.shape, limits), curve.rank)
         found.factors[curve.name] = _leading(found.factors[curve.name], held)
@@ -151,36 +151,30 @@ def _leading(factors: Factors, rank: int) -> Factors:
 
 def _blocks(
     job: Job, stage: str, choice: Decompose, input_needs: frozenset[str]
-) -> Generator[tuple[Block, Sequence[Moments | None], dict[str, OutputMoments]], None, None]:
+) -> Generator[tuple[Block, Sequence[Moments | None], Mapping[str, OutputMoments]], None, None]:
     """Every block, at hand, with its groups' input moments and its targets' output moments.
 
     Blocks that were surveyed earlier come without moments; a stream only passes them.
     """
     blocks = job.anatomy.blocks
     finished = [job.keeper.has(piece_name(stage, block)) for block in blocks]
-    outputs: dict[str, OutputMoments] = {}
-    inputs: dict[str, Moments] = {}
+    outputs: Mapping[str, OutputMoments] = {}
+    inputs: Mapping[str, Moments] = {}
     replay = None
     if OBJECTIVES[choice.objective].needs & {"G", "fisher"}:
         outputs, inputs = gathered_moments(job, choice, input_needs=input_needs, stage=stage)
         job.outputs = outputs
     elif input_needs and not all(finished):
-        replay = record(
-            job.model,
-            job.own_ids,
-            batch=job.batch,
-            device=job.device,
-            anatomy=job.anatomy,
-            folder=job.offload_streams,
-        )
+        replay = recorded(job, job.ids)
     for block, done in zip(blocks, finished, strict=True):
         with job.keeper.at_hand(block):
-            if replay is None or done:
-                moments = [inputs.get(g.targets[0].name) for g in block.groups]
-                if replay is not None:
-                    advance(job, replay, block)
-            else:
+            moments: Sequence[Moments | None] = [None] * len(block.groups)
+            if done and replay is not None:
+                advance(job, replay, block)
+            elif replay is not None:
                 moments = block_moments(job, replay, block, input_needs)
+            elif not done:
+                moments = [inputs.get(g.targets[0].name) for g in block.groups]
             yield block, moments, outputs
 
 
@@ -203,7 +197,7 @@ def _decompose_all(
         for span in spans(job.team, job.anatomy.blocks):
             owned = owners_of(job.team, [target for block in span for target in block.targets])
             moments: dict[str, Moments | None] = {}
-            outputs: dict[str, OutputMoments] = {}
+            outputs: Mapping[str, OutputMoments] = {}
             for block, inputs, outputs_of_block in islice(gathered, len(span)):
                 # Others' moments are let go at once.
                 mine = (t for t in block.targets if owned[t.name] == job.team.rank)

@@ -1,0 +1,270 @@
+"""What backward passes say of every target, reduced on the spot to sums over windows.
+
+For a target `y = W x` the per-token output gradient is `g = ∂L/∂y` and `∂L/∂W = Σ_t g xᵀ`. Nothing
+of the size of the model is kept unless the whole gradient is asked for: output moments are
+(out, out), Fisher weights are vectors, component scores are vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectrim.distributed.team import Team
+from spectrim.errors import NonFiniteError
+from spectrim.model.anatomy import Block, Group, Target
+from spectrim.model.capture import first_tensor
+from spectrim.moments.accumulate import MomentAccumulator, reduction_dtype
+from spectrim.moments.moments import Moments, OutputMoments, reduced
+
+__all__ = ["ComponentScores", "ComponentsOf", "GradientPass", "PassSums"]
+
+ComponentsOf = Callable[[str], tuple[Tensor, Tensor] | None]
+"""Target name -> up (out, r) and down (r, in), or None where there is nothing to score."""
+
+
+@dataclass
+class ComponentScores:
+    """First-order loss change per component of one target, in nats of the mean loss per token.
+
+    Attributes:
+        first: `ΔL_i = -⟨∂L/∂W, B_i A_i⟩` over all windows, shape (r,).
+        halves: the same over the even and the odd windows, shape (2, r): sign stability.
+        squares: mean over windows of the squared per-window change, shape (r,): Fisher weight.
+    """
+
+    first: Tensor
+    halves: Tensor
+    squares: Tensor
+
+    @property
+    def sign_stability(self) -> float:
+        """Share of components whose sign agrees between the halves."""
+        return float((self.halves[0].sign() == self.halves[1].sign()).double().mean())
+
+
+@dataclass
+class GradientPass:
+    """What a gradient pass leaves behind, of all targets or of one block's.
+
+    Attributes:
+        outputs: by target.
+        inputs: by a group's first target.
+        scores: by target, where there were factors to score.
+        loss: summed next-token cross-entropy of all windows, nats.
+        tokens: predicted tokens behind it.
+    """
+
+    outputs: dict[str, OutputMoments]
+    inputs: dict[str, Moments] = field(default_factory=dict)
+    scores: dict[str, ComponentScores] = field(default_factory=dict)
+    loss: float = 0.0
+    tokens: int = 0
+
+    def of(self, block: Block) -> GradientPass:
+        """What there is of one block."""
+        names = {target.name for target in block.targets}
+
+        def own(found: dict) -> dict:
+            return {name: value for name, value in found.items() if name in names}
+
+        return replace(
+            self, outputs=own(self.outputs), inputs=own(self.inputs), scores=own(self.scores)
+        )
+
+
+class _TargetSums:
+    """Running sums of one target over windows, of which the first has the number `first`."""
+
+    def __init__(
+        self,
+        target: Target,
+        needs: Collection[str],
+        clip: float | None,
+        factors,
+        device,
+        first: int = 0,
+    ):
+        self.target, self.needs, self.clip = target, frozenset(needs), clip
+        self.first = first
+        m, n = target.out_features, target.in_features
+        dtype = torch.float64
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device)
+
+        self.G = zeros(m, m) if "G" in needs else None
+        self.fisher_in = zeros(n) if "fisher" in needs else None
+        self.fisher_out = zeros(m) if "fisher" in needs else None
+        self.gradient = zeros(m, n) if "gradient" in needs else None
+        self.factors = None
+        self.halves = self.squares = None
+        if factors is not None:
+            self.factors = tuple(f.to(device) for f in factors)
+            r = self.factors[0].shape[1]
+            self.halves, self.squares = zeros(2, r), zeros(r)
+        self.tokens = self.windows = 0
+
+    def add(self, x: Tensor, g: Tensor) -> None:
+        """Add one batch: inputs x (B, T, in) and gradients g (B, T, out) of the summed loss."""
+        for b in range(x.shape[0]):
+            self._add_window(x[b], g[b])
+
+    def _add_window(self, x: Tensor, g: Tensor) -> None:
+        work = reduction_dtype(x)
+        x, g = x.to(work), g.to(work)
+        if self.G is not None:
+            clipped = _clip_tokens(g, self.clip)
+            self.G += (clipped.mT @ clipped).double()
+            self.tokens += g.shape[0]
+        if self.fisher_in is not None or self.gradient is not None:
+            whole = g.mT @ x
+            if self.fisher_in is not None and self.fisher_out is not None:
+                squares = whole.double().square()
+                self.fisher_in += squares.sum(0)
+                self.fisher_out += squares.sum(1)
+            if self.gradient is not None:
+                self.gradient += whole.double()
+        if self.factors is not None and self.halves is not None and self.squares is not None:
+            up, down = (f.to(work) for f in self.factors)
+            change = -((g @ up) * (x @ down.mT)).sum(0).double()
+            self.halves[(self.first + self.windows) % 2] += change
+            self.squares += change.square()
+        self.windows += 1
+
+    def reduce(self, team: Team) -> None:
+        """Add the sums of all ranks."""
+        kept = (self.G, self.fisher_in, self.fisher_out, self.gradient, self.halves, self.squares)
+        numbers = torch.tensor([self.tokens, self.windows])
+        team.sum_([*(s for s in kept if s is not None), numbers])
+        self.tokens, self.windows = (int(n) for n in numbers)
+
+    def check(self) -> None:
+        """Refuse sums that a NaN or infinite gradient has entered; once, since it never leaves."""
+        sums = (self.G, self.fisher_in, self.gradient, self.squares)
+        if not all(bool(torch.isfinite(s).all()) for s in sums if s is not None):
+            raise NonFiniteError(
+                f"non-finite gradient at {self.target.name}: lower the window length or use "
+                "--dtype float32"
+            )
+
+    def outputs(self) -> OutputMoments:
+        return OutputMoments(
+            self.tokens, self.windows, self.G, self.fisher_in, self.fisher_out, self.gradient
+        )
+
+    def scores(self, tokens: int) -> ComponentScores:
+        """In nats of the mean loss per token: sums over `tokens`, squares per window."""
+        assert self.halves is not None and self.squares is not None
+        per_window = tokens / self.windows
+        return ComponentScores(
+            first=self.halves.sum(0) / tokens,
+            halves=self.halves / tokens * 2,
+            squares=self.squares / self.windows / per_window**2,
+        )
+
+
+def _clip_tokens(g: Tensor, clip: float | None) -> Tensor:
+    """Clip each token's gradient norm to `clip` times the window's mean norm."""
+    if clip is None:
+        return g
+    norms = g.norm(dim=1, keepdim=True)
+    limit = clip * norms.mean()
+    return torch.where(norms > limit, g * (limit / norms.clamp_min(limit)), g)
+
+
+class PassSums:
+    """Running sums of some groups and their targets over the batches of one pass.
+
+    Args:
+        groups: all of a model's or of a block's.
+        needs: any of `G`, `fisher`, `gradient`: which output statistics to accumulate.
+        input_needs: statistics of the group inputs to accumulate in the same pass.
+        factors: target name -> (up (out, r), down (r, in)) or None; gives component scores.
+        clip: token gradients in `G` are clipped to this multiple of the window's mean norm.
+        device: where the sums are.
+        first: number of the first window, of all processes' windows.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        needs: Collection[str],
+        input_needs: Collection[str],
+        factors: ComponentsOf | None,
+        clip: float | None,
+        device: torch.device,
+        first: int,
+    ):
+        self._scored = factors is not None
+        self._sums = {
+            t.name: _TargetSums(t, needs, clip, factors(t.name) if factors else None, device, first)
+            for group in groups
+            for t in group.targets
+        }
+        self._inputs = {
+            group.targets[0].name: MomentAccumulator(group.targets[0].name, input_needs)
+            for group in (groups if input_needs else ())
+        }
+
+    @contextmanager
+    def watching(
+        self, module_of: Callable[[str], Any], windows: Callable[[], int]
+    ) -> Iterator[None]:
+        """For the time of the context every backward pass through the targets is added.
+
+        Args:
+            module_of: target name -> the module that stands for it.
+            windows: how many windows the batch on its way has.
+        """
+        handles = []
+
+        def attach(name: str) -> None:
+            def forward(_module: Any, args: tuple, kwargs: dict, output: Tensor) -> None:
+                x = first_tensor(args, kwargs).detach()
+                if name in self._inputs:
+                    self._inputs[name].add(x)
+                # Some architectures flatten (B, T, d) to (B T, d) before their linear layers.
+                x = x.reshape(windows(), -1, x.shape[-1])
+                output.register_hook(lambda g: self._sums[name].add(x, g.reshape(*x.shape[:2], -1)))
+
+            handles.append(module_of(name).register_forward_hook(forward, with_kwargs=True))
+
+        for name in self._sums:
+            attach(name)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def finish(self, team: Team, *, loss: float, tokens: int) -> GradientPass:
+        """The sums over all processes' windows; collective.
+
+        Args:
+            team: the processes.
+            loss: summed, of all windows of all processes.
+            tokens: predicted ones behind it.
+
+        Raises:
+            NonFiniteError: a gradient is not finite; names the target.
+        """
+        for one in self._sums.values():
+            one.reduce(team)
+            one.check()
+        return GradientPass(
+            outputs={name: s.outputs() for name, s in self._sums.items()},
+            inputs={name: reduced(a.moments(), team) for name, a in self._inputs.items()},
+            scores=(
+                {n: s.scores(tokens) for n, s in self._sums.items() if s.factors}
+                if self._scored
+                else {}
+            ),
+            loss=loss,
+            tokens=tokens,
+        )
