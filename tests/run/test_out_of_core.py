@@ -153,7 +153,7 @@ torch.set_num_threads(1)
 from architectures import windows
 from spectrim import api
 from spectrim.recipes import get_recipe
-recipe = get_recipe("svd-llm").with_changes(
+recipe = get_recipe(sys.argv[4]).with_changes(
     calibration={"windows": 4, "window_length": 40, "batch": 1}
 )
 text = windows(4, 40)
@@ -166,7 +166,8 @@ print(json.dumps([predicted.host_bytes, peak, sum(predicted.seconds.values())]))
 """
 
 
-def test_the_predicted_memory_is_within_a_fifth_of_the_measured(tmp_path):
+@pytest.mark.parametrize("recipe", ["svd-llm", "spectrim"])
+def test_the_predicted_memory_is_within_a_fifth_of_the_measured(tmp_path, recipe):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -182,7 +183,7 @@ def test_the_predicted_memory_is_within_a_fifth_of_the_measured(tmp_path):
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "m")
     tests = str(next(p for p in map(os.path.abspath, sys.path) if p.endswith("tests")))
     done = subprocess.run(
-        [sys.executable, "-c", RUN, str(tmp_path / "m"), str(tmp_path / "o"), tests],
+        [sys.executable, "-c", RUN, str(tmp_path / "m"), str(tmp_path / "o"), tests, recipe],
         check=True,
         capture_output=True,
         text=True,

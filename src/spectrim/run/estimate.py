@@ -1,31 +1,23 @@
 """What a run will take, from the configuration and the headers alone: time and peak memory.
 
-Memory is counted as the run allocates it: what is resident all along, and on top of that the
-largest of its phases. The workspace of a decomposition, in numbers of 8 bytes, is
-
-    a p² + b m n + c n²,   p = min(m, n)
-
-with coefficients measured on this library's decompositions of matrices of several shapes. Time is
-operations over rates that are measured for a moment on the machine at hand, so it is a rough
-figure; training steps are not counted.
+Memory is counted as the run allocates it (`footprint.py`). Time is operations over rates that are
+measured for a moment on the machine at hand, so it is a rough figure; training steps are not
+counted.
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
-from torch import nn
 
 from spectrim.data.windows import longest_window
 from spectrim.decompose import OBJECTIVES
 from spectrim.errors import InputError
-from spectrim.model.onload import unit_names
-from spectrim.model.weights import get_module, is_linear
-from spectrim.recipe import ClosedFormRefinement, Recipe
+from spectrim.recipe import Recipe
+from spectrim.run.footprint import Phase, Setting, Sizes, phases, read_sizes, weight_parts
 from spectrim.run.loading import read_config
 from spectrim.run.memory import goes_out_of_core, resident_bytes
 from spectrim.run.out_of_core import checkpoint_folder
@@ -35,29 +27,11 @@ from spectrim.storage.shards import Shards
 
 __all__ = ["Estimate", "Setting", "estimate_run"]
 
-_WORKSPACE = {"plain": (0.0, 6.0, 0.0), "whitened": (1.0, 5.6, 1.1), "anchored": (9.5, 5.0, 5.5)}
-"""Coefficients (a, b, c) by family of objectives."""
-
-_FAMILY = {"fisher": "plain", "activation": "plain", "shifted": "whitened"}
-
 _LIBRARIES = 90 * 2**20
 """Code and buffers that are loaded only when a run uses them."""
 
 _READ_RATE = 1e9
 """Bytes per second from a disk."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Where and how a run will work."""
-
-    device: torch.device
-    working: torch.dtype
-    stored: torch.dtype
-    out_of_core: bool
-    offloaded: bool
-    windows: int
-    window_length: int
 
 
 @dataclass(frozen=True)
@@ -96,24 +70,6 @@ class Estimate:
             "device_parts": self.device_parts,
             "seconds": self.seconds,
         }
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    """What the skeleton says: numbers of parameters, and the linears of the largest block."""
-
-    width: int
-    vocabulary: int
-    blocks: int
-    block: int
-    other: int
-    linears: tuple[tuple[int, int], ...]
-    inputs: tuple[int, ...]
-
-    @property
-    def widest(self) -> int:
-        """Largest input plus output of a linear: what an activation of a token takes."""
-        return max(m + n for m, n in self.linears)
 
 
 def estimate_run(
@@ -169,117 +125,24 @@ def estimate_run(
     length = min(length, longest_window(config) or length)
     count = windows or (recipe.calibration.windows, length)
     setting = Setting(place, resolve_dtype(dtype, stored, place), stored, lazily, offloaded, *count)
-    sizes = _sizes(config, trust_remote_code)
-    working = _working_parts(recipe, setting, sizes)
-    weights = _weight_parts(setting, sizes, shards.bytes)
-    streams = {"streams": _streams(recipe) * prod(count) * sizes.width * setting.working.itemsize}
+    sizes = read_sizes(config, trust_remote_code)
+    weights = weight_parts(setting, sizes)
     base = {"process": resident_bytes() + _LIBRARIES}
+    held = phases(recipe, setting, sizes, planned=given_ranks)
     if place.type == "cpu":
-        host, accelerator = base | weights | streams | working, {}
+        host = base | weights | max(map(_together, held), key=lambda parts: sum(parts.values()))
+        accelerator = {}
     else:
-        host, accelerator = base | streams, weights | working
+        host = base | {"streams": max(phase.streams for phase in held)}
+        accelerator = weights | max((p.parts for p in held), key=lambda parts: sum(parts.values()))
     return Estimate(setting, host, accelerator, _times(recipe, setting, sizes), shards.bytes)
 
 
-def _sizes(config: Any, trust_remote_code: bool) -> _Sizes:
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        skeleton: Any = AutoModelForCausalLM.from_config(
-            config, trust_remote_code=trust_remote_code
-        )
-    blocks = [get_module(skeleton, name) for name in unit_names(skeleton)]
-    largest = max(blocks, key=_parameters)
-    linears, inputs = [], []
-    for parent in largest.modules():
-        own = [m for m in parent.children() if is_linear(m)]
-        shapes = [_shape(m) for m in own]
-        linears += shapes
-        for width in dict.fromkeys(n for _, n in shapes):
-            alike = sum(n == width for _, n in shapes)
-            # Three or more of one width are an attention's: its output projection stands alone.
-            inputs += [width] * (2 if alike > 2 else 1)
-    embedding = skeleton.get_input_embeddings().weight
-    inside = sum(map(_parameters, blocks))
-    return _Sizes(
-        width=embedding.shape[1],
-        vocabulary=embedding.shape[0],
-        blocks=len(blocks),
-        block=_parameters(largest),
-        other=_parameters(skeleton) - inside,
-        linears=tuple(linears),
-        inputs=tuple(inputs),
-    )
+def _together(phase: Phase) -> dict[str, int]:
+    return {"streams": phase.streams} | phase.parts
 
 
-def _parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
-def _shape(linear: Any) -> tuple[int, int]:
-    return (
-        (linear.out_features, linear.in_features)
-        if isinstance(linear, nn.Linear)
-        else (tuple(reversed(linear.weight.shape)))
-    )
-
-
-def _weight_parts(setting: Setting, sizes: _Sizes, checkpoint: int) -> dict[str, int]:
-    """Weights that are in memory while a block is worked on."""
-    working, stored = setting.working.itemsize, setting.stored.itemsize
-    if not setting.out_of_core:
-        every = (sizes.other + sizes.blocks * sizes.block) * working
-        return {"weights": every}
-    return {
-        "embeddings and head": sizes.other * working,
-        "block": sizes.block * working,
-        "next block": sizes.block * stored,
-    }
-
-
-def _streams(recipe: Recipe) -> int:
-    """Streams that exist at the same time."""
-    if recipe.flow == "sequential":
-        return 3  # original, shifted, and the original behind the block
-    return 1 if OBJECTIVES[recipe.decompose.objective].needs & {"C", "absolute"} else 0
-
-
-def _working_parts(recipe: Recipe, setting: Setting, sizes: _Sizes) -> dict[str, int]:
-    """The largest phase of the work on a block."""
-    working = setting.working.itemsize
-    objective = recipe.decompose.objective
-    needs = OBJECTIVES[objective].needs
-    tokens = min(recipe.calibration.batch, setting.windows) * setting.window_length
-    if not needs & {"C", "shifted", "cross", "absolute"}:
-        tokens = 0
-    family = _FAMILY.get(objective, objective)
-    a, b, c = _WORKSPACE.get(family, _WORKSPACE["anchored"])
-    workspace = max(int(8 * (a * min(m, n) ** 2 + b * m * n + c * n * n)) for m, n in sizes.linears)
-    parts = {
-        "decomposition": workspace,
-        "activations": tokens * (2 * sizes.width + sizes.widest) * working,
-    }
-    matrices = 8 * sum(n * n for n in sizes.inputs) if needs & {"C"} else 0
-    if recipe.flow == "sequential":
-        kinds = (
-            3
-            if "cross" in needs
-            else 1 + any(isinstance(s, ClosedFormRefinement) for s in recipe.refine)
-        )
-        matrices = 8 * kinds * max(sizes.inputs) ** 2
-        parts["copy of the block"] = sizes.block * working
-        if not setting.offloaded:
-            held = 2 * sizes.width + sizes.widest
-            paused = setting.windows * setting.window_length * held * working
-            parts["paused forwards"] = 2 * paused
-    parts["moments"] = matrices
-    if needs & {"G", "fisher"}:
-        every = sum(m * m for m, _ in sizes.linears) + sum(n * n for n in sizes.inputs)
-        parts["gradient moments"] = 8 * sizes.blocks * every
-    return parts
-
-
-def _times(recipe: Recipe, setting: Setting, sizes: _Sizes) -> dict[str, float]:
+def _times(recipe: Recipe, setting: Setting, sizes: Sizes) -> dict[str, float]:
     products, decompositions = _rates(setting)
     tokens = setting.windows * setting.window_length
     needs = OBJECTIVES[recipe.decompose.objective].needs
