@@ -148,24 +148,25 @@ def compress(
     )
     given = None if isinstance(text, (str, Path)) else text
     with places(output, overwrite=overwrite, work=work, resume=resume, team=team) as folder:
+        lazily = goes_out_of_core(
+            model,
+            out_of_core,
+            resolved,
+            device=team.device or device,
+            dtype=dtype,
+            kept=folder is not None and output is not None,
+            given_ranks=plan is not None,
+            given_text=given is not None,
+            processes=team.size,
+            trust_remote_code=trust_remote_code,
+        )
         loaded = load_model(
             model,
             device=team.device or device,
             dtype=dtype,
             tokenizer=tokenizer,
             trust_remote_code=trust_remote_code,
-            out_of_core=goes_out_of_core(
-                model,
-                out_of_core,
-                resolved,
-                device=device,
-                dtype=dtype,
-                kept=folder is not None and output is not None,
-                given_ranks=plan is not None,
-                given_text=given is not None,
-                processes=team.size,
-                trust_remote_code=trust_remote_code,
-            ),
+            out_of_core=any(team.gather(lazily)),  # a process may have less memory than the others
         )
         chosen, surveyed = _read_plan(plan)
         if survey is not None:

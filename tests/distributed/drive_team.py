@@ -94,15 +94,18 @@ class StopAtFirstBlock(Silent):
             raise Stop
 
 
-def resumed(team, recipe: str) -> dict:
-    """A run that is stopped after a block, and begun again, beside one that is not."""
+def resumed(team, recipe: str, *, lazily: bool) -> dict:
+    """A run that is stopped after a block, and begun again, beside one in memory that is not."""
+    output = f"{recipe}-lazily" if lazily else recipe
     options = {"recipe": recipe, "text": "text.txt", "windows": 9, "window_length": 32, "keep": 0.6}
     with contextlib.suppress(Stop):
-        spectrim.compress("model", output=recipe, team=team, progress=StopAtFirstBlock(), **options)
+        given = {"output": output, "team": team, "out_of_core": lazily, **options}
+        spectrim.compress("model", progress=StopAtFirstBlock(), **given)
         raise AssertionError("the run was not stopped")
-    left = sorted(path.stem for path in Path(f"{recipe}.work").glob("cut-*")) if team.leads else []
-    again = spectrim.compress("model", output=recipe, team=team, **options)
-    spectrim.compress("model", output=f"{recipe}-at-once", team=team, **options)
+    left = sorted(path.stem for path in Path(f"{output}.work").glob("cut-*")) if team.leads else []
+    again = spectrim.compress("model", **given)
+    if not lazily:
+        spectrim.compress("model", output=f"{recipe}-at-once", team=team, **options)
     return {"left": left, "notes": again.report["notes"]}
 
 
@@ -126,7 +129,9 @@ if __name__ == "__main__":
         found = cases.everything(team=team)
         flat = {f"{case}/{name}": t for case, those in found.items() for name, t in those.items()}
         save_file(flat, f"rank-{rank}.safetensors")
-        story["resumed"] = {recipe: resumed(team, recipe) for recipe in RESUMED}
+        for lazily in (False, True):
+            name = "lazily" if lazily else "resumed"
+            story[name] = {recipe: resumed(team, recipe, lazily=lazily) for recipe in RESUMED}
     story["compress"] = program("compress", *COMPRESS, "-o", "two")
     story["survey"] = program("survey", *COMPRESS, "-o", "survey", "-q")
     story["evaluate"] = program("evaluate", "model", "--text", "text.txt")

@@ -23,7 +23,6 @@ from spectrim.model.onload import Onloader
 from spectrim.model.weights import get_module
 from spectrim.run.log import RunLog
 from spectrim.storage.shared_work import Piece, Work
-from spectrim.storage.work import WorkFolder
 
 __all__ = ["Keeper"]
 
@@ -143,7 +142,7 @@ class Keeper:
 
     def _read_from(self, key: str, block: Block) -> None:
         if self.onloader is not None:
-            assert isinstance(self.work, WorkFolder)  # one process: no other works out of core
+            assert self.work is not None  # `finish` has refused to be without
             self.onloader.read_from(block.name, self.work.file(key).read_all)
 
 

@@ -93,21 +93,13 @@ def goes_out_of_core(
             finished blocks.
         given_ranks: whether the user brings a plan.
         given_text: whether the user brings documents or tokens.
-        processes: that share the run, each with the whole model in memory.
+        processes: that share the run; in memory, each has the whole model.
         trust_remote_code: read a configuration that comes with code.
 
     Raises:
         InputError: the user wants what cannot be done; says why.
     """
     if wanted is False or (wanted is None and (isinstance(model, nn.Module) or not kept)):
-        return False
-    if processes > 1:
-        if wanted:
-            raise InputError(
-                f"out of core, a run has one process, and {processes} were started: they share "
-                "windows and decompositions, each with the model in memory; start spectrim without "
-                "torchrun, or drop --out-of-core"
-            )
         return False
     if isinstance(model, nn.Module):
         raise InputError("a model object is in memory already; out of core takes a folder or name")
@@ -120,6 +112,8 @@ def goes_out_of_core(
         check_out_of_core(recipe, planned=given_ranks, own_text=given_text)
         return True
     needed, free = _weights_needed(str(model), device, dtype, trust_remote_code)
+    if resolve_device(device).type == "cpu" and needed is not None:
+        needed *= processes  # each holds the model; those of other machines are counted as well
     if needed is None or free is None or needed <= SHARE_FOR_WEIGHTS * free:
         return False
     check_out_of_core(recipe, planned=given_ranks, own_text=given_text)

@@ -14,6 +14,7 @@ from spectrim.distributed.team import Team
 from spectrim.errors import InputError
 from spectrim.model.anatomy import Anatomy
 from spectrim.model.onload import unit_names
+from spectrim.model.recompute import is_large
 from spectrim.model.tracing import trace
 from spectrim.model.weights import check_model
 from spectrim.recipe import Recipe
@@ -96,6 +97,8 @@ def open_job(
                 **(brought or {}),
             )
         )
+        if loaded.onloader is not None or is_large(model):
+            work.keep_here()  # blocks and moments are read from there when they are needed
         if work.finished:
             log.notes.append(f"resumed after {len(work.finished)} finished pieces")
     return Job(

@@ -52,7 +52,7 @@ def places(
         if chosen is not None and team.leads:
             folder = stack.enter_context(open_work(chosen, place=output))
         if chosen is not None and team.size > 1:
-            yield SharedWork(chosen, folder, team)
+            yield stack.enter_context(SharedWork(chosen, folder, team))
         else:
             yield folder
         if folder is not None and work is None:

@@ -1,12 +1,15 @@
 """One work folder for all processes of a team: the leader reads and writes it, all know its pieces.
 
-Only the leader holds the lock and touches the files, so the others need no common file system:
-what was finished earlier is read once and broadcast. All methods are called by every process.
+Only the leader's folder lasts, and the others need no common file system: what was finished
+earlier is read once and broadcast. Where processes read pieces by themselves later on, the others
+keep copies in folders of their own, which are removed at the end. All methods are called by every
+process, but for `file`, and for `load` where there are copies.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +18,8 @@ import torch
 from torch import Tensor
 
 from spectrim.distributed.team import Team
-from spectrim.storage.work import WorkFolder
+from spectrim.storage.tensor_file import TensorFile
+from spectrim.storage.work import WorkFolder, open_work
 
 __all__ = ["Piece", "SharedWork", "Work"]
 
@@ -61,6 +65,13 @@ class Work(Protocol):
         """A finished piece and its facts."""
         ...
 
+    def file(self, key: str) -> TensorFile:
+        """A finished piece that lies here, for reading tensors from."""
+        ...
+
+    def keep_here(self) -> None:
+        """From now on this process can read every finished piece by itself."""
+
 
 @dataclass(frozen=True)
 class _Received:
@@ -87,6 +98,16 @@ class SharedWork:
         self.path = path
         self._folder, self._team = folder, team
         self._finished: dict[str, None] = {}
+        self._copies: WorkFolder | None = None
+        self._held = ExitStack()
+
+    def __enter__(self) -> SharedWork:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._copies is not None and self._copies is not self._folder:
+            self._copies.clear()
+        self._held.close()
 
     @property
     def finished(self) -> Collection[str]:
@@ -103,12 +124,39 @@ class SharedWork:
 
     def write(self, key: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Finish a piece, which is the same everywhere; the others do not wait for the disk."""
-        if self._folder is not None:
-            self._folder.write(key, tensors, facts)
+        own = self._copies if self._copies is not None else self._folder
+        if own is not None:
+            own.write(key, tensors, facts)
         self._finished[key] = None
 
+    def keep_here(self) -> None:
+        """From now on this process can read every finished piece by itself; collective.
+
+        Raises:
+            OutputError: a folder for the copies cannot be written.
+        """
+        if self._copies is not None:
+            return
+        copies = self._folder
+        if copies is None:
+            place = self.path.with_name(f"{self.path.name}.rank{self._team.rank}")
+            copies = self._held.enter_context(open_work(place))
+            copies.begin_anew()
+        for key in self._finished:
+            piece, facts = self.load(key)
+            if self._folder is None:
+                copies.write(key, {name: piece.read(name) for name in piece.entries}, facts)
+        self._copies = copies
+
+    def file(self, key: str) -> TensorFile:
+        """A finished piece that lies here."""
+        assert self._copies is not None  # `keep_here` was called by whoever needs this
+        return self._copies.file(key)
+
     def load(self, key: str) -> tuple[Piece, dict[str, Any]]:
-        """A finished piece and its facts, from the leader to all."""
+        """A finished piece and its facts; without copies, from the leader to all."""
+        if self._copies is not None:
+            return self._copies.load(key)
         tensors: dict[str, Tensor] = {}
         message = None
         if self._folder is not None:

@@ -111,6 +111,20 @@ class WorkFolder:
         if found.files:
             logger.info("%s: going on after %d finished pieces", self.path, len(found.files))
 
+    def begin_anew(self) -> None:
+        """Forget what lies here, and hold the copy of another folder's work.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        for path in self.path.glob(f"*{SUFFIX}"):
+            path.unlink()
+        self._manifest = _Manifest()
+        self._save()
+
+    def keep_here(self) -> None:
+        """What is finished lies here already."""
+
     def _compare(self, found: _Manifest, identity: dict[str, Any]) -> None:
         here = {"spectrim": __version__, **identity}
         there = {"spectrim": found.spectrim, **found.identity}

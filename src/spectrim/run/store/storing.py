@@ -22,13 +22,14 @@ from spectrim.allocate.plan import Plan, PlanEntry
 from spectrim.errors import RecipeError
 from spectrim.layers.swap import swap_in
 from spectrim.model.anatomy import Block, Target
-from spectrim.model.replay import Replay, record
+from spectrim.model.replay import Replay
 from spectrim.model.weights import get_module
 from spectrim.moments.moments import Moments
 from spectrim.recipe import Recipe
 from spectrim.run.cut.one_shot import advance, block_moments
 from spectrim.run.cut.sharing import owners_of
 from spectrim.run.job import Job
+from spectrim.run.recorded import recorded
 from spectrim.run.store.converting import Conversion, Converter
 from spectrim.run.store.sharing import shared_conversions
 
@@ -110,14 +111,7 @@ def _must_convert(entry: PlanEntry) -> bool:
 def _replay(job: Job) -> Replay | None:
     if job.windows is None:
         return None
-    return record(
-        job.model,
-        job.own_ids,
-        batch=job.batch,
-        device=job.device,
-        anatomy=job.anatomy,
-        folder=job.offload_streams,
-    )
+    return recorded(job, job.ids)
 
 
 def _convert_block(

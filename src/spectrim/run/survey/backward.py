@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from spectrim.decompose import OBJECTIVES
@@ -18,6 +19,7 @@ from spectrim.moments.target_sums import ComponentsOf, GradientPass
 from spectrim.recipe import Decompose
 from spectrim.run.job import Job
 from spectrim.run.recorded import recorded
+from spectrim.storage.shared_work import Piece
 
 __all__ = ["backward_pass", "by_block", "gathered_moments", "output_moments"]
 
@@ -111,8 +113,7 @@ def gathered_moments(
     """
     blocks, keeper = job.anatomy.blocks, job.keeper
     names = {block.index: f"{stage}-gradients-{block.index:03d}" for block in blocks}
-    # Processes read pieces together, and a target's moments are asked for by its owner alone.
-    lies = by_block(job) and keeper.work is not None and job.team.size == 1
+    lies = by_block(job) and keeper.work is not None
     outputs: dict[str, OutputMoments] = {}
     inputs: dict[str, Moments] = {}
     if not all(keeper.has(name) for name in names.values()):
@@ -124,15 +125,21 @@ def gathered_moments(
             if not lies:
                 outputs |= found.outputs
                 inputs |= found.inputs
-        if not lies:
-            return outputs, inputs
-    kept_outputs = KeptMoments(job, names, "out", OutputMoments)
-    kept_inputs = KeptMoments(job, names, "in", Moments)
-    return (kept_outputs, kept_inputs) if lies else (dict(kept_outputs), dict(kept_inputs))
+    elif not lies:
+        for name in names.values():
+            file, numbers = keeper.load(name)
+            outputs |= _restored(file, numbers, "out", OutputMoments, job.device)
+            inputs |= _restored(file, numbers, "in", Moments, job.device)
+    if not lies:
+        return outputs, inputs
+    return KeptMoments(job, names, "out", OutputMoments), KeptMoments(job, names, "in", Moments)
 
 
 class KeptMoments(Mapping[str, Record]):
-    """Moments in the work folder, by target; read when one is asked for."""
+    """Moments in the work folder, by target; read when one is asked for.
+
+    Its names are those of all targets (inputs: of every group's first), gathered or not.
+    """
 
     def __init__(self, job: Job, pieces: Mapping[int, str], kind: str, record: type[Record]):
         self._keeper, self._device = job.keeper, job.device
@@ -146,14 +153,8 @@ class KeptMoments(Mapping[str, Record]):
 
     def __getitem__(self, name: str) -> Record:
         file, numbers = self._keeper.load(self._pieces[name])
-        start = f"{self._kind}/{name}/"
-        values: dict[str, Any] = {
-            where.removeprefix(start): file.read(where).to(self._device)
-            for where in file.entries
-            if where.startswith(start)
-        }
-        values |= {w.removeprefix(start): n for w, n in numbers.items() if w.startswith(start)}
-        return self._record(**values)
+        found = _restored(file, numbers, self._kind, self._record, self._device, only=name)
+        return found[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._pieces)
@@ -175,6 +176,25 @@ def _flattened(records: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Tens
                 else:
                     numbers[where] = value
     return tensors, numbers
+
+
+def _restored(
+    file: Piece,
+    numbers: Mapping[str, Any],
+    kind: str,
+    record: type[Record],
+    device: torch.device,
+    *,
+    only: str | None = None,
+) -> dict[str, Record]:
+    """Records of a piece as `_flattened` took them apart; all of them or one."""
+    values: dict[str, dict[str, Any]] = {}
+    for where in (*file.entries, *numbers):
+        found, name, field = where.split("/")
+        if found == kind and only in (None, name):
+            value = numbers[where] if where in numbers else file.read(where).to(device)
+            values.setdefault(name, {})[field] = value
+    return {name: record(**given) for name, given in values.items()}
 
 
 def output_moments(job: Job) -> Mapping[str, OutputMoments]:
