@@ -127,6 +127,12 @@ def test_an_interrupted_study_says_that_it_goes_on(tmp_path, capsys):
         assert ("goes on" in last) == resumes
 
 
+def test_an_interrupted_run_names_the_folder_that_was_chosen_for_its_work(tmp_path, capsys):
+    with pytest.raises(typer.Exit), session(output=tmp_path / "out", work=tmp_path / "mine"):
+        raise KeyboardInterrupt
+    assert f"stays in {tmp_path / 'mine'}" in capsys.readouterr().err
+
+
 def test_the_wrapper_hands_everything_to_lm_eval(monkeypatch):
     seen = []
     fake = types.ModuleType("lm_eval.__main__")

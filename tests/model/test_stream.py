@@ -1,8 +1,12 @@
 """A stream gives back what was written, in memory and on disk alike."""
 
+import errno
+
 import pytest
 import torch
 
+from spectrim.errors import OutputError
+from spectrim.model import stream as stream_module
 from spectrim.model.stream import Stream
 
 
@@ -52,3 +56,13 @@ def test_wrong_shapes_are_refused():
         stream.write(slice(0, 1), torch.zeros(1, 3, 5))
     with pytest.raises(ValueError, match=r"\(N, T, d\)"):
         Stream(torch.zeros(2, 3))
+
+
+def test_a_full_disk_is_named_and_leaves_no_file(tmp_path, monkeypatch):
+    def full(_descriptor, _size):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(stream_module, "_reserve", full)
+    with pytest.raises(OutputError, match=f"96 bytes in {tmp_path}: No space left.*fewer windows"):
+        Stream.empty(2, 3, 4, torch.float32, tmp_path)
+    assert not list(tmp_path.iterdir())

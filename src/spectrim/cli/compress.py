@@ -111,7 +111,9 @@ def compress(
     )
     written, resumes = None if dry_run else output, resume is not False
     with (
-        session(verbose=verbose, quiet=quiet, output=written, resumes=resumes) as progress,
+        session(
+            verbose=verbose, quiet=quiet, output=written, resumes=resumes, work=work
+        ) as progress,
         crew(device, progress) as team,
     ):
         from spectrim import api

@@ -29,6 +29,7 @@ def session(
     quiet: bool = False,
     output: Path | None = None,
     resumes: bool = False,
+    work: Path | None = None,
 ) -> Iterator[Progress]:
     """Set up logging, hand out a progress display, and say what an interruption leaves behind.
 
@@ -37,6 +38,7 @@ def session(
         quiet: no progress, only warnings and errors.
         output: the path the command writes; what lies there is compared after Ctrl-C.
         resumes: whether the command goes on from what it leaves in `output` or `OUTPUT.work`.
+        work: the user's folder for unfinished work, instead of those.
 
     Yields:
         The progress display for the library to call.
@@ -62,7 +64,7 @@ def session(
         if follows:
             raise typer.Exit(EXIT_INTERRUPTED) from None
         left = left_behind(before, neighbors(output))
-        kept = kept_in(output) if resumes else None
+        kept = work if work is not None else kept_in(output) if resumes else None
         if kept is not None:
             left += f"; what is finished stays in {kept}, and the same command goes on from there"
         print(f"interrupted: {left}", file=sys.stderr)

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from spectrim.errors import OutputError
+
 __all__ = ["Stream"]
 
 
@@ -42,21 +44,26 @@ class Stream:
         """Room for `n` windows of `t` tokens of width `d`; mapped to a new file in `folder`.
 
         Raises:
-            OSError: if the folder cannot be written or the disk is too small for the file.
+            OutputError: the folder cannot be written, or the disk is too small for the file.
         """
         if folder is None:
             return cls(torch.empty(n, t, d, dtype=dtype))
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix="stream-", suffix=".bin", dir=folder)
-        path = Path(name)
+        size, path = n * t * d * dtype.itemsize, None
         try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(prefix="stream-", suffix=".bin", dir=folder)
+            path = Path(name)
             with os.fdopen(handle, "wb") as file:
                 # Reserving the room now turns a full disk into an error here; writing to a
                 # mapping of a file with holes would kill the process instead.
-                _reserve(file.fileno(), n * t * d * dtype.itemsize)
-        except OSError:
-            _remove(path)
-            raise
+                _reserve(file.fileno(), size)
+        except OSError as error:
+            if path is not None:
+                _remove(path)
+            raise OutputError(
+                f"no room for hidden states of {size} bytes in {folder}: "
+                f"{error.strerror or error}; offload to another folder, or use fewer windows"
+            ) from error
         states = torch.from_file(name, shared=True, size=n * t * d, dtype=dtype)
         return cls(states.view(n, t, d), path)
 
