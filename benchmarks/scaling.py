@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scaling_model import ASSUMED, SEQUENTIAL, WHITENED, Shape, extrapolated, work
+from scaling_model import ASSUMED, DEFAULT, SEQUENTIAL, WHITENED, Shape, extrapolated, work
 from torch import Tensor
 
 from spectrim.data.windows import given_windows
@@ -35,13 +35,24 @@ from spectrim.recipe import Recipe
 from spectrim.run.cut import one_shot, sequential
 from spectrim.run.cutting_all import choose, cut_targets
 from spectrim.run.job import Job
+from spectrim.run.survey import survey
 
 RESULTS = Path(__file__).parent / "results" / "scaling.json"
 VOCABULARY = 256
 KEEP = 0.6
+WHOLE = 2
+"""Forward passes that the gradient pass of these small models is worth: one each way."""
 FLOWS = {
     "one-shot": ({"flow": "one-shot", "decompose": {"objective": "whitened"}}, WHITENED),
     "sequential": ({"flow": "sequential", "decompose": {"objective": "anchored"}}, SEQUENTIAL),
+    "default": (
+        {
+            "flow": "sequential",
+            "decompose": {"objective": "anchored_kfac"},
+            "allocate": {"rule": "knapsack", "score": "kfac"},
+        },
+        DEFAULT,
+    ),
 }
 BASE = Shape(width=192, inner=528, kv=192, blocks=2, windows=32, length=128)
 TEAM = Shape(width=384, inner=1056, kv=384, blocks=4, windows=32, length=128)
@@ -111,6 +122,7 @@ PARTS = {
     (one_shot, "block_moments"): "forward and moments",
     (one_shot, "replace_target"): "cut",
     (sequential, "replace_target"): "cut",
+    (survey, "decompose_target"): "cut",
 }
 
 
@@ -118,10 +130,9 @@ def measured(shape: Shape, flow: str) -> dict[str, float]:
     """CPU seconds of one run in this process; what is no cut is forwards and moments."""
     job = new_job(shape, flow)
     seconds: dict[str, float] = {}
-    choice = choose(job)
     with clocked(PARTS, seconds):
         started = time.process_time()
-        cut_targets(job, choice)
+        cut_targets(job, choose(job))
         seconds["total"] = time.process_time() - started
     seconds["forward and moments"] = seconds["total"] - seconds["cut"]
     return seconds
@@ -185,11 +196,10 @@ def one_turn(flow: str, team: Team) -> tuple[float, float]:
     """(critical path in CPU seconds, wall seconds) of one run on all ranks."""
     own = ClockedTeam(team.rank, team.size, team.device)
     job = new_job(TEAM, flow, own)
-    choice = choose(job)
     team.barrier()
     own.meetings[:] = [time.process_time()]
     wall = time.perf_counter()
-    cut_targets(job, choice)
+    cut_targets(job, choose(job))
     own.meetings.append(time.process_time())
     wall = time.perf_counter() - wall
     times = torch.tensor(own.meetings, dtype=torch.float64)
@@ -219,7 +229,7 @@ def team_turns(repeats: int) -> dict | None:
     found = {}
     for flow, times in rows.items():
         least = {name: min(values) for name, values in times.items()}
-        costs = [work(TEAM, FLOWS[flow][1], ranks) for ranks in (1, 2)]
+        costs = [work(TEAM, FLOWS[flow][1], ranks, passes=WHOLE) for ranks in (1, 2)]
         found[flow] = {
             "critical_path_cpu_seconds": [least["one cpu"], least["two cpu"]],
             "wall_seconds": [least["one wall"], least["two wall"]],
@@ -239,7 +249,7 @@ def constants(rows: list[dict]) -> dict:
     found: dict[str, Any] = {}
     for flow, (_, kind) in FLOWS.items():
         mine = [row for row in rows if row["flow"] == flow]
-        counts = [work(grown(BASE, row["axis"], row["factor"]), kind) for row in mine]
+        counts = [work(grown(BASE, row["axis"], row["factor"]), kind, passes=WHOLE) for row in mine]
         gather = torch.tensor([r["cpu_seconds"]["forward and moments"] for r in mine])
         cut = torch.tensor([r["cpu_seconds"]["cut"] for r in mine])
         products = torch.tensor([c.forward + c.moments for c in counts])

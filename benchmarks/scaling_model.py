@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from spectrim.moments.gradients_by_block import streams_held
+
 __all__ = [
+    "DEFAULT",
     "SEQUENTIAL",
     "WHITENED",
     "Flow",
@@ -72,15 +75,22 @@ class Flow:
         streams: 1 for the original network, 2 with the shifted one.
         moments: matrices per group: `C`, or `C`, `C'` and `D`.
         together: whether whole blocks are shared out, or one group after the other.
+        surveyed: whether a survey with gradient moments comes first, which takes every block
+            through a backward pass and decomposes every target once more.
     """
 
     streams: int
     moments: int
     together: bool
+    surveyed: bool = False
 
 
 WHITENED = Flow(streams=1, moments=1, together=True)
 SEQUENTIAL = Flow(streams=2, moments=3, together=False)
+DEFAULT = Flow(streams=2, moments=3, together=False, surveyed=True)
+
+BY_BLOCK = 4
+"""A gradient pass in forward passes: three forwards and a backward to the activations alone."""
 
 
 @dataclass(frozen=True)
@@ -98,16 +108,29 @@ class Work:
     cut: float
 
 
-def work(shape: Shape, flow: Flow, ranks: int = 1) -> Work:
-    """Work of the busiest process; windows are split, targets go to whoever has least."""
+def work(shape: Shape, flow: Flow, ranks: int = 1, *, passes: int = BY_BLOCK) -> Work:
+    """Work of the busiest process; windows are split, targets go to whoever has least.
+
+    Args:
+        shape: of the model.
+        flow: of the recipe.
+        ranks: processes.
+        passes: forward passes that the gradient pass of a survey is worth; 2 for small models.
+    """
     mine = -(-shape.windows // ranks) * shape.length
     d = shape.width
     # Queries meet all keys and values of their window, without use of causality.
     attention = 4 * shape.length * d
     projections = 2 * shape.weights
-    forward = shape.blocks * flow.streams * mine * (projections + attention)
-    moments = shape.blocks * flow.moments * mine * sum(2 * n * n for n, _ in shape.groups)
-    return Work(float(forward), float(moments), _busiest(shape, flow, ranks))
+    runs = flow.streams + (passes if flow.surveyed else 0)
+    forward = shape.blocks * runs * mine * (projections + attention)
+    squares = flow.moments * sum(2 * n * n for n, _ in shape.groups)
+    cut = _busiest(shape, flow, ranks)
+    if flow.surveyed:
+        squares += sum(2 * n * n for n, _ in shape.groups)
+        squares += sum(2 * m * m for m, _ in shape.targets)
+        cut += _busiest(shape, WHITENED, ranks)
+    return Work(float(forward), float(shape.blocks * mine * squares), cut)
 
 
 def _busiest(shape: Shape, flow: Flow, ranks: int) -> float:
@@ -135,6 +158,9 @@ def _busiest(shape: Shape, flow: Flow, ranks: int) -> float:
 def communication(shape: Shape, flow: Flow, ranks: int, *, keep: float, bytes_each: int) -> float:
     """Bytes that one process sends in a run: moments by a ring, factors by a broadcast."""
     moments = flow.moments * sum(8 * n * n for n, _ in shape.groups)
+    if flow.surveyed:
+        moments += sum(8 * n * n for n, _ in shape.groups)
+        moments += sum(8 * m * m for m, _ in shape.targets)
     factors = keep * shape.weights * bytes_each
     return shape.blocks * (2 * (ranks - 1) / ranks * moments + (factors if ranks > 1 else 0.0))
 
@@ -142,15 +168,20 @@ def communication(shape: Shape, flow: Flow, ranks: int, *, keep: float, bytes_ea
 def memory(shape: Shape, flow: Flow, ranks: int, *, bytes_each: int) -> dict[str, float]:
     """Bytes per process while a block is worked on, embeddings and head left out."""
     mine = -(-shape.windows // ranks) * shape.length
+    streams = flow.streams + (flow.streams > 1)
+    moments = 8 * flow.moments * sum(n * n for n, _ in shape.groups)
+    if not flow.together:
+        moments = 8 * flow.moments * max(n for n, _ in shape.groups) ** 2
+    if flow.surveyed:
+        streams = max(streams, streams_held(shape.blocks))
+        own = sum(n * n for n, _ in shape.groups) + sum(m * m for m, _ in shape.targets)
+        moments = max(moments, 8 * own)
     largest = max(m * n for m, n in shape.targets)
-    widest = max(n for n, _ in shape.groups)
     return {
         "model": shape.blocks * shape.weights * bytes_each,
         # The original stream, the shifted one, and the outputs that become the next original.
-        "streams": (flow.streams + (flow.streams > 1)) * mine * shape.width * bytes_each,
-        "moments": 8 * flow.moments * sum(n * n for n, _ in shape.groups)
-        if flow.together
-        else 8 * flow.moments * widest**2,
+        "streams": streams * mine * shape.width * bytes_each,
+        "moments": moments,
         # Weight, full-rank map, both factors and two matrices of the eigenproblem, fp64.
         "decomposition": 8 * (4 * largest + 2 * shape.width**2),
     }
