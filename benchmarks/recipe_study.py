@@ -5,18 +5,24 @@
     python benchmarks/recipe_study.py ... --model gpt-neox-books --output results/neox.json
 
 Rows: the recipe at its three efforts, the fast one with one ingredient taken away or changed (`-`
-and `fast:`), further training (`+`), other number formats, and published recipes as they are, for
-models on which no authors' code was run. docs/recipe_study.md discusses the results.
+and `fast:`), further training (`+`), other number formats, the dense model rounded to them (with
+`--keeps 1`), and published recipes as they are, for models on which no authors' code was run.
+docs/recipe_study.md discusses the results.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from protocol import main, recipe_rows
+from protocol import Row, main, recipe_rows
+from torch import Tensor
 
+from spectrim.measure.quantized import FORMATS, Format, round_targets
+from spectrim.model.tracing import trace
 from spectrim.recipe import Recipe
 from spectrim.recipes import get_recipe
+from spectrim.run.loading import LoadedModel
 
 RESULTS = Path(__file__).parent / "results" / "recipe_study.json"
 
@@ -58,5 +64,17 @@ def recipes() -> dict[str, Recipe]:
     return found | {name: get_recipe(name) for name in PUBLISHED}
 
 
+def rounded(weights: Format) -> Row:
+    """The dense model in integers: what low rank must be held against at equal bytes."""
+
+    def run(loaded: LoadedModel, calibration: Tensor, keep: float) -> dict[str, Any]:
+        anatomy = trace(loaded.model, calibration[:1, :8])
+        before, after = round_targets(loaded.model, anatomy, weights, loaded.stored_dtype)
+        return {"kept": after / before}
+
+    return run
+
+
 if __name__ == "__main__":
-    main(recipe_rows(recipes()), results=RESULTS, description=__doc__)
+    formats = {f"dense {weights}": rounded(weights) for weights in FORMATS}
+    main(recipe_rows(recipes()) | formats, results=RESULTS, description=__doc__)

@@ -12,17 +12,21 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+import torch
+from torch import nn
+
 from spectrim.allocate.budget import Shape, layer_bytes
 from spectrim.errors import InputError
 from spectrim.evaluate.curve import CurvePoint, dense_name
 from spectrim.layers.quantized import QuantizedDense, QuantizedLinear
 from spectrim.layers.swap import swap_in
 from spectrim.measure.measuring import Measured, PointStore, Reference, Size
+from spectrim.model.anatomy import Anatomy
 from spectrim.model.weights import get_module, read_bias, read_weight
 from spectrim.recipe import Recipe, StorageChoice
 from spectrim.run.opening import open_job, other_bytes
 
-__all__ = ["FORMATS", "quantized_points"]
+__all__ = ["FORMATS", "Format", "quantized_points", "round_targets"]
 
 Format = Literal["int8", "int4"]
 FORMATS: tuple[Format, ...] = ("int8", "int4")
@@ -57,6 +61,31 @@ def quantized_points(
     return points
 
 
+def round_targets(
+    model: nn.Module, anatomy: Anatomy, weights: Format, dtype: torch.dtype
+) -> tuple[int, int]:
+    """Round every target to nearest, in place; returns the bytes of the targets before and after.
+
+    Args:
+        model: dense.
+        anatomy: its targets.
+        weights: number format.
+        dtype: of the checkpoint.
+    """
+    before = after = 0
+    size = {"storage": "dense", "dtype_bytes": dtype.itemsize}
+    for target in anatomy.targets:
+        layer = get_module(model, target.name)
+        inner = QuantizedLinear.from_weight(
+            read_weight(layer), read_bias(layer), weights, dtype=dtype
+        )
+        swap_in(model, target.name, QuantizedDense(inner))
+        shape = Shape(target.out_features, target.in_features, target.bias)
+        before += layer_bytes(shape, rank=None, **size)
+        after += layer_bytes(shape, rank=None, weights=weights, **size)
+    return before, after
+
+
 def _measure(reference: Reference, recipe: Recipe, weights: Format) -> Measured:
     dense = reference.loaded
     dtype = next(dense.model.parameters()).dtype
@@ -64,19 +93,7 @@ def _measure(reference: Reference, recipe: Recipe, weights: Format) -> Measured:
     model: Any = copy.deepcopy(dense.model)
     targets = open_job(replace(dense, model=model), recipe, calibrate=False).anatomy
     others = other_bytes(model, targets, dense.stored_dtype)
-    before = after = 0
-    for target in targets.targets:
-        layer = get_module(model, target.name)
-        inner = QuantizedLinear.from_weight(
-            read_weight(layer), read_bias(layer), weights, dtype=dense.stored_dtype
-        )
-        swap_in(model, target.name, QuantizedDense(inner))
-        shape = Shape(target.out_features, target.in_features, target.bias)
-        itemsize = dense.stored_dtype.itemsize
-        before += layer_bytes(shape, rank=None, storage="dense", dtype_bytes=itemsize)
-        after += layer_bytes(
-            shape, rank=None, storage="dense", weights=weights, dtype_bytes=itemsize
-        )
+    before, after = round_targets(model, targets, weights, dense.stored_dtype)
     model.to(dtype)
     size = Size(
         keep=after / before,
