@@ -95,6 +95,9 @@ class Allocation(Section):
         default=False, description="zero_sum: as published, reverted targets keep their sum"
     )
     gradient_windows: int = Field(default=32, ge=1, description="windows behind gradient scores")
+    sensitivity_windows: int = Field(
+        default=32, ge=1, description="windows behind ASVD's measured sensitivities"
+    )
 
 
 class StorageChoice(Section):

@@ -53,14 +53,15 @@ def measured_divergences(
 def measured_perplexities(
     job: Job, factors: Mapping[str, Factors], candidates: Mapping[str, Mapping[float, int]]
 ) -> dict[tuple[str, float], float]:
-    """Perplexity of the calibration windows with one target cut to each of its candidates.
+    """Perplexity of the first calibration windows with one target cut to each of its candidates.
 
     Args:
-        job: the run; its windows are measured on.
+        job: the run; its recipe says on how many of its windows is measured.
         factors: of every target, to the largest candidate rank.
         candidates: target name -> keep -> rank.
     """
-    ids, own_ids = job.ids, job.own_ids
+    ids = job.ids[: job.recipe.allocate.sensitivity_windows]
+    own_ids = ids[job.team.share(len(ids))]
 
     def loss(rows: slice, logits: Tensor) -> float:
         labels = own_ids[rows].to(logits.device)[:, 1:].reshape(-1)
