@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from spectrim.run.learned.resizing import settle_outcome
 from spectrim.run.learned.saving_elastic import save_survey_as_elastic as elastic
 from spectrim.run.loading import load_model
 from spectrim.run.memory import goes_out_of_core
+from spectrim.run.out_of_core import check_out_of_core, check_survey_out_of_core
 from spectrim.run.places import places
 from spectrim.run.predicting import estimate
 from spectrim.run.resolving import resolve_recipe
@@ -151,12 +153,12 @@ def compress(
         lazily = goes_out_of_core(
             model,
             out_of_core,
-            resolved,
+            check=partial(
+                check_out_of_core, resolved, planned=plan is not None, own_text=given is not None
+            ),
             device=team.device or device,
             dtype=dtype,
             kept=folder is not None and output is not None,
-            given_ranks=plan is not None,
-            given_text=given is not None,
             processes=team.size,
             trust_remote_code=trust_remote_code,
         )
@@ -215,6 +217,7 @@ def survey(
     dtype: str | torch.dtype = "auto",
     tokenizer: Any = None,
     offload_streams: str | Path | None = None,
+    out_of_core: bool | None = None,
     progress: Progress | None = None,
     trust_remote_code: bool = False,
     team: Team | None = None,
@@ -236,6 +239,8 @@ def survey(
         dtype: to work in.
         tokenizer: for model objects.
         offload_streams: folder for hidden states that should not be held in memory.
+        out_of_core: leave blocks in the checkpoint until they are worked on, as for `compress`;
+            what is returned then has its factors in `output`.
         progress: told of stages and steps.
         trust_remote_code: run code that comes with the checkpoint.
         team: processes that share the work, as for `compress`.
@@ -247,7 +252,19 @@ def survey(
     resolved = resolve_recipe(
         recipe, seed=seed, text=text, windows=windows, window_length=window_length
     )
+    given = None if isinstance(text, (str, Path)) else text
     with places(output, overwrite=overwrite, team=team) as folder:
+        lazily = goes_out_of_core(
+            model,
+            out_of_core,
+            check=partial(check_survey_out_of_core, resolved, scores, own_text=given is not None),
+            device=team.device or device,
+            dtype=dtype,
+            kept=output is not None,
+            processes=team.size,
+            trust_remote_code=trust_remote_code,
+        )
+        lazily = any(team.gather(lazily))
         made = survey_model(
             load_model(
                 model,
@@ -255,9 +272,10 @@ def survey(
                 dtype=dtype,
                 tokenizer=tokenizer,
                 trust_remote_code=trust_remote_code,
+                out_of_core=lazily,
             ),
             resolved,
-            text=None if isinstance(text, (str, Path)) else text,
+            text=given,
             scores=scores,
             progress=progress,
             offload_streams=None if offload_streams is None else Path(offload_streams),
@@ -268,6 +286,9 @@ def survey(
             if team.leads:
                 save_survey(made, output, overwrite=overwrite)
             team.barrier()
+        if lazily:
+            assert output is not None  # out of core there is one
+            made = load_survey(output)  # its pieces in the work folder are about to go
     return made
 
 

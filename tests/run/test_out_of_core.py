@@ -71,6 +71,27 @@ def test_the_bytes_are_those_of_a_model_in_memory(tmp_path, architecture, recipe
     assert {p.name for p in tmp_path.iterdir()} == {"m", "a", "b"}
 
 
+@pytest.mark.parametrize(
+    ("recipe", "scores"), [("zs-svd", None), ("spectrim", None), ("svd-llm", ["kfac"])]
+)
+def test_a_survey_has_the_bytes_of_one_in_memory(tmp_path, recipe, scores):
+    model = checkpoint(tmp_path / "m", max_shard_size="20KB")
+    options = {"recipe": quick(recipe), "scores": scores, "text": windows(8)}
+    one = api.survey(model, output=tmp_path / "a", out_of_core=False, **options)
+    other = api.survey(model, output=tmp_path / "b", out_of_core=True, **options)
+    for name in ("factors.safetensors", "curves.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert one.key == other.key and one.notes == other.notes
+    assert {p.name for p in tmp_path.iterdir()} == {"m", "a", "b"}
+    rank = api.plan(other, keep=0.5).entries
+    assert rank == api.plan(tmp_path / "a", keep=0.5).entries
+
+
+def test_scores_that_run_the_model_again_and_again_are_refused(tmp_path):
+    with pytest.raises(InputError, match="'measured' evaluates the model once for every target"):
+        api.survey("nowhere", output=tmp_path / "o", scores=["measured"], out_of_core=True)
+
+
 def test_a_block_is_in_memory_only_while_it_is_held(tmp_path):
     loaded = load_model(checkpoint(tmp_path / "m"), device="cpu", out_of_core=True)
     model, onloader = loaded.model, loaded.onloader

@@ -64,13 +64,7 @@ def compress(
             "--resume/--no-resume", help="Go on from what an earlier run finished, as by default."
         ),
     ] = None,
-    out_of_core: Annotated[
-        bool | None,
-        typer.Option(
-            "--out-of-core/--in-memory",
-            help="Read blocks from the checkpoint one at a time; default where memory is short.",
-        ),
-    ] = None,
+    out_of_core: options.OutOfCore = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Predict time and peak memory; load and write nothing."),

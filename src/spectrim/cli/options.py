@@ -17,6 +17,7 @@ __all__ = [
     "Dtype",
     "Keep",
     "Model",
+    "OutOfCore",
     "Output",
     "Overwrite",
     "Quiet",
@@ -79,6 +80,13 @@ Device = Annotated[
 Dtype = Annotated[
     str | None,
     typer.Option("--dtype", help="auto (as stored), float32, bfloat16, float16; default auto."),
+]
+OutOfCore = Annotated[
+    bool | None,
+    typer.Option(
+        "--out-of-core/--in-memory",
+        help="Read blocks from the checkpoint one at a time; default where memory is short.",
+    ),
 ]
 Against = Annotated[
     str | None,

@@ -29,6 +29,7 @@ def survey(
     seed: options.Seed = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    out_of_core: options.OutOfCore = None,
     overwrite: options.Overwrite = False,
     trust_remote_code: options.TrustRemoteCode = False,
     verbose: options.Verbose = False,
@@ -63,6 +64,7 @@ def survey(
                 seed=seed,
                 device=device,
                 dtype=dtype,
+                out_of_core=out_of_core,
             ),
         )
     if not team.leads:

@@ -18,7 +18,6 @@ from spectrim.run.job import Job, Progress
 from spectrim.run.learned.learned import learn
 from spectrim.run.loading import LoadedModel
 from spectrim.run.opening import open_job, other_bytes
-from spectrim.run.out_of_core import check_out_of_core
 from spectrim.run.reporting import build_report
 from spectrim.run.store.storing import cast_parameters, check_storage, store
 from spectrim.run.survey.survey_key import survey_key
@@ -79,7 +78,8 @@ def run_recipe(
 ) -> Outcome:
     """Compress a loaded model in place.
 
-    A model that is not in memory comes back as a skeleton whose blocks lie in the work folder.
+    A model that is not in memory comes back as a skeleton whose blocks lie in the work folder;
+    whether the recipe can be run so was checked before it was loaded.
 
     Args:
         loaded: the model; its parameters are replaced.
@@ -103,9 +103,6 @@ def run_recipe(
     check_storage(recipe)
     team = team or Team()
     _check_shareable(recipe, team)
-    if loaded.onloader is not None:
-        given = text is not None and not isinstance(text, (str, Path))
-        check_out_of_core(recipe, planned=plan is not None, own_text=given)
     job = open_job(
         loaded,
         recipe,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from spectrim.recipe import Recipe
 from spectrim.run.footprint import Phase, Setting, Sizes, phases, read_sizes, weight_parts
 from spectrim.run.loading import read_config
 from spectrim.run.memory import goes_out_of_core, resident_bytes
-from spectrim.run.out_of_core import checkpoint_folder
+from spectrim.run.out_of_core import check_out_of_core, checkpoint_folder
 from spectrim.run.working import resolve_device, resolve_dtype, stored_dtype
 from spectrim.storage.admission import admit_folder
 from spectrim.storage.shards import Shards
@@ -107,12 +108,10 @@ def estimate_run(
     lazily = goes_out_of_core(
         model,
         out_of_core,
-        recipe,
+        check=partial(check_out_of_core, recipe, planned=given_ranks, own_text=windows is not None),
         device=device,
         dtype=dtype,
         kept=True,
-        given_ranks=given_ranks,
-        given_text=windows is not None,
         trust_remote_code=trust_remote_code,
     )
     folder = checkpoint_folder(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,7 @@ import torch
 from torch import nn
 
 from spectrim.errors import InputError
-from spectrim.recipe import Recipe
 from spectrim.run.loading import read_config
-from spectrim.run.out_of_core import check_out_of_core
 from spectrim.run.working import resolve_device, resolve_dtype, stored_dtype
 from spectrim.storage.admission import admit_folder
 from spectrim.storage.shards import Shards
@@ -71,13 +70,11 @@ def resident_bytes() -> int:
 def goes_out_of_core(
     model: str | Path | nn.Module,
     wanted: bool | None,
-    recipe: Recipe,
     *,
+    check: Callable[[], None],
     device: str | torch.device,
     dtype: str | torch.dtype,
     kept: bool,
-    given_ranks: bool = False,
-    given_text: bool = False,
     processes: int = 1,
     trust_remote_code: bool = False,
 ) -> bool:
@@ -86,13 +83,11 @@ def goes_out_of_core(
     Args:
         model: what the user gave.
         wanted: the user's word; None leaves it to the memory that is free.
-        recipe: resolved.
+        check: raises if what is asked for cannot be done out of core.
         device: as the user says it.
         dtype: as the user says it.
         kept: whether there are an output and a work folder, without which there is no place for
             finished blocks.
-        given_ranks: whether the user brings a plan.
-        given_text: whether the user brings documents or tokens.
         processes: that share the run; in memory, each has the whole model.
         trust_remote_code: read a configuration that comes with code.
 
@@ -109,14 +104,14 @@ def goes_out_of_core(
                 "out of core, finished blocks are kept in a work folder and assembled in the "
                 "output; give an output, and do not switch resuming off"
             )
-        check_out_of_core(recipe, planned=given_ranks, own_text=given_text)
+        check()
         return True
     needed, free = _weights_needed(str(model), device, dtype, trust_remote_code)
     if resolve_device(device).type == "cpu" and needed is not None:
         needed *= processes  # each holds the model; those of other machines are counted as well
     if needed is None or free is None or needed <= SHARE_FOR_WEIGHTS * free:
         return False
-    check_out_of_core(recipe, planned=given_ranks, own_text=given_text)
+    check()
     logger.info("weights need %d bytes, %d are free: working out of core", needed, free)
     return True
 

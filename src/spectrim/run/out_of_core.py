@@ -7,6 +7,7 @@ before anything is read.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,12 @@ from spectrim.recipe import DistillRefinement, LoraRefinement, ProjectedGradient
 from spectrim.run.survey.planning import TABLE, needed_scores
 from spectrim.storage.shards import Shards, names_on_disk
 
-__all__ = ["build_onloaded", "check_out_of_core", "checkpoint_folder"]
+__all__ = [
+    "build_onloaded",
+    "check_out_of_core",
+    "check_survey_out_of_core",
+    "checkpoint_folder",
+]
 
 _WAY_OUT = (
     "run it in memory (--in-memory), or choose a recipe that works block by block: spectrim, "
@@ -41,16 +47,43 @@ def check_out_of_core(recipe: Recipe, *, planned: bool = False, own_text: bool =
         InputError: says which part of the recipe it is and what to do.
     """
     reason = _reason(recipe, planned)
-    if reason is None and not own_text:
-        text = recipe.calibration.text
-        if "self" in ([text] if isinstance(text, str) else text) and _calibrates(recipe):
-            reason = (
-                "the calibration text 'self' is sampled token by token, which reads the whole "
-                "checkpoint for every token; give a text (--text FILE)"
-            )
-            raise InputError(f"recipe {recipe.name!r} cannot be run out of core: {reason}")
     if reason is not None:
         raise InputError(f"recipe {recipe.name!r} cannot be run out of core: {reason}; {_WAY_OUT}")
+    if not own_text and _calibrates(recipe):
+        _check_text(recipe)
+
+
+def check_survey_out_of_core(
+    recipe: Recipe, scores: Collection[str] | None = None, *, own_text: bool = False
+) -> None:
+    """Refuse a survey that runs the whole model again and again.
+
+    Args:
+        recipe: resolved; its rule asks for scores too.
+        scores: that the user asks for.
+        own_text: whether the calibration text is given as documents or tokens.
+
+    Raises:
+        InputError: names the score.
+    """
+    repeated = sorted({*(scores or ()), *needed_scores(recipe.allocate)} & {"measured", TABLE})
+    if repeated:
+        raise InputError(
+            f"the score {repeated[0]!r} evaluates the model once for every target, which cannot be "
+            "done out of core; survey in memory (--in-memory), or without it"
+        )
+    if not own_text:
+        _check_text(recipe)
+
+
+def _check_text(recipe: Recipe) -> None:
+    text = recipe.calibration.text
+    if "self" in ([text] if isinstance(text, str) else text):
+        raise InputError(
+            f"recipe {recipe.name!r} cannot be run out of core: the calibration text 'self' is "
+            "sampled token by token, which reads the whole checkpoint for every token; give a "
+            "text (--text FILE)"
+        )
 
 
 def _calibrates(recipe: Recipe) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -40,7 +41,7 @@ from spectrim.storage.strict import (
 from spectrim.storage.survey_record import Factors, Survey, SurveyKey
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from spectrim.storage.tensor_file import Slot
 
 __all__ = ["SURVEY_FILE", "is_survey", "load_factors", "load_survey", "save_survey"]
 
@@ -105,7 +106,7 @@ def save_survey(survey: Survey, output: str | Path, *, overwrite: bool = False) 
         OutputError: the destination is taken or cannot be written.
         ArtifactError: the survey has no key or no factors, so nothing could use it later.
     """
-    from safetensors.torch import save_file as save_tensors
+    from spectrim.storage.tensor_file import write_tensors
 
     if survey.key is None or survey.factors is None:
         raise ArtifactError("only a survey with its key and factors can be saved")
@@ -122,17 +123,29 @@ def save_survey(survey: Survey, output: str | Path, *, overwrite: bool = False) 
         notes=survey.notes,
         targets=tuple(_target_record(c) for c in survey.curves),
     )
-    tensors: dict[str, Tensor] = {}
-    for name, factors in survey.factors.items():
-        tensors[f"{name}.up"] = factors.up.contiguous()
-        tensors[f"{name}.down"] = factors.down.contiguous()
     with new_folder(output, overwrite=overwrite) as folder:
         save_arrays(_arrays(survey), folder / CURVES_FILE)
-        save_tensors(tensors, folder / FACTORS_FILE)
+        write_tensors(folder / FACTORS_FILE, list(_factor_slots(survey.factors)))
         data = record.model_dump(mode="json", exclude_unset=True)
         text = json.dumps(data, indent=1, allow_nan=False)
         (folder / SURVEY_FILE).write_text(text + "\n", encoding="utf-8")
     return Path(output)
+
+
+def _factor_slots(factors: Mapping[str, Factors]) -> Iterator[Slot]:
+    """Factors to be written one at a time: those of a survey out of core lie in files."""
+    from spectrim.storage.tensor_file import Slot
+
+    for name in factors:
+        held = factors[name]
+        for part in ("up", "down"):
+            like = getattr(held, part)
+            yield Slot(
+                f"{name}.{part}",
+                like.dtype,
+                tuple(like.shape),
+                lambda name=name, part=part: getattr(factors[name], part),
+            )
 
 
 def load_survey(folder: str | Path) -> Survey:

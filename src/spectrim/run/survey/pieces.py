@@ -14,7 +14,7 @@ from spectrim.model.anatomy import Block
 from spectrim.run.keeping import Keeper
 from spectrim.storage.survey_record import Factors
 
-__all__ = ["Found", "KeptFactors", "note_loss", "piece_name", "save_piece", "take_piece"]
+__all__ = ["Found", "KeptFactors", "leading", "note_loss", "piece_name", "save_piece", "take_piece"]
 
 
 @dataclass
@@ -95,19 +95,41 @@ def take_piece(
             found.damping[name] = said["damping"]
 
 
-class KeptFactors(Mapping[str, Factors]):
-    """Factors of all targets, read from the work folder when one is asked for."""
+def leading(factors: Factors, rank: int) -> Factors:
+    """The first `rank` components, in memory of their own."""
+    if rank >= factors.rank:
+        return factors
+    return Factors(factors.up[:, :rank].clone(), factors.down[:rank].clone())
 
-    def __init__(self, keeper: Keeper, stage: str, blocks: tuple[Block, ...], device: torch.device):
+
+class KeptFactors(Mapping[str, Factors]):
+    """Factors of all targets, read from the work folder when one is asked for.
+
+    Args:
+        keeper: has the pieces.
+        stage: of the survey.
+        blocks: all of them.
+        device: where the factors are wanted.
+        held: target name -> as many leading components of it as are given.
+    """
+
+    def __init__(
+        self,
+        keeper: Keeper,
+        stage: str,
+        blocks: tuple[Block, ...],
+        device: torch.device,
+        held: Mapping[str, int] | None = None,
+    ):
         self._keeper = keeper
+        self._held = held or {}
         self._piece = {t.name: piece_name(stage, b) for b in blocks for t in b.targets}
         self._device = device
 
     def __getitem__(self, name: str) -> Factors:
         file, _ = self._keeper.load(self._piece[name])
-        return Factors(
-            file.read(f"{name}/up").to(self._device), file.read(f"{name}/down").to(self._device)
-        )
+        up, down = (file.read(f"{name}/{part}").to(self._device) for part in ("up", "down"))
+        return leading(Factors(up, down), self._held.get(name, up.shape[1]))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._piece)

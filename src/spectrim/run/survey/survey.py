@@ -33,6 +33,7 @@ from spectrim.run.survey.backward import gathered_moments
 from spectrim.run.survey.pieces import (
     Found,
     KeptFactors,
+    leading,
     note_loss,
     piece_name,
     save_piece,
@@ -110,9 +111,12 @@ def make_survey(
         with job.log.timed("scores"):
             score_components(job, choice, found, factors)
     limits = _limits(job)
-    for curve in found.curves if factors is found.factors and not complete else ():
-        held = min(largest_rank(curve.shape, limits), curve.rank)
-        found.factors[curve.name] = _leading(found.factors[curve.name], held)
+    if not complete:
+        held = {c.name: min(largest_rank(c.shape, limits), c.rank) for c in found.curves}
+        if job.keeper.onloader is not None:
+            factors = KeptFactors(job.keeper, stage, job.anatomy.blocks, job.device, held)
+        for name in found.factors:
+            found.factors[name] = leading(found.factors[name], held[name])
     if "measured" in wanted:
         found.curves = with_references(job, found)
     table: dict[tuple[str, float], float] = {}
@@ -141,12 +145,6 @@ def _limits(job: Job) -> Limits:
         storage=job.recipe.storage.kind,
         weights=job.recipe.storage.weights,
     )
-
-
-def _leading(factors: Factors, rank: int) -> Factors:
-    if rank == factors.rank:
-        return factors
-    return Factors(factors.up[:, :rank].clone(), factors.down[:rank].clone())
 
 
 def _blocks(
