@@ -72,7 +72,7 @@ def gradients_by_block(
         batch: windows per pass.
         device: where blocks are worked on.
         folder: where to map streams to files, None for memory.
-        on_block: called when a block is done.
+        on_block: called when a block is passed, on the way there and on the way back.
         team: the processes that share the windows.
 
     Raises:
@@ -80,7 +80,7 @@ def gradients_by_block(
     """
     team, device = team or Team(), torch.device(device)
     mine = team.share(ids.shape[0])
-    entering, last = _entering(replay, anatomy, at_hand, batch, device, folder)
+    entering, last = _entering(replay, anatomy, at_hand, batch, device, folder, on_block)
     loss, gradients = _gradients_of_loss(replay, ids[mine], last, batch, device)
     total, tokens = team.total(lambda: loss), ids[:, 1:].numel()
     for first in reversed(entering):
@@ -106,6 +106,7 @@ def _entering(
     batch: int,
     device: torch.device,
     folder: Path | None,
+    on_block: Callable[[], None],
 ) -> tuple[dict[int, Stream], Stream]:
     """States that enter every s-th block, by its number, and those that leave the last block."""
     entering: dict[int, Stream] = {}
@@ -116,6 +117,7 @@ def _entering(
             moving = moving.duplicate(folder)
         with at_hand(block):
             _move(replay, block, moving, batch, device)
+        on_block()
     return entering, moving
 
 

@@ -63,7 +63,7 @@ def backward_pass(
         "team": job.team,
     }
     if by_block(job):
-        job.progress.start(stage, len(job.anatomy.blocks))
+        job.progress.start(stage, 2 * len(job.anatomy.blocks))
         yield from gradients_by_block(
             recorded(job, ids),
             job.anatomy,
