@@ -201,7 +201,6 @@ class PassSums:
         device: torch.device,
         first: int,
     ):
-        self._scored = factors is not None
         self._sums = {
             t.name: _TargetSums(t, needs, clip, factors(t.name) if factors else None, device, first)
             for group in groups
@@ -260,11 +259,7 @@ class PassSums:
         return GradientPass(
             outputs={name: s.outputs() for name, s in self._sums.items()},
             inputs={name: reduced(a.moments(), team) for name, a in self._inputs.items()},
-            scores=(
-                {n: s.scores(tokens) for n, s in self._sums.items() if s.factors}
-                if self._scored
-                else {}
-            ),
+            scores={n: s.scores(tokens) for n, s in self._sums.items() if s.factors},
             loss=loss,
             tokens=tokens,
         )
