@@ -162,6 +162,8 @@ def communication(shape: Shape, flow: Flow, ranks: int, *, keep: float, bytes_ea
         moments += sum(8 * n * n for n, _ in shape.groups)
         moments += sum(8 * m * m for m, _ in shape.targets)
     factors = keep * shape.weights * bytes_each
+    if flow.surveyed:
+        factors += 4 * shape.weights  # the survey's, fp32, up to break-even
     return shape.blocks * (2 * (ranks - 1) / ranks * moments + (factors if ranks > 1 else 0.0))
 
 

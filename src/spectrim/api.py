@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -288,7 +288,8 @@ def survey(
             team.barrier()
         if lazily:
             assert output is not None  # out of core there is one
-            made = load_survey(output)  # its pieces in the work folder are about to go
+            # Its pieces in the work folder are about to go.
+            made = replace(made, factors=None, folder=Path(output))
     return made
 
 

@@ -129,6 +129,7 @@ def test_an_interrupted_study_says_that_it_goes_on(tmp_path, capsys):
 
 def test_an_interrupted_run_names_the_folder_that_was_chosen_for_its_work(tmp_path, capsys):
     with pytest.raises(typer.Exit), session(output=tmp_path / "out", work=tmp_path / "mine"):
+        (tmp_path / "mine").mkdir()
         raise KeyboardInterrupt
     assert f"stays in {tmp_path / 'mine'}" in capsys.readouterr().err
 

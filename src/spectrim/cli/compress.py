@@ -106,7 +106,11 @@ def compress(
     written, resumes = None if dry_run else output, resume is not False
     with (
         session(
-            verbose=verbose, quiet=quiet, output=written, resumes=resumes, work=work
+            verbose=verbose,
+            quiet=quiet,
+            output=written,
+            resumes=resumes,
+            work=None if dry_run else work,
         ) as progress,
         crew(device, progress) as team,
     ):

@@ -64,7 +64,8 @@ def session(
         if follows:
             raise typer.Exit(EXIT_INTERRUPTED) from None
         left = left_behind(before, neighbors(output))
-        kept = work if work is not None else kept_in(output) if resumes else None
+        chosen = work is not None and work.exists()
+        kept = work if chosen else kept_in(output) if resumes else None
         if kept is not None:
             left += f"; what is finished stays in {kept}, and the same command goes on from there"
         print(f"interrupted: {left}", file=sys.stderr)

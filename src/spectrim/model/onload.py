@@ -72,6 +72,8 @@ class Onloader:
         self._units = {name: _Unit(name, source) for name, source in sources.items()}
         names = list(sources)
         self._after = dict(pairwise(names))
+        self._before = {after: name for name, after in self._after.items()}
+        self._last: str | None = None
         self._samples: dict[str, Tensor] = {}
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="onload")
         self._coming: tuple[Source, Future[Mapping[str, Tensor]]] | None = None
@@ -190,7 +192,10 @@ class Onloader:
             found = coming[1].result()
         else:
             found = unit.source()
-        following = self._after.get(unit.name)
+        # Passes go through the blocks forwards, gradients come back through them.
+        backwards = self._last is not None and self._last == self._after.get(unit.name)
+        following = (self._before if backwards else self._after).get(unit.name)
+        self._last = unit.name
         if following is not None and not self._units[following].loaded:
             source = self._units[following].source
             self._coming = (source, self._reader.submit(source))

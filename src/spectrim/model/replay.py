@@ -92,6 +92,15 @@ class Replay:
         _check_finite(output, f"block {self.names[block_index]!r}")
         return output
 
+    def advance(
+        self, block_index: int, stream: Stream, batch: int, device: torch.device | str
+    ) -> None:
+        """Take a stream past a block as it stands in the model now, in place."""
+        module = self.block(block_index)
+        with evaluating(module):
+            for rows in stream.batches(batch):
+                stream.write(rows, self.run(block_index, module, stream.read(rows, device)))
+
     def finish(self, hidden: Tensor) -> Tensor:
         """Logits (B, T, vocabulary) from the states after the last block.
 

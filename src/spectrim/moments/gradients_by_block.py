@@ -89,13 +89,14 @@ def gradients_by_block(
         for block in segment[:-1]:
             states.append(states[-1].duplicate(folder))
             with at_hand(block):
-                _move(replay, block, states[-1], batch, device)
+                replay.advance(block.index, states[-1], batch, device)
         for block, entered in zip(reversed(segment), reversed(states), strict=True):
             sums = PassSums(block.groups, needs, input_needs, factors, clip, device, mine.start)
             with at_hand(block) as module:
                 _step_back(replay, block, module, entered, gradients, sums, batch, device)
             entered.close()
             yield block, sums.finish(team, loss=total, tokens=tokens)
+            del sums  # before the next block's are made
             on_block()
 
 
@@ -116,17 +117,9 @@ def _entering(
             entering[block.index] = moving
             moving = moving.duplicate(folder)
         with at_hand(block):
-            _move(replay, block, moving, batch, device)
+            replay.advance(block.index, moving, batch, device)
         on_block()
     return entering, moving
-
-
-@torch.no_grad()
-def _move(replay: Replay, block: Block, stream: Stream, batch: int, device: torch.device) -> None:
-    """Take a stream past a block as it stands in the model."""
-    module = replay.block(block.index)
-    for rows in stream.batches(batch):
-        stream.write(rows, replay.run(block.index, module, stream.read(rows, device)))
 
 
 def _gradients_of_loss(

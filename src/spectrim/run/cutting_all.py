@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from spectrim.allocate.plan import Plan
 from spectrim.recipe import ProjectedGradientRefinement
@@ -48,6 +48,8 @@ def choose(job: Job, *, plan: Plan | None = None, survey: Survey | None = None) 
     made = plan or make_plan(
         recipe, dtype_bytes=job.dtype_bytes, curves=shape_curves(job.anatomy), survey=survey
     )
+    if survey is not None and recipe.flow == "sequential":
+        survey = replace(survey, factors=None)  # it gave the ranks; factors are made anew
     check_plan(made, job.anatomy)
     return Choice(made, survey, given=plan is not None)
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from spectrim.data.windows import Windows
+from spectrim.decompose import OBJECTIVES
 from spectrim.distributed.team import Team
 from spectrim.errors import InputError
 from spectrim.model.anatomy import Anatomy
@@ -97,8 +98,9 @@ def open_job(
                 **(brought or {}),
             )
         )
-        if loaded.onloader is not None or is_large(model):
-            work.keep_here()  # blocks and moments are read from there when they are needed
+        gathers = OBJECTIVES[recipe.decompose.objective].needs & {"G", "fisher"}
+        if loaded.onloader is not None or (gathers and is_large(model)):
+            work.keep_here()  # blocks or moments are read from there when they are needed
         if work.finished:
             log.notes.append(f"resumed after {len(work.finished)} finished pieces")
     return Job(

@@ -2,8 +2,9 @@
 
 Only the leader's folder lasts, and the others need no common file system: what was finished
 earlier is read once and broadcast. Where processes read pieces by themselves later on, the others
-keep copies in folders of their own, which are removed at the end. All methods are called by every
-process, but for `file`, and for `load` where there are copies.
+keep copies in folders of their own. They are removed at the end; what a killed process leaves of
+them is removed by the next run. All methods are called by every process, but for `file`, and for
+`load` where there are copies.
 """
 
 from __future__ import annotations
@@ -105,8 +106,6 @@ class SharedWork:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._copies is not None and self._copies is not self._folder:
-            self._copies.clear()
         self._held.close()
 
     @property
@@ -123,7 +122,7 @@ class SharedWork:
         self._finished = dict.fromkeys(self._team.gather(found)[0])
 
     def write(self, key: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Finish a piece, which is the same everywhere; the others do not wait for the disk."""
+        """Finish a piece, which is the same everywhere; without copies only the leader writes."""
         own = self._copies if self._copies is not None else self._folder
         if own is not None:
             own.write(key, tensors, facts)
@@ -141,6 +140,7 @@ class SharedWork:
         if copies is None:
             place = self.path.with_name(f"{self.path.name}.rank{self._team.rank}")
             copies = self._held.enter_context(open_work(place))
+            self._held.callback(copies.clear)
             copies.begin_anew()
         for key in self._finished:
             piece, facts = self.load(key)

@@ -33,14 +33,9 @@ CUT = "cut"
 """Stage under which finished blocks are kept."""
 
 
-@torch.no_grad()
 def advance(job: Job, replay: Replay, block: Block) -> None:
     """Move the stream past a block as it stands in the model."""
-    module = get_module(job.model, block.name)
-    for rows in replay.stream.batches(job.batch):
-        replay.stream.write(
-            rows, replay.run(block.index, module, replay.stream.read(rows, job.device))
-        )
+    replay.advance(block.index, replay.stream, job.batch, job.device)
 
 
 def block_moments(job: Job, replay: Replay, block: Block, needs: frozenset[str]) -> list[Moments]:
@@ -74,7 +69,7 @@ def cut_one_shot(job: Job, plan: Plan, outputs: Mapping[str, OutputMoments] | No
     unfinished = not job.keeper.all_finished(CUT, job.anatomy.blocks)
     with job.log.timed(stage):
         replay = recorded(job, job.ids) if needs and unfinished else None
-        for span in spans(job.team, job.anatomy.blocks, plan):
+        for span in spans(job, plan):
             with ExitStack() as stack:
                 for block in span:
                     stack.enter_context(job.keeper.at_hand(block))

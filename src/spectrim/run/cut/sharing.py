@@ -47,12 +47,16 @@ def _costs(targets: Sequence[Target], plan: Plan | None) -> list[int]:
     ]
 
 
-def spans(team: Team, blocks: Sequence[Block], plan: Plan | None = None) -> Iterator[list[Block]]:
-    """Blocks in order, as many together as it takes to keep all ranks busy; one for one process."""
-    waiting: list[Block] = []
-    for block in blocks:
+def spans(job: Job, plan: Plan | None = None) -> Iterator[list[Block]]:
+    """Blocks in order, as many together as it takes to keep all ranks busy.
+
+    One at a time for one process, and out of core, where one is in memory.
+    """
+    team, waiting = job.team, []
+    alone = team.size == 1 or job.keeper.onloader is not None
+    for block in job.anatomy.blocks:
         waiting.append(block)
-        if team.size == 1 or _balance(team, waiting, plan) >= BALANCE:
+        if alone or _balance(team, waiting, plan) >= BALANCE:
             yield waiting
             waiting = []
     if waiting:

@@ -125,6 +125,7 @@ def gathered_moments(
             if not lies:
                 outputs |= found.outputs
                 inputs |= found.inputs
+            del found  # before the next block's moments are gathered
     elif not lies:
         for name in names.values():
             file, numbers = keeper.load(name)

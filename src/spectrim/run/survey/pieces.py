@@ -123,13 +123,16 @@ class KeptFactors(Mapping[str, Factors]):
     ):
         self._keeper = keeper
         self._held = held or {}
+        self._latest: tuple[str, Factors] | None = None
         self._piece = {t.name: piece_name(stage, b) for b in blocks for t in b.targets}
         self._device = device
 
     def __getitem__(self, name: str) -> Factors:
-        file, _ = self._keeper.load(self._piece[name])
-        up, down = (file.read(f"{name}/{part}").to(self._device) for part in ("up", "down"))
-        return leading(Factors(up, down), self._held.get(name, up.shape[1]))
+        if self._latest is None or self._latest[0] != name:
+            file, _ = self._keeper.load(self._piece[name])
+            up, down = (file.read(f"{name}/{part}").to(self._device) for part in ("up", "down"))
+            self._latest = (name, leading(Factors(up, down), self._held.get(name, up.shape[1])))
+        return self._latest[1]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._piece)

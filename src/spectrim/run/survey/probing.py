@@ -115,10 +115,7 @@ def _probe(
                             read(rows, _rest(job, replay, block.index, rows))
                             for rows in replay.stream.batches(job.batch)
                         )
-            module = replay.block(block.index)
-            for rows in replay.stream.batches(job.batch):
-                states = replay.stream.read(rows, job.device)
-                replay.stream.write(rows, replay.run(block.index, module, states))
+            replay.advance(block.index, replay.stream, job.batch, job.device)
             job.progress.advance(stage, block.name)
         totals = torch.tensor(list(sums.values()), dtype=torch.float64)
         job.team.sum_([totals])

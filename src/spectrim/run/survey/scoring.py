@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from spectrim.allocate.curve import Curve
+from spectrim.moments.moments import OutputMoments
 from spectrim.recipe import Decompose
 from spectrim.run.job import Job
 from spectrim.run.survey.backward import backward_pass
@@ -63,13 +64,17 @@ def score_components(
                 # E[s sᵀ] / tokens, and the scores' squares are per token squared.
                 note_loss(found, "second_order", name, 0.5 * tokens * scores.squares)
             if weigh:
-                output = result.outputs[name]
-                assert output.G is not None
-                up = factors[name].up.double().to(output.G.device)
-                gain = ((output.G / output.tokens) @ up * up).sum(0)
-                spread = found.spread[name].to(gain)
-                note_loss(found, "kfac", name, 0.5 * gain * spread)
+                gain = _gain(result.outputs[name], factors[name].up)
+                note_loss(found, "kfac", name, 0.5 * gain * found.spread[name].to(gain))
+        del result  # before the next block's sums are gathered
     _note_stability(found, windows)
+
+
+def _gain(output: OutputMoments, up: Tensor) -> Tensor:
+    """`u_iᵀ G u_i` per token of every component, (r,) fp64."""
+    assert output.G is not None
+    up = up.double().to(output.G.device)
+    return ((output.G / output.tokens) @ up * up).sum(0)
 
 
 def _note_stability(found: Found, windows: int) -> None:

@@ -192,10 +192,7 @@ def _decompose_all(
         needs |= {"C"}
     job.progress.start("survey", len(job.anatomy.blocks))
     with closing(_blocks(job, stage, choice, needs)) as gathered:
-        # Out of core a block is in memory until the next one is asked for.
-        lazily = job.keeper.onloader is not None
-        blocks = job.anatomy.blocks
-        for span in ([b] for b in blocks) if lazily else spans(job.team, blocks):
+        for span in spans(job):
             owned = owners_of(job.team, [target for block in span for target in block.targets])
             moments: dict[str, Moments | None] = {}
             outputs: Mapping[str, OutputMoments] = {}
