@@ -37,6 +37,7 @@ SERIES = {
     "spectrim balanced": ("recipe_study", "spectrim-balanced"),
     "spectrim thorough": ("recipe_study", "spectrim-thorough"),
     "spectrim int8": ("recipe_study", "int8"),
+    "spectrim int4": ("recipe_study", "int4"),
     "dense int8": ("recipe_study", "dense int8"),
     "dense int4": ("recipe_study", "dense int4"),
 }
