@@ -74,7 +74,7 @@ def recipes() -> dict[str, Recipe]:
 def from_survey() -> dict[str, Row]:
     """Rows that are cut from the shared survey."""
     names = [f"select {key}" for key in KEYS]
-    names += [f"select {key} unordered" for key in ("magnitude", "negative")]
+    names += [f"select {key} unordered" for key in ("zero_sum", "magnitude", "negative")]
     names += [f"knapsack {score}" for score in SCORES]
     return {name: survey_row(name) for name in names}
 
