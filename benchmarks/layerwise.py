@@ -6,7 +6,7 @@
 
 The protocol is that of `protocol.py`. Ranks are the papers' floor(keep m n / (m + n)), the same for
 every row except the searched ones; refinement has the published hyper-parameters with batch 16, so
-that a block gets 175 steps.
+that a block gets 200 steps.
 """
 
 from __future__ import annotations

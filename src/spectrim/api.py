@@ -150,25 +150,27 @@ def compress(
     )
     given = None if isinstance(text, (str, Path)) else text
     with places(output, overwrite=overwrite, work=work, resume=resume, team=team) as folder:
-        lazily = goes_out_of_core(
-            model,
-            out_of_core,
-            check=partial(
-                check_out_of_core, resolved, planned=plan is not None, own_text=given is not None
-            ),
-            device=team.device or device,
-            dtype=dtype,
-            kept=folder is not None and output is not None,
-            processes=team.size,
-            trust_remote_code=trust_remote_code,
-        )
         loaded = load_model(
             model,
             device=team.device or device,
             dtype=dtype,
             tokenizer=tokenizer,
             trust_remote_code=trust_remote_code,
-            out_of_core=any(team.gather(lazily)),  # a process may have less memory than the others
+            out_of_core=goes_out_of_core(
+                model,
+                out_of_core,
+                check=partial(
+                    check_out_of_core,
+                    resolved,
+                    planned=plan is not None,
+                    own_text=given is not None,
+                ),
+                device=team.device or device,
+                dtype=dtype,
+                kept=folder is not None and output is not None,
+                team=team,
+                trust_remote_code=trust_remote_code,
+            ),
         )
         chosen, surveyed = _read_plan(plan)
         if survey is not None:
@@ -261,10 +263,9 @@ def survey(
             device=team.device or device,
             dtype=dtype,
             kept=output is not None,
-            processes=team.size,
+            team=team,
             trust_remote_code=trust_remote_code,
         )
-        lazily = any(team.gather(lazily))
         made = survey_model(
             load_model(
                 model,

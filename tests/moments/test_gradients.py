@@ -3,20 +3,10 @@
 import pytest
 import torch
 
-from architectures import tiny, windows
+from gradient_cases import T, at_once, by_block, prepared
 from spectrim.errors import NonFiniteError
-from spectrim.model.tracing import trace
 from spectrim.model.weights import get_module, read_weight, write_weight
 from spectrim.moments.gradients import gradient_pass
-
-T = 12
-
-
-def prepared(name="llama", count=4):
-    model, _ = tiny(name)
-    model.double()
-    ids = windows(count, T)
-    return model, trace(model, ids[:1]), ids
 
 
 def summed(model, ids):
@@ -151,7 +141,8 @@ def test_halves_and_squares_are_those_of_the_windows():
     assert 0 <= scores.sign_stability <= 1
 
 
-def test_the_model_is_left_as_it_was():
+@pytest.mark.parametrize("run", [at_once, by_block])
+def test_the_model_is_left_as_it_was(run):
     model, anatomy, ids = prepared(count=2)
     model.train()
     model.lm_head.weight.requires_grad_(False)
@@ -159,17 +150,18 @@ def test_the_model_is_left_as_it_was():
     with torch.no_grad():
         model(input_ids=ids, use_cache=False)  # transformers leaves hooks of its own, once
     hooks = [len(m._forward_hooks) for m in model.modules()]
-    gradient_pass(model, anatomy, ids, needs={"G"})
-    assert model.training
+    for _ in run(model, anatomy, ids, needs={"G"}):
+        assert all(m.training for m in model.modules())
     assert {n: (p.requires_grad, p.grad) for n, p in model.named_parameters()} == before
     assert [len(m._forward_hooks) for m in model.modules()] == hooks
 
 
-def test_a_gradient_that_is_not_finite_is_refused_by_name():
+@pytest.mark.parametrize("run", [at_once, by_block])
+def test_a_gradient_that_is_not_finite_is_refused_by_name(run):
     model, anatomy, ids = prepared(count=2)
     name = anatomy.targets[1].name
     module = get_module(model, name)
     handle = module.register_full_backward_pre_hook(lambda _m, g: (g[0] * float("nan"),))
-    with pytest.raises(NonFiniteError, match="non-finite gradient at"):
-        gradient_pass(model, anatomy, ids, needs={"G"})
+    with pytest.raises(NonFiniteError, match=f"non-finite gradient at {name}"):
+        list(run(model, anatomy, ids, needs={"G"}))
     handle.remove()

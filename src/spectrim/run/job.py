@@ -96,11 +96,6 @@ class Job:
         return self.windows.ids
 
     @property
-    def own_ids(self) -> Tensor:
-        """Token ids of the windows that this process works on, (N / ranks, T)."""
-        return self.ids[self.team.share(len(self.ids))]
-
-    @property
     def batch(self) -> int:
         """Windows per forward pass."""
         return self.recipe.calibration.batch

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from spectrim.distributed.team import Team
 from spectrim.errors import InputError
 from spectrim.run.loading import read_config
 from spectrim.run.working import resolve_device, resolve_dtype, stored_dtype
@@ -75,10 +76,10 @@ def goes_out_of_core(
     device: str | torch.device,
     dtype: str | torch.dtype,
     kept: bool,
-    processes: int = 1,
+    team: Team | None = None,
     trust_remote_code: bool = False,
 ) -> bool:
-    """Whether to leave a model's blocks in their files.
+    """Whether to leave a model's blocks in their files; collective, and the same on all processes.
 
     Args:
         model: what the user gave.
@@ -88,7 +89,7 @@ def goes_out_of_core(
         dtype: as the user says it.
         kept: whether there are an output and a work folder, without which there is no place for
             finished blocks.
-        processes: that share the run; in memory, each has the whole model.
+        team: the processes that share the run; in memory, each has the whole model.
         trust_remote_code: read a configuration that comes with code.
 
     Raises:
@@ -106,13 +107,16 @@ def goes_out_of_core(
             )
         check()
         return True
+    team = team or Team()
     needed, free = _weights_needed(str(model), device, dtype, trust_remote_code)
     if resolve_device(device).type == "cpu" and needed is not None:
-        needed *= processes  # each holds the model; those of other machines are counted as well
-    if needed is None or free is None or needed <= SHARE_FOR_WEIGHTS * free:
+        needed *= team.size  # each holds the model; those of other machines are counted as well
+    short = needed is not None and free is not None and needed > SHARE_FOR_WEIGHTS * free
+    if not any(team.gather(short)):  # a process may have less memory than the others
         return False
     check()
-    logger.info("weights need %d bytes, %d are free: working out of core", needed, free)
+    if short:
+        logger.info("weights need %d bytes, %d are free: working out of core", needed, free)
     return True
 
 

@@ -21,12 +21,13 @@ from spectrim.learn.lessons import Lessons, seeded
 from spectrim.learn.pruning import Gated
 from spectrim.model.forward import evaluating, run_window
 from spectrim.model.recompute import recomputed
-from spectrim.model.replay import Replay, record
+from spectrim.model.replay import Replay
 from spectrim.model.weights import get_module, read_bias, read_weight, replace_module
 from spectrim.refine.masters import frozen
 from spectrim.run.cut.cutting import decompose_target
 from spectrim.run.cut.one_shot import block_moments
 from spectrim.run.job import Job
+from spectrim.run.recorded import recorded
 from spectrim.run.survey.backward import output_moments
 from spectrim.run.survey.planning import plan_limits, shape_curves
 
@@ -61,14 +62,7 @@ def build_gated(job: Job, *, adapters: Adapters, deviation: bool = False) -> tup
     stage = "components"
     job.progress.start(stage, len(job.anatomy.blocks))
     with job.log.timed(stage), evaluating(job.model):
-        replay = record(
-            job.model,
-            job.ids,
-            batch=job.batch,
-            device=job.device,
-            anatomy=job.anatomy,
-            folder=job.offload_streams,
-        )
+        replay = recorded(job, job.ids)
         for block in job.anatomy.blocks:
             moments = block_moments(job, replay, block, needs & {"C", "absolute"})
             for group in block.groups:

@@ -10,7 +10,7 @@ from torch import Tensor
 from spectrim.data.mixing import interleave
 from spectrim.data.self_text import sample_windows
 from spectrim.distributed.pool import Pool
-from spectrim.model.replay import Replay, record
+from spectrim.model.replay import Replay
 from spectrim.model.stream import Stream
 from spectrim.model.weights import get_module
 from spectrim.recipe import DistillRefinement
@@ -18,6 +18,7 @@ from spectrim.refine.distill import Teaching, distill
 from spectrim.refine.fitting import FitSettings, hold_out
 from spectrim.refine.masters import frozen
 from spectrim.run.job import Job
+from spectrim.run.recorded import recorded
 
 __all__ = ["Teacher", "distill_network", "record_teacher"]
 
@@ -73,19 +74,10 @@ def record_teacher(job: Job, step: DistillRefinement) -> Teacher:
     held = calibration.nonzero().flatten()[held]
     train = torch.ones(len(windows), dtype=torch.bool)
     train[held] = False
-    replay = record(
-        job.model,
-        windows.ids[job.team.share(len(windows))],
-        batch=job.batch,
-        device=job.device,
-        anatomy=job.anatomy,
-        folder=job.offload_streams,
-    )
+    replay = recorded(job, windows.ids)
     hidden = replay.stream.duplicate(job.offload_streams)
     for block in job.anatomy.blocks:
-        module = get_module(job.model, block.name)
-        for rows in hidden.batches(job.batch):
-            hidden.write(rows, replay.run(block.index, module, hidden.read(rows, job.device)))
+        replay.advance(block.index, hidden, job.batch, job.device)
     return Teacher(replay, hidden, train.nonzero().flatten(), held, len(windows))
 
 
