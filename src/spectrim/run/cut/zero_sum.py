@@ -54,7 +54,7 @@ def cut_in_stages(
     exact: dict[str, Tensor] = {}
 
     def weight_of(target: Target) -> Tensor:
-        return exact.get(target.name, originals[target.name])
+        return exact.get(target.name, originals[target.name]).to(job.device)
 
     draws = torch.Generator().manual_seed(job.recipe.seed)
     chosen = plan
@@ -79,7 +79,7 @@ def cut_in_stages(
 
 
 def _originals(job: Job) -> dict[str, Tensor]:
-    """Copies of all target weights, on the CPU, (out, in)."""
+    """Copies of all target weights, on the CPU: a card may have no room for them, (out, in)."""
     return {
         t.name: read_weight(get_module(job.model, t.name)).to("cpu", copy=True)
         for t in job.anatomy.targets
@@ -109,21 +109,23 @@ def _corrected_weights(
         if rank is None:
             _write(job, target, originals[target.name])
             continue
-        up, down = load_factors(survey, target.name).cut(rank)
-        approximations[target.name] = (up.double() @ down.double()).float().cpu()
-        _write(job, target, approximations[target.name])
+        up, down = (f.to(job.device).double() for f in load_factors(survey, target.name).cut(rank))
+        approximation = (up @ down).float()
+        _write(job, target, approximation)
+        approximations[target.name] = approximation.cpu()
     gradients = _gradients(job, step.windows, draws)
     exact = {}
     for target in job.anatomy.targets:
         if target.name not in approximations:
             continue
-        exact[target.name] = corrected(
-            originals[target.name],
-            approximations[target.name],
-            [g[target.name] for g in gradients],
+        moved = corrected(
+            originals[target.name].to(job.device),
+            approximations[target.name].to(job.device),
+            [g[target.name].to(job.device) for g in gradients],
             name=target.name,
         )
-        _write(job, target, exact[target.name])
+        _write(job, target, moved)
+        exact[target.name] = moved.cpu()
     return exact
 
 
