@@ -113,6 +113,19 @@ def tiny(name, **changes):
     return model, VOCAB
 
 
+def family(kind, **changes):
+    """A tiny random model of any decoder that transformers knows by its `model_type`, fp32."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    known = AutoConfig.for_model(kind)
+    names = {*vars(known), *known.attribute_map}
+    sizes = {name: value for name, value in (_GQA | _HEAD).items() if name in names}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(sum(map(ord, kind)))
+        config = AutoConfig.for_model(kind, **sizes | changes)
+        return AutoModelForCausalLM.from_config(config).to(torch.float32).eval()
+
+
 def windows(n, length=12, *, seed=0, vocab_size=VOCAB):
     """Random token ids of shape (n, length), int64."""
     generator = torch.Generator().manual_seed(seed)

@@ -99,7 +99,7 @@ class Odd(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.router = nn.Linear(6, 3, bias=False)
+        self.router, self.wide = nn.Linear(6, 3, bias=False), nn.Linear(6, 3)
         self.experts = nn.ModuleList(nn.Sequential(nn.Linear(6, 6)) for _ in range(3))
         self.left, self.right, self.flat = nn.Linear(6, 5), nn.Linear(6, 5), nn.Linear(6, 5)
         self.changed = nn.Linear(6, 5)
@@ -109,8 +109,9 @@ class Odd(nn.Module):
         self.fused = nn.Parameter(torch.randn(3, 6, 6))
 
     def forward(self, x):
-        weights = self.router(x).softmax(-1)
-        mixed = sum(weights[..., i : i + 1] * self.experts[i](x) for i in (2, 0))
+        weights, chosen = (self.router(x).softmax(-1) + 0.5).topk(2)
+        mixed = sum(weights[..., i : i + 1] * self.experts[e](x) for i, e in enumerate((2, 0)))
+        mixed = mixed + self.wide(x).sum(-1, keepdim=True) + chosen.sum()
         h = (
             self.left(x)
             + self.right(x.view(*x.shape))
@@ -128,14 +129,14 @@ def test_everything_that_is_no_target_is_reported_with_its_reason():
     anatomy = trace(Shell(Odd(), Odd()), IDS)
     groups = [tuple(t.projection for t in g.targets) for g in anatomy.blocks[1].groups]
     # Views of the same input join its group.
-    assert groups == [("left", "right", "flat"), ("changed",)]
+    assert groups == [("wide", "left", "right", "flat"), ("changed",)]
     reasons = {
         path.removeprefix("stack.1."): why
         for path, why in anatomy.left_alone.items()
         if path.startswith("stack.1.")
     }
     expected = {
-        "router": "router over 3 experts",
+        "router": "top-k",
         **{f"experts.{i}.0": "routed by token" for i in range(3)},
         "twice": "called 2 times",
         "idle": "never called",

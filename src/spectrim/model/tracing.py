@@ -18,9 +18,12 @@ from torch import Tensor, nn
 from spectrim.errors import ModelError
 from spectrim.model.anatomy import Anatomy, Block, Group, Target
 from spectrim.model.forward import evaluating, run_window
+from spectrim.model.routing import Choices
 from spectrim.model.weights import get_module, is_linear, is_transposed, read_weight
 
 __all__ = ["block_lists", "trace"]
+
+_ROUTER = "router: something is chosen by the rank of its outputs (top-k)"
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,15 @@ class _Call:
 class _Log:
     """What one forward pass did: entries and exits of list members, calls of linears."""
 
+    members: dict[nn.Module, str]
+    choices: Choices = field(default_factory=Choices)
     steps: list[tuple[nn.Module, bool]] = field(default_factory=list)
     calls: dict[nn.Module, list[_Call]] = field(default_factory=lambda: defaultdict(list))
     order: list[_Call] = field(default_factory=list)
 
     def enter(self, module: nn.Module, _args: tuple) -> None:
+        # Only now: the weights of a block may just have been loaded.
+        self.choices.know(self.members[module], module)
         self.steps.append((module, True))
 
     def leave(self, module: nn.Module, _args: tuple, _output: object) -> None:
@@ -72,15 +79,16 @@ class _Log:
 
 
 @contextmanager
-def _watching(log: _Log, members: list[nn.Module], linears: list[nn.Module]) -> Iterator[None]:
+def _watching(log: _Log, linears: list[nn.Module]) -> Iterator[None]:
     handles = []
     try:
-        for module in members:
+        for module in log.members:
             handles.append(module.register_forward_pre_hook(log.enter))
             handles.append(module.register_forward_hook(log.leave))
         for module in linears:
             handles.append(module.register_forward_pre_hook(log.call, with_kwargs=True))
-        yield
+        with log.choices:
+            yield
     finally:
         for handle in handles:
             handle.remove()
@@ -129,17 +137,6 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
-def _expert_counts(block: nn.Module) -> set[int]:
-    """Numbers of experts in a block: fused 3-D parameters, or a list of modules with linears."""
-    fused = {p.shape[0] for p in block.parameters() if p.ndim == 3}
-    listed = {
-        len(m)
-        for m in block.modules()
-        if isinstance(m, nn.ModuleList) and len(m) > 1 and all(_holds_linears(e) for e in m)
-    }
-    return fused | listed
-
-
 def _routed(block: nn.Module, log: _Log, tokens: int) -> set[nn.Module]:
     """Linears of expert lists: lists of which some member saw only some tokens, or none.
 
@@ -161,7 +158,7 @@ def _shape(module: nn.Module) -> tuple[int, int]:
     return out_features, in_features
 
 
-def _why_not(module: nn.Module, calls: list[_Call], tied: list[str], experts: set[int]) -> str:
+def _why_not(module: nn.Module, calls: list[_Call], tied: list[str], routes: bool) -> str:
     """The reason why a linear outside expert lists is not a target; empty if it is one."""
     out_features, in_features = _shape(module)
     if not calls:
@@ -172,8 +169,8 @@ def _why_not(module: nn.Module, calls: list[_Call], tied: list[str], experts: se
         return "called with other arguments than one tensor"
     if len(tied) > 1:
         return f"its weight is shared: {', '.join(tied)}"
-    if out_features in experts:
-        return f"router over {out_features} experts"
+    if routes:
+        return _ROUTER
     if out_features * in_features <= out_features + in_features:
         return f"{out_features}x{in_features} is too small: rank 1 would not save anything"
     return ""
@@ -196,21 +193,22 @@ def _read_block(
 ) -> tuple[Block, dict[str, str]]:
     """Targets and groups of one block, and what was left alone in it."""
     paths = {module: path for path, module in block.named_modules() if is_linear(module)}
-    experts = _expert_counts(block)
+    routers = log.choices.routers
     routed = _routed(block, log, tokens)
     left_alone: dict[str, str] = {}
     for module, path in paths.items():
         if module in routed:
             left_alone[f"{name}.{path}"] = "expert in a list that is routed by token"
             continue
-        reason = _why_not(module, log.calls[module], owners[id(module.weight)], experts)
+        routes = f"{name}.{path}.weight" in routers
+        reason = _why_not(module, log.calls[module], owners[id(module.weight)], routes)
         if reason:
             left_alone[f"{name}.{path}"] = reason
     for path, parameter in block.named_parameters():
         owner = block.get_submodule(path.rpartition(".")[0])
         if parameter.ndim >= 2 and not is_linear(owner):
-            kind = f"{parameter.ndim}-D parameter of {type(owner).__name__}"
-            left_alone[f"{name}.{path}"] = f"{kind}, not a linear layer"
+            kind = f"{parameter.ndim}-D parameter of {type(owner).__name__}, not a linear layer"
+            left_alone[f"{name}.{path}"] = _ROUTER if f"{name}.{path}" in routers else kind
     chosen = [c for c in log.order if c.module in paths]
     chosen = [c for c in chosen if f"{name}.{paths[c.module]}" not in left_alone]
     groups = []
@@ -258,12 +256,8 @@ def trace(model: nn.Module, input_ids: Tensor) -> Anatomy:
             f"{type(model).__name__} has no nn.ModuleList of blocks with linear layers "
             "(nn.Linear or Conv1D); spectrim compresses the linear layers of decoder blocks"
         )
-    members = list(dict.fromkeys(m for blocks in lists.values() for m in blocks))
-    log = _Log()
-    with (
-        evaluating(model),
-        _watching(log, members, [m for m in model.modules() if is_linear(m)]),
-    ):
+    log = _Log({m: f"{name}.{i}" for name, blocks in lists.items() for i, m in enumerate(blocks)})
+    with evaluating(model), _watching(log, [m for m in model.modules() if is_linear(m)]):
         run_window(model, input_ids)
     chosen = _choose_list(model, lists, log)
     owners = _owners(model)
