@@ -81,7 +81,7 @@ def main() -> None:
     """Draw it."""
     with new_figure(width=7.6, height=5.0) as (figure, axes):
         draw_curve(axes, points())
-        save_figure(figure, PICTURE)
+        save_figure(figure, PICTURE, kind=PICTURE.suffix[1:])
     print(f"wrote {PICTURE}")
 
 

@@ -20,7 +20,8 @@ from spectrim.recipe import Recipe
 from spectrim.recipes import DEFAULT_RECIPE
 from spectrim.run.compress import Outcome, run_recipe
 from spectrim.run.job import Progress
-from spectrim.run.learned.elastic import ElasticModel, open_elastic
+from spectrim.run.learned.elastic import ElasticModel
+from spectrim.run.learned.elastic import open_elastic as load_elastic
 from spectrim.run.learned.resizing import settle_outcome
 from spectrim.run.learned.saving_elastic import save_survey_as_elastic as elastic
 from spectrim.run.loading import load_model
@@ -29,6 +30,7 @@ from spectrim.run.out_of_core import check_out_of_core, check_survey_out_of_core
 from spectrim.run.places import places
 from spectrim.run.predicting import estimate
 from spectrim.run.resolving import resolve_recipe
+from spectrim.run.sources import sources_of
 from spectrim.run.store.saving import save_outcome
 from spectrim.run.survey.replanning import read_plan, replan
 from spectrim.run.survey.surveying import resize_survey, survey_model
@@ -149,7 +151,15 @@ def compress(
         effort=effort,
     )
     given = None if isinstance(text, (str, Path)) else text
-    with places(output, overwrite=overwrite, work=work, resume=resume, team=team) as folder:
+    with places(
+        output,
+        overwrite=overwrite,
+        work=work,
+        resume=resume,
+        streams=offload_streams,
+        sources=sources_of(model=model, survey=survey, plan=plan, text=text),
+        team=team,
+    ) as folder:
         loaded = load_model(
             model,
             device=team.device or device,
@@ -255,7 +265,13 @@ def survey(
         recipe, seed=seed, text=text, windows=windows, window_length=window_length
     )
     given = None if isinstance(text, (str, Path)) else text
-    with places(output, overwrite=overwrite, team=team) as folder:
+    with places(
+        output,
+        overwrite=overwrite,
+        streams=offload_streams,
+        sources=sources_of(model=model, text=text),
+        team=team,
+    ) as folder:
         lazily = goes_out_of_core(
             model,
             out_of_core,
@@ -308,30 +324,6 @@ def plan(survey: Survey | str | Path, **options: Any) -> Plan:
     return replan(survey, **options)
 
 
-def load_elastic(
-    artifact: str | Path,
-    *,
-    base: str | Path | nn.Module | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    score: str | None = None,
-    trust_remote_code: bool = False,
-) -> ElasticModel:
-    """A model whose `.resize(keep)` is instant and reversible; see `run.elastic.open_elastic`.
-
-    Raises:
-        ArtifactError: a damaged artifact, or a base model that is not the recorded one.
-    """
-    return open_elastic(
-        artifact,
-        base=base,
-        device=device,
-        dtype=dtype,
-        score=score,
-        trust_remote_code=trust_remote_code,
-    )
-
-
 def resize(
     artifact: str | Path,
     *,
@@ -358,7 +350,8 @@ def resize(
     if (keep is None) == (size is None):
         raise BudgetError("give either a keep or a size")
     if output is not None:
-        check_output(output, overwrite=overwrite)
+        sources = sources_of(artifact=artifact, model=options.get("base"))
+        check_output(output, overwrite=overwrite, sources=sources)
     if is_survey(artifact):
         outcome = resize_survey(load_survey(artifact), keep=keep, size=size, **options)
     else:

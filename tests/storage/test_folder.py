@@ -110,7 +110,8 @@ def test_dense_export_needs_no_spectrim(name, tmp_path):
     config = json.loads((dense / "config.json").read_text())
     assert "quantization_config" not in config
     assert {path.name for path in dense.iterdir()} == {
-        "config.json", "generation_config.json", "model.safetensors", "README.md", "tokenizer.json"
+        "config.json", "generation_config.json", "model.safetensors", "README.md", "tokenizer.json",
+        "spectrim_manifest.json",
     }  # fmt: skip
     original, _ = tiny(name)
     shapes = {n: t.shape for n, t in load_file(dense / "model.safetensors").items()}
@@ -149,10 +150,13 @@ def test_an_existing_folder_is_replaced_only_on_request(tmp_path):
     with pytest.raises(OutputError, match="--overwrite"), new_folder(output) as folder:
         fill(folder, "second")
     assert (output / "config.json").read_text() == "first"
-    (output / "stale.bin").write_text("x")
     with new_folder(output, overwrite=True) as folder:
         fill(folder, "third")
-    assert [path.name for path in output.iterdir()] == ["config.json"]
+        (folder / "more.json").write_text("x")
+    with new_folder(output, overwrite=True) as folder:
+        fill(folder, "third")
+    names = {path.name for path in output.iterdir()}
+    assert names == {"config.json", "spectrim_manifest.json"}
     assert (output / "config.json").read_text() == "third"
 
 
@@ -161,7 +165,7 @@ def test_a_folder_that_is_no_model_is_never_replaced(tmp_path):
     home.mkdir()
     (home / "thesis.tex").write_text("years of work")
     with (
-        pytest.raises(OutputError, match="no model folder"),
+        pytest.raises(OutputError, match="did not write it"),
         new_folder(home, overwrite=True) as folder,
     ):
         fill(folder, "x")

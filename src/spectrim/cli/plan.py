@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from spectrim.cli import options
-from spectrim.errors import OutputError
 
 __all__ = ["plan"]
 
@@ -52,12 +51,13 @@ def plan(
     """
     from spectrim.cli.session import session
 
-    if output is not None and output.exists() and not overwrite:
-        raise OutputError(f"{output} exists; choose another FILE or say --overwrite")
     with session(verbose=verbose, quiet=as_json, output=output):
         # Not through the interface module: that one imports torch, which takes longer than a plan.
-        from spectrim.run.survey.replanning import plan_record, replan
+        from spectrim.run.survey.replanning import check_plan_file, plan_record, replan
+        from spectrim.storage.whole_file import write_text
 
+        if output is not None:
+            check_plan_file(output, survey, overwrite=overwrite)
         made = replan(
             survey,
             **options.given(
@@ -65,7 +65,7 @@ def plan(
             ),
         )
         if output is not None:
-            write_json(plan_record(made, survey), output)
+            write_text(output, json.dumps(plan_record(made, survey), indent=2) + "\n")
     from spectrim.cli.render import print_json
     from spectrim.cli.summary import print_heat_map, print_plan_summary, print_ranks
 
@@ -75,14 +75,3 @@ def plan(
     print_ranks(made)
     print_heat_map(made)
     print_plan_summary(made, output=output)
-
-
-def write_json(data: object, path: Path) -> None:
-    """Write the file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(f"cannot write {path}: {error.strerror}") from error

@@ -22,6 +22,7 @@ from spectrim.errors import ArtifactError, InputError, OutputError
 from spectrim.storage.headers import read_header
 from spectrim.storage.strict import check_nesting, checked
 from spectrim.storage.tensor_file import Slot, write_tensors
+from spectrim.storage.work import CHECKPOINTS
 
 __all__ = [
     "FILE",
@@ -32,9 +33,8 @@ __all__ = [
     "where_kept",
 ]
 
-FILE = "learning.safetensors"
-RECOVERY_FILE = "recovery.safetensors"
-"""The checkpoint of a recovery; that of the phases before it stays."""
+FILE, RECOVERY_FILE = CHECKPOINTS
+"""The checkpoint of a training, and that of its recovery beside the one of the phases before."""
 
 _KEY = "state"
 

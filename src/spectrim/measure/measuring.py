@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +25,12 @@ from spectrim.recipe import Recipe
 from spectrim.run.loading import LoadedModel, load_model
 from spectrim.run.texts import UserText
 from spectrim.storage.json_file import read_json
+from spectrim.storage.whole_file import write_text
 
 __all__ = ["Measured", "PointStore", "Reference", "Size", "open_reference", "result_key"]
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -172,10 +176,12 @@ class PointStore:
 
     Attributes:
         folder: where the files lie; None keeps nothing.
+        damaged: names of the files that could not be used.
     """
 
     def __init__(self, folder: Path | None):
         self.folder = folder
+        self.damaged: list[str] = []
 
     @staticmethod
     def key(recipe: Recipe, reference: Reference, text: UserText, *, alone: bool = False) -> str:
@@ -184,14 +190,14 @@ class PointStore:
         return result_key(recipe, reference.loaded, reference.windows, text, kind=kind)
 
     def find(self, key: str) -> Measured | None:
-        """A finished point; None if it is missing or its file is damaged."""
+        """A finished point; None, and a warning, if its file is damaged."""
         data = self.read(key)
         if data is None:
             return None
         try:
             return Measured(CurvePoint.from_record(data["point"]), list(data["per_window_nll"]))
-        except (InputError, KeyError, TypeError):
-            # A damaged cache costs time, never a result: the point is measured again.
+        except (InputError, KeyError, TypeError) as error:
+            self._damaged(key, error)
             return None
 
     def keep(self, key: str, measured: Measured) -> None:
@@ -199,7 +205,7 @@ class PointStore:
         self.write(key, measured.record())
 
     def read(self, key: str) -> dict[str, Any] | None:
-        """A finished result of any kind; None if it is missing or no JSON object."""
+        """A finished result of any kind; None if it is missing or, with a warning, damaged."""
         if self.folder is None:
             return None
         path = self.folder / f"{key}.json"
@@ -207,20 +213,25 @@ class PointStore:
             return None
         try:
             return read_json(path)
-        except ArtifactError:
+        except ArtifactError as error:
+            self._damaged(key, error)
             return None
+
+    def _damaged(self, key: str, error: Exception) -> None:
+        """A damaged cache costs time, never a result."""
+        self.damaged.append(key)
+        logger.warning(
+            "the finished point %s/%s.json is damaged (%s) and is measured again",
+            *(self.folder, key, error),
+        )
 
     def write(self, key: str, record: dict[str, Any]) -> None:
         """Write a finished result, whole or not at all."""
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{key}.json"
-        # Named after the process, since two studies may share a folder.
-        partial = path.with_suffix(f".partial{os.getpid()}")
         text = json.dumps(record, indent=1, allow_nan=False)
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_text(self.folder / f"{key}.json", text + "\n")
 
 
 def result_key(

@@ -151,10 +151,10 @@ def _attribute(text: str) -> str:
     return escape(text, quote=True)
 
 
-def save_figure(figure: Figure, path: str | Path) -> None:
-    """Write a PNG or SVG on white, for papers and READMEs."""
+def save_figure(figure: Figure, path: str | Path, *, kind: str) -> None:
+    """Write a `png` or `svg` on white, for papers and READMEs; the same figure, the same bytes."""
     import matplotlib as mpl
 
-    with mpl.rc_context({**_SETTINGS, "svg.hashsalt": Path(path).stem}):
-        metadata = {"Date": None} if Path(path).suffix == ".svg" else None
-        figure.savefig(path, dpi=160, facecolor="white", metadata=metadata)
+    with mpl.rc_context({**_SETTINGS, "svg.hashsalt": "spectrim"}):
+        metadata = {"Date": None} if kind == "svg" else None
+        figure.savefig(path, format=kind, dpi=160, facecolor="white", metadata=metadata)

@@ -18,7 +18,10 @@ from spectrim.evaluate.distortion import distortion_rows
 from spectrim.report.content import PageContent
 from spectrim.report.pictures import pictures_of
 
-__all__ = ["render_page"]
+__all__ = ["PAGE_MARK", "render_page"]
+
+PAGE_MARK = "Compression report by spectrim"
+"""In every page that was written here; a file without it is somebody else's."""
 
 
 @dataclass(frozen=True)

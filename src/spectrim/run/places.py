@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from spectrim.distributed.team import Team
 from spectrim.errors import OutputError
-from spectrim.learn.checkpoint import FILE, RECOVERY_FILE
 from spectrim.storage.atomic import check_output
 from spectrim.storage.lock import locked
+from spectrim.storage.ownership import Source, check_apart
 from spectrim.storage.shared_work import SharedWork, Work
-from spectrim.storage.work import open_work, remove_empty, work_beside
+from spectrim.storage.work import (
+    CHECKPOINTS,
+    discard_work,
+    open_work,
+    remove_empty,
+    work_beside,
+)
 
 __all__ = ["places"]
 
@@ -24,6 +30,8 @@ def places(
     overwrite: bool = False,
     work: str | Path | None = None,
     resume: bool = True,
+    streams: str | Path | None = None,
+    sources: Sequence[Source] = (),
     team: Team | None = None,
 ) -> Iterator[Work | None]:
     """Hold the locks of an output and of its work folder for the time of the context.
@@ -36,18 +44,26 @@ def places(
         overwrite: whether something may be there.
         work: the user's folder for unfinished work; by default `OUT.work` beside the output.
         resume: False keeps no work but in a folder that the user chose.
+        streams: the user's folder for hidden states.
+        sources: what the run reads, which lies elsewhere than all of these.
         team: the processes of the run; the leader holds the locks for all of them.
 
     Raises:
         OutputError: the output is taken, cannot be written, or another process works on it.
     """
     team = team or Team()
+    beside = None if output is None else work_beside(output)
+    chosen = Path(work) if work is not None else beside if resume else None
+    for place in (beside, chosen, streams):
+        if place is not None:
+            check_apart(place, sources)
+    for place in (work, streams):
+        if place is not None and output is not None:
+            _check_outside(Path(place), Path(output))
     with ExitStack() as stack:
         if output is not None and team.leads:
-            _lock_output(stack, check_output(output, overwrite=overwrite), output)
-        chosen = Path(work) if work is not None else None
-        if chosen is None and output is not None and resume:
-            chosen = work_beside(output)
+            checked = check_output(output, overwrite=overwrite, sources=sources)
+            _lock_output(stack, checked, output)
         folder = None
         if chosen is not None and team.leads:
             folder = stack.enter_context(open_work(chosen, place=output))
@@ -56,7 +72,19 @@ def places(
         else:
             yield folder
         if folder is not None and work is None:
-            folder.clear(FILE, RECOVERY_FILE)
+            folder.clear(*CHECKPOINTS)
+        elif beside is not None and team.leads:
+            # An earlier run that was killed left it for this result, which is there now.
+            discard_work(beside)
+
+
+def _check_outside(place: Path, output: Path) -> None:
+    inner, outer = place.resolve(), output.resolve()
+    if inner == outer or outer in inner.parents:
+        raise OutputError(
+            f"{place} is or lies inside the output {output}, which is replaced as a whole when it "
+            "is finished; choose a folder elsewhere"
+        )
 
 
 def _lock_output(stack: ExitStack, path: Path, output: str | Path) -> None:

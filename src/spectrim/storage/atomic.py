@@ -9,31 +9,36 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from spectrim.errors import OutputError
+from spectrim.storage.ownership import Source, check_apart, check_ours, seal
 
-__all__ = ["RESULT_MARKS", "check_output", "new_folder"]
-
-RESULT_MARKS = ("config.json", "spectrim_report.json", "survey.json")
-"""A folder is replaced only if it holds one of these: `--overwrite` must not empty a home."""
+__all__ = ["check_output", "new_folder"]
 
 
-def check_output(output: str | Path, *, overwrite: bool) -> Path:
+def check_output(output: str | Path, *, overwrite: bool, sources: Iterable[Source] = ()) -> Path:
     """The resolved destination, if something may be written there.
 
     Call it before hours of work as well; `new_folder` calls it again.
 
+    Args:
+        output: the folder.
+        overwrite: replace what is there, as long as spectrim wrote all of it.
+        sources: what the command reads, which must lie elsewhere.
+
     Raises:
-        OutputError: it is a file, or a folder that is not empty and may not be replaced.
+        OutputError: it is a file, a folder that is not empty and may not be replaced, or where a
+            source lies.
     """
     try:
+        check_apart(output, sources)
         return _checked(Path(output).resolve(), output, overwrite=overwrite)
-    except PermissionError as error:
+    except (OSError, ValueError) as error:  # a name that is too long, or no name at all
         raise OutputError(f"{output} cannot be written: {error}") from error
 
 
@@ -45,11 +50,8 @@ def _checked(path: Path, output: str | Path, *, overwrite: bool) -> Path:
                 f"{output} exists and holds {len(found)} entries ({found[0]!r}, ...); "
                 "choose another folder or pass --overwrite (overwrite=True)"
             )
-        if found and not any(mark in found for mark in RESULT_MARKS):
-            raise OutputError(
-                f"{output} holds {len(found)} entries ({found[0]!r}, ...) but none of "
-                f"{', '.join(RESULT_MARKS)}: it is no model folder and is not replaced"
-            )
+        if found:
+            check_ours(path)
     elif path.exists():
         raise OutputError(f"{output} exists and is not a folder")
     above = next(p for p in path.parents if p.exists())
@@ -74,6 +76,7 @@ def new_folder(output: str | Path, *, overwrite: bool = False) -> Iterator[Path]
             shutil.rmtree(partial)
         partial.mkdir()
         yield partial
+        seal(partial)
         _flush(partial)
         _move(partial, path)
     except (OSError, SafetensorError) as error:

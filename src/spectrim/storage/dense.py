@@ -44,7 +44,7 @@ def export_dense(
         OutputError: see `save_model`.
     """
     source = Path(folder)
-    check_output(output, overwrite=overwrite)
+    check_output(output, overwrite=overwrite, sources=[("the result", source)])
     if inspect_folder(source).table is None:
         raise ArtifactError(f"{source} holds no model compressed by spectrim")
     model = _load(source)

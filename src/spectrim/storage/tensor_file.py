@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -21,13 +20,9 @@ from torch import Tensor
 
 from spectrim.errors import ArtifactError
 from spectrim.storage.headers import read_header
+from spectrim.storage.whole_file import CHUNK, whole_file
 
-__all__ = ["PARTIAL", "Slot", "TensorFile", "file_hash", "sync_folder", "write_tensors"]
-
-PARTIAL = ".partial"
-"""Ends the name of a file that is being written."""
-
-CHUNK = 2**22
+__all__ = ["Slot", "TensorFile", "write_tensors"]
 
 # The library orders tensors by dtype, the last of this list first, then by name.
 _DTYPES = {
@@ -158,18 +153,9 @@ def write_tensors(
     Raises:
         OSError: it cannot be written; the temporary file is removed.
     """
-    path = Path(path)
-    partial = path.with_name(path.name + PARTIAL)
     digest = hashlib.sha256()
-    try:
-        with partial.open("wb") as file:
-            _write(file, list(slots), dict(metadata or {}), digest.update)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        sync_folder(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(Path(path)) as partial, partial.open("wb") as file:
+        _write(file, list(slots), dict(metadata or {}), digest.update)
     return digest.hexdigest()
 
 
@@ -203,25 +189,3 @@ def _write(
         for start in range(0, len(data), CHUNK):
             file.write(data[start : start + CHUNK])
             note(data[start : start + CHUNK])
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(CHUNK):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Force the names in a folder to disk, so that a rename survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -26,16 +25,10 @@ from spectrim import __version__
 from spectrim.errors import ArtifactError, InputError, OutputError
 from spectrim.storage.json_file import read_json
 from spectrim.storage.lock import locked
-from spectrim.storage.tensor_file import (
-    PARTIAL,
-    Slot,
-    TensorFile,
-    file_hash,
-    sync_folder,
-    write_tensors,
-)
+from spectrim.storage.tensor_file import Slot, TensorFile, write_tensors
+from spectrim.storage.whole_file import PARTIAL, file_hash, whole_file
 
-__all__ = ["MANIFEST", "WorkFolder", "open_work", "remove_empty", "work_beside"]
+__all__ = ["MANIFEST", "WorkFolder", "discard_work", "open_work", "remove_empty", "work_beside"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +36,8 @@ MANIFEST = "work.json"
 FORMAT_VERSION = 1
 LOCK = "lock"
 SUFFIX = ".safetensors"
+CHECKPOINTS = ("learning.safetensors", "recovery.safetensors")
+"""Of a training, beside the finished pieces: of the whole, and of its recovery phase."""
 _FACTS = "facts"
 
 
@@ -117,10 +112,19 @@ class WorkFolder:
         Raises:
             OutputError: the folder cannot be written.
         """
-        for path in self.path.glob(f"*{SUFFIX}"):
-            path.unlink()
+        if (self.path / MANIFEST).exists():
+            self.take_up()
+            self.clear()
         self._manifest = _Manifest()
         self._save()
+
+    def take_up(self) -> None:
+        """Know what was finished here, whoever's work it is.
+
+        Raises:
+            ArtifactError: the manifest is damaged.
+        """
+        self._manifest = _read_manifest(self.path / MANIFEST)
 
     def keep_here(self) -> None:
         """What is finished lies here already."""
@@ -188,8 +192,9 @@ class WorkFolder:
 
     def tidy(self) -> None:
         """Remove what an earlier process left half-written."""
-        for path in self.path.glob(f"*{PARTIAL}"):
-            path.unlink()
+        for name in (MANIFEST, f"*{SUFFIX}"):
+            for path in (*self.path.glob(f".{name}.*{PARTIAL}"), *self.path.glob(name + PARTIAL)):
+                path.unlink()
 
     @property
     def is_empty(self) -> bool:
@@ -203,15 +208,9 @@ class WorkFolder:
 
     def _save(self) -> None:
         assert self._manifest is not None
-        path = self.path / MANIFEST
-        partial = path.with_name(path.name + PARTIAL)
         try:
-            with partial.open("w", encoding="utf-8") as file:
-                file.write(self._manifest.model_dump_json(indent=1))
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-            sync_folder(self.path)
+            with whole_file(self.path / MANIFEST) as partial:
+                partial.write_text(self._manifest.model_dump_json(indent=1), encoding="utf-8")
         except OSError as error:
             raise self._unwritten(MANIFEST, error) from error
 
@@ -261,6 +260,7 @@ def open_work(path: str | Path, *, place: str | Path | None = None) -> Iterator[
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{folder} cannot be made: {error.strerror or error}") from error
+    _check_ours(folder)
     work = WorkFolder(folder)
     with ExitStack() as stack:
         # Last of all, when the lock file is gone too.
@@ -272,6 +272,31 @@ def open_work(path: str | Path, *, place: str | Path | None = None) -> Iterator[
         finally:
             if work.is_empty:
                 work.clear()
+
+
+def _check_ours(folder: Path) -> None:
+    """Half-written files are removed from a work folder, so it must hold nobody else's."""
+    names = sorted(path.name for path in folder.iterdir())
+    begun = (LOCK, MANIFEST)
+    foreign = [n for n in names if n not in begun and not n.endswith(PARTIAL)]
+    if MANIFEST not in names and foreign:
+        raise OutputError(
+            f"{folder} is no work folder: it holds {foreign[0]!r} and no {MANIFEST}; choose one "
+            "that is new or empty"
+        )
+
+
+def discard_work(path: Path) -> None:
+    """Remove the unfinished work beside a result that is finished now; other files there stay.
+
+    Raises:
+        OutputError: another process works there.
+    """
+    if not (path / MANIFEST).is_file():
+        return
+    with open_work(path) as work:
+        work.take_up()
+        work.clear(*CHECKPOINTS)
 
 
 def remove_empty(folders: list[Path]) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from spectrim.api import resolve_recipe
 from spectrim.errors import InputError
 from spectrim.measure.calibration import CalibrationStudy, study_calibration
-from spectrim.measure.measuring import PointStore
 from spectrim.recipe import Recipe
 from spectrim.recipes import DEFAULT_RECIPE
 from spectrim.report.content import as_json
@@ -19,8 +18,9 @@ from spectrim.report.drawing import new_figure
 from spectrim.report.study_figures import draw_calibration
 from spectrim.report.tables import rows_csv
 from spectrim.run.job import Progress
-from spectrim.studies.files import save_pictures, study_folder, write_whole
-from spectrim.studies.measure import POINTS_FOLDER, Measure, different_names, own_text
+from spectrim.run.sources import sources_of
+from spectrim.studies.files import open_study, save_pictures, write_text
+from spectrim.studies.measure import Measure, different_names, own_text
 
 __all__ = ["WINDOWS", "calibration_study"]
 
@@ -67,20 +67,24 @@ def calibration_study(
         raise InputError("ready windows have one number; give a text, a source or documents")
     resolved = [resolve_recipe(recipe, keep=keep, **calibration) for recipe in recipes]
     resolved = different_names([one.with_changes(keep=resolved[0].keep) for one in resolved])
-    folder = None if output is None else study_folder(output)
+    folder, store = open_study(
+        output,
+        writes=[f"calibration.{kind}" for kind in ("json", "csv", "png", "svg")],
+        sources=sources_of(model=model, text=[calibration.get("text"), measure.text]),
+    )
     found = study_calibration(
         measure.reference(model, tokenizer),
         resolved,
         sorted(set(windows)),
         list(dict.fromkeys(seeds)),
         text=own_text(calibration.get("text")),
-        store=PointStore(None if folder is None else folder / POINTS_FOLDER),
+        store=store,
         progress=progress,
     )
     if folder is not None:
         record = found.record()
-        write_whole(folder / "calibration.json", as_json(record))
-        write_whole(folder / "calibration.csv", rows_csv(record["points"]))
+        write_text(folder / "calibration.json", as_json(record))
+        write_text(folder / "calibration.csv", rows_csv(record["points"]))
         with new_figure() as (figure, axes):
             draw_calibration(
                 axes, record["points"], dense=found.dense["perplexity"], keep=found.keep

@@ -12,13 +12,13 @@ from spectrim.api import resolve_recipe
 from spectrim.errors import InputError
 from spectrim.evaluate.curve import parse_keeps
 from spectrim.measure.compare import Comparison, compare_recipes
-from spectrim.measure.measuring import PointStore
 from spectrim.recipe import Recipe
 from spectrim.report.content import as_json
 from spectrim.report.tables import comparison_csv, comparison_markdown
 from spectrim.run.job import Progress
-from spectrim.studies.files import study_folder, write_whole
-from spectrim.studies.measure import POINTS_FOLDER, Measure, different_names, own_text
+from spectrim.run.sources import sources_of
+from spectrim.studies.files import open_study, write_text
+from spectrim.studies.measure import Measure, different_names, own_text
 
 __all__ = ["compare"]
 
@@ -57,7 +57,11 @@ def compare(
     measure = measure or Measure()
     keeps = parse_keeps(keep) if isinstance(keep, str) else list(keep)
     resolved = different_names([resolve_recipe(r, **calibration) for r in recipes])
-    folder = None if output is None else study_folder(output)
+    folder, store = open_study(
+        output,
+        writes=[f"compare.{kind}" for kind in ("json", "csv", "md")],
+        sources=sources_of(model=model, text=[calibration.get("text"), measure.text]),
+    )
     options = ["--device", str(measure.device)]
     options += ["--trust-remote-code"] if measure.trust_remote_code else []
     found = compare_recipes(
@@ -65,12 +69,12 @@ def compare(
         resolved,
         keeps,
         options=options,
-        store=PointStore(None if folder is None else folder / POINTS_FOLDER),
+        store=store,
         progress=progress,
     )
     if folder is not None:
         record = found.record()
-        write_whole(folder / "compare.json", as_json(record))
-        write_whole(folder / "compare.csv", comparison_csv(record))
-        write_whole(folder / "compare.md", comparison_markdown(record))
+        write_text(folder / "compare.json", as_json(record))
+        write_text(folder / "compare.csv", comparison_csv(record))
+        write_text(folder / "compare.md", comparison_markdown(record))
     return found

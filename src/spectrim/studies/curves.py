@@ -19,8 +19,9 @@ from spectrim.report.content import as_json
 from spectrim.report.drawing import new_figure
 from spectrim.report.figures import draw_curve
 from spectrim.run.job import Progress
-from spectrim.studies.files import save_pictures, study_folder, write_whole
-from spectrim.studies.measure import POINTS_FOLDER, Measure, different_names, own_text
+from spectrim.run.sources import sources_of
+from spectrim.studies.files import open_study, save_pictures, write_text
+from spectrim.studies.measure import Measure, different_names, own_text
 from spectrim.studies.opening import dense_twin, has_every_size, open_sizes
 
 __all__ = ["curve"]
@@ -58,8 +59,14 @@ def curve(
     """
     measure = measure or Measure()
     keeps = parse_keeps(keep) if isinstance(keep, str) else list(keep)
-    folder = None if output is None else study_folder(output)
-    store = PointStore(None if folder is None else folder / POINTS_FOLDER)
+    texts = [calibration.get("text"), measure.text]
+    folder, store = open_study(
+        output,
+        writes=[f"curve.{kind}" for kind in ("json", "csv", "png", "svg")],
+        sources=sources_of(artifact=model, text=texts)
+        if has_every_size(model)
+        else sources_of(model=model, text=texts),
+    )
     if has_every_size(model):
         if recipes:
             raise InputError(f"{model} is an elastic artifact and has its sizes; give no recipes")
@@ -78,8 +85,8 @@ def curve(
             progress=progress,
         )
     if folder is not None:
-        write_whole(folder / "curve.json", as_json(found.record()))
-        write_whole(folder / "curve.csv", curve_csv(found.points))
+        write_text(folder / "curve.json", as_json(found.record()))
+        write_text(folder / "curve.csv", curve_csv(found.points))
         with new_figure(width=7.2, height=4.4) as (figure, axes):
             draw_curve(axes, found.points)
             save_pictures(figure, folder / "curve")

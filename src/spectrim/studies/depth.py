@@ -26,9 +26,10 @@ from spectrim.report.tables import rows_csv
 from spectrim.run.job import Progress, Silent
 from spectrim.run.loading import load_model
 from spectrim.run.reporting import environment
+from spectrim.run.sources import sources_of
 from spectrim.run.texts import vocabulary_size
-from spectrim.studies.files import save_pictures, study_folder, write_whole
-from spectrim.studies.measure import POINTS_FOLDER, Measure, own_text
+from spectrim.studies.files import open_study, save_pictures, write_text
+from spectrim.studies.measure import Measure, own_text
 
 __all__ = ["PUBLISHED_OBJECTIVES", "distortion", "layer_errors", "objective_recipe"]
 
@@ -72,13 +73,14 @@ def distortion(
     Raises:
         SpectrimError: no results, two of one name, or models that cannot be compared.
     """
-    record, runs = _follow_all(model, results, measure, output, **options)
+    writes = ["distortion.json", "distortion.csv", "mse.png", "mse.svg", "cosine.png", "cosine.svg"]
+    folder, store = _open(output, writes, model, results, measure, options)
+    record, runs = _follow_all(model, results, measure, store, **options)
     found = [one for run in runs for one in run.distortion]
-    if output is not None:
-        folder = study_folder(output)
+    if folder is not None:
         record["distortion"] = [one.record() for one in found]
-        write_whole(folder / "distortion.json", as_json(record))
-        write_whole(folder / "distortion.csv", rows_csv(distortion_rows(found)))
+        write_text(folder / "distortion.json", as_json(record))
+        write_text(folder / "distortion.csv", rows_csv(distortion_rows(found)))
         for name in ("mse", "cosine"):
             with new_figure() as (figure, axes):
                 draw_depth(axes, found, measure=name)
@@ -108,13 +110,14 @@ def layer_errors(
     Raises:
         SpectrimError: no results, two of one name, or models that cannot be compared.
     """
-    record, runs = _follow_all(model, results, measure, output, **options)
+    writes = [f"layer_errors.{kind}" for kind in ("json", "csv", "png", "svg")]
+    folder, store = _open(output, writes, model, results, measure, options)
+    record, runs = _follow_all(model, results, measure, store, **options)
     found = [one for run in runs for one in run.errors]
-    if output is not None:
-        folder = study_folder(output)
+    if folder is not None:
         record["errors"] = [one.record() for one in found]
-        write_whole(folder / "layer_errors.json", as_json(record))
-        write_whole(folder / "layer_errors.csv", rows_csv([one.record() for one in found]))
+        write_text(folder / "layer_errors.json", as_json(record))
+        write_text(folder / "layer_errors.csv", rows_csv([one.record() for one in found]))
         panels = len(shown_projections(found)) + 1
         columns = min(4, panels)
         rows = math.ceil(panels / columns)
@@ -132,11 +135,24 @@ def _report_of(result: str | Path) -> Mapping[str, Any]:
     return read_result(result).report
 
 
+def _open(
+    output: str | Path | None,
+    writes: Sequence[str],
+    model: str | Path,
+    results: Sequence[str | Path],
+    measure: Measure | None,
+    options: Mapping[str, Any],
+) -> tuple[Path | None, PointStore]:
+    texts = [options.get("text"), None if measure is None else measure.text]
+    read = sources_of(model=model, result=list(results), text=texts)
+    return open_study(output, writes=writes, sources=read)
+
+
 def _follow_all(
     model: str | Path,
     results: Sequence[str | Path],
     measure: Measure | None,
-    output: str | Path | None,
+    store: PointStore,
     *,
     recipes: Sequence[str | Path | Recipe] = (),
     objectives: Sequence[str] = (),
@@ -166,7 +182,6 @@ def _follow_all(
     place = next(dense.model.parameters()).device
     first = torch.arange(8, device=place)[None] % vocabulary_size(dense.model)
     anatomy = trace(dense.model, first)
-    store = PointStore(None if output is None else study_folder(output) / POINTS_FOLDER)
     progress.start(STAGE, len(names))
     runs = []
     for name, result in folders.items():

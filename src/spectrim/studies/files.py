@@ -2,51 +2,66 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spectrim.errors import OutputError
+from spectrim.measure.measuring import PointStore
 from spectrim.report.drawing import save_figure
+from spectrim.storage.ownership import Source, check_apart
+from spectrim.storage.whole_file import check_file, whole_file, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["save_pictures", "study_folder", "write_whole"]
+__all__ = ["open_study", "save_pictures", "write_text"]
+
+POINTS_FOLDER = "points"
+"""Finished points inside a study's folder; also what tells such a folder from others."""
 
 
-def study_folder(output: str | Path) -> Path:
-    """The folder of a study; one that exists is taken up again."""
+def open_study(
+    output: str | Path | None, *, writes: Sequence[str], sources: Iterable[Source]
+) -> tuple[Path | None, PointStore]:
+    """The folder of a study with its finished points; one that exists is taken up again.
+
+    Args:
+        output: the folder, None for a study that is only returned.
+        writes: files that the study will write there.
+        sources: what it reads, which lies elsewhere.
+
+    Raises:
+        OutputError: it is no folder, cannot be written, lies where a source is, or a file that
+            the study would write was not written by one.
+    """
+    if output is None:
+        return None, PointStore(None)
     folder = Path(output)
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder} exists and is not a folder")
+    check_apart(folder, sources)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if folder.exists() and not folder.is_dir():
+            raise OutputError(f"{folder} exists and is not a folder")
+        taken = [name for name in writes if (folder / name).exists()]
+        if taken and not (folder / POINTS_FOLDER).is_dir():
+            raise OutputError(
+                f"{folder} holds {taken[0]!r}, which no study of spectrim wrote; choose another "
+                "folder"
+            )
+        (folder / POINTS_FOLDER).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"cannot make {folder}: {error.strerror}") from error
-    return folder
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+        raise OutputError(f"{folder} cannot be made: {error.strerror or error}") from error
+    for name in writes:
+        check_file(folder / name, overwrite=True, option="OUT")
+    return folder, PointStore(folder / POINTS_FOLDER)
 
 
 def save_pictures(figure: Figure, path: Path) -> None:
     """Write a figure as `path.png` and `path.svg`, both whole or not at all."""
-    for suffix in (".png", ".svg"):
-        whole = path.with_name(path.name + suffix)
-        # The suffix comes last: it tells matplotlib the format.
-        partial = path.with_name(f".{path.name}.{os.getpid()}{suffix}")
+    for kind in ("png", "svg"):
+        whole = path.with_name(f"{path.name}.{kind}")
         try:
-            save_figure(figure, partial)
-            partial.replace(whole)
+            with whole_file(whole) as partial:
+                save_figure(figure, partial, kind=kind)
         except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise OutputError(f"cannot write {whole}: {error.strerror}") from error
+            raise OutputError(f"{whole} cannot be written: {error.strerror or error}") from error

@@ -15,10 +15,7 @@ from spectrim.measure.measuring import Reference, open_reference
 from spectrim.recipe import Recipe
 from spectrim.run.texts import UserText
 
-__all__ = ["POINTS_FOLDER", "Measure", "different_names", "own_text"]
-
-POINTS_FOLDER = "points"
-"""Finished points inside a study's folder."""
+__all__ = ["Measure", "different_names", "own_text"]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from spectrim.recipe import Recipe, validated
 from spectrim.run.compress import Outcome
 from spectrim.run.learned.elastic import open_elastic
 from spectrim.run.loading import load_model
+from spectrim.run.sources import sources_of
 from spectrim.storage.atomic import check_output
 from spectrim.storage.elastic import Elastic, save_elastic
 from spectrim.storage.survey_file import load_survey
@@ -75,7 +76,7 @@ def save_survey_as_elastic(
         InputError: the survey lacks the score.
         OutputError: the destination is taken or cannot be written; nothing is left there.
     """
-    check_output(output, overwrite=overwrite)
+    check_output(output, overwrite=overwrite, sources=sources_of(survey=survey, model=base))
     if not isinstance(survey, Survey):
         survey = load_survey(survey)
     opened = open_elastic(survey, base=base, device="cpu", score=score)

@@ -7,12 +7,16 @@ from typing import Any
 
 from spectrim.allocate.budget import parse_size
 from spectrim.allocate.plan import Plan
+from spectrim.errors import ArtifactError, OutputError
+from spectrim.run.sources import sources_of
 from spectrim.run.survey.planning import plan_from_survey
+from spectrim.storage.ownership import check_apart
 from spectrim.storage.plan_file import FORMAT_VERSION, load_plan
 from spectrim.storage.survey_file import is_survey, load_survey
 from spectrim.storage.survey_record import Survey
+from spectrim.storage.whole_file import check_file
 
-__all__ = ["plan_record", "read_plan", "replan"]
+__all__ = ["check_plan_file", "plan_record", "read_plan", "replan"]
 
 
 def replan(
@@ -41,6 +45,21 @@ def plan_record(plan: Plan, survey: str | Path) -> dict[str, Any]:
     """A plan as JSON-ready data that says which survey has its decompositions."""
     folder = str(Path(survey).resolve())
     return {"format_version": FORMAT_VERSION, **plan.to_json(), "survey": folder}
+
+
+def check_plan_file(output: str | Path, survey: str | Path, *, overwrite: bool) -> None:
+    """Refuse to write a plan where something else lies, before it is made.
+
+    Raises:
+        OutputError: the file is not a plan, may not be replaced, or lies in the survey.
+    """
+    check_apart(output, sources_of(survey=survey))
+    path = check_file(output, overwrite=overwrite, option="FILE")
+    if path.exists():
+        try:
+            load_plan(path)
+        except ArtifactError as error:
+            raise OutputError(f"{path} is no plan and is not replaced: {error}") from error
 
 
 def read_plan(path: str | Path) -> tuple[Plan, Survey | None]:
