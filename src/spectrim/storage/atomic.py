@@ -36,8 +36,11 @@ def check_output(output: str | Path, *, overwrite: bool, sources: Iterable[Sourc
             source lies.
     """
     try:
+        path = Path(output).resolve()
+        if path.exists() and not path.is_dir():
+            raise OutputError(f"{output} exists and is not a folder")
         check_apart(output, sources)
-        return _checked(Path(output).resolve(), output, overwrite=overwrite)
+        return _checked(path, output, overwrite=overwrite)
     except (OSError, ValueError) as error:  # a name that is too long, or no name at all
         raise OutputError(f"{output} cannot be written: {error}") from error
 
@@ -52,8 +55,6 @@ def _checked(path: Path, output: str | Path, *, overwrite: bool) -> Path:
             )
         if found:
             check_ours(path)
-    elif path.exists():
-        raise OutputError(f"{output} exists and is not a folder")
     above = next(p for p in path.parents if p.exists())
     if not os.access(above, os.W_OK | os.X_OK) or not above.is_dir():
         raise OutputError(f"{output} cannot be written: {above} is not a folder open to writing")
