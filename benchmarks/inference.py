@@ -32,10 +32,10 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.allocate.budget import Shape, layer_bytes, rank_for
-from spectrim.layers.fusion import fuse
 from spectrim.layers.lowrank import LowRankLinear
 from spectrim.layers.packed import PackedLinear
-from spectrim.layers.prepack import prepack
+from spectrim.serve.fusion import fuse
+from spectrim.serve.prepack import prepack
 
 BLOCKS = {
     "llama-3.2-1b": {"hidden": 2048, "key_value": 512, "intermediate": 8192},

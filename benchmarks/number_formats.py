@@ -20,7 +20,7 @@ from global_allocation import SURVEY
 
 from spectrim.allocate.budget import bytes_by_rank, layer_bytes
 from spectrim.allocate.curve import Curve
-from spectrim.allocate.knapsack import ROUNDING_SHARE
+from spectrim.allocate.knapsack import rounding_share
 from spectrim.evaluate.curve import lower_hull
 from spectrim.storage.survey_file import load_survey
 
@@ -32,7 +32,7 @@ def ways(curve: Curve, losses: np.ndarray) -> dict[tuple[float, float], str]:
     """(bytes, predicted loss) -> what gives it."""
     found = {}
     for weights in FORMATS:
-        rounding = ROUNDING_SHARE[weights] * float(losses[0])
+        rounding = rounding_share(weights) * float(losses[0])
         options = {"weights": weights, "dtype_bytes": 2}
         stored = np.asarray(bytes_by_rank(curve.shape, storage="packed", **options))
         for rank in range(1, len(stored)):

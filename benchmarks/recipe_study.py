@@ -18,7 +18,7 @@ from typing import Any
 from protocol import Row, main, recipe_rows
 from torch import Tensor
 
-from spectrim.measure.quantized import FORMATS, Format, round_targets
+from spectrim.measure.quantized import REFERENCES, round_targets
 from spectrim.model.tracing import trace
 from spectrim.recipe import Recipe
 from spectrim.recipes import get_recipe
@@ -64,7 +64,7 @@ def recipes() -> dict[str, Recipe]:
     return found | {name: get_recipe(name) for name in PUBLISHED}
 
 
-def rounded(weights: Format) -> Row:
+def rounded(weights: str) -> Row:
     """The dense model in integers: what low rank must be held against at equal bytes."""
 
     def run(loaded: LoadedModel, calibration: Tensor, keep: float) -> dict[str, Any]:
@@ -76,5 +76,5 @@ def rounded(weights: Format) -> Row:
 
 
 if __name__ == "__main__":
-    formats = {f"dense {weights}": rounded(weights) for weights in FORMATS}
+    formats = {f"dense {weights}": rounded(weights) for weights in REFERENCES}
     main(recipe_rows(recipes()) | formats, results=RESULTS, description=__doc__)

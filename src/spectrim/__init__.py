@@ -30,10 +30,10 @@ if TYPE_CHECKING:
         resize,
         survey,
     )
-    from spectrim.layers.fusion import fuse
-    from spectrim.layers.latent.switch import latent_cache
-    from spectrim.layers.prepack import prepack
     from spectrim.recipe import Recipe
+    from spectrim.serve.fusion import fuse
+    from spectrim.serve.latent.switch import latent_cache
+    from spectrim.serve.prepack import prepack
 
 __version__ = "0.1.0"
 
@@ -57,9 +57,9 @@ __all__ = [
 _API = ("compress", "elastic", "export", "inspect", "load_elastic", "plan", "resize", "survey")
 _HOMES = dict.fromkeys(_API, "spectrim.api") | {
     "Recipe": "spectrim.recipe",
-    "fuse": "spectrim.layers.fusion",
-    "latent_cache": "spectrim.layers.latent.switch",
-    "prepack": "spectrim.layers.prepack",
+    "fuse": "spectrim.serve.fusion",
+    "latent_cache": "spectrim.serve.latent.switch",
+    "prepack": "spectrim.serve.prepack",
 }
 
 

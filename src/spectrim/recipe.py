@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from spectrim.errors import RecipeError
+from spectrim.formats import known_weights
+from spectrim.layers.layout import known_kind
 from spectrim.plain_yaml import parse_plain, read_bounded
 
 __all__ = [
@@ -103,8 +105,8 @@ class Allocation(Section):
 class StorageChoice(Section):
     """How a rank-k matrix is kept on disk and in memory."""
 
-    kind: Literal["factored", "packed", "auto"] = "factored"
-    weights: Literal["native", "int8", "int4"] = "native"
+    kind: Annotated[str, AfterValidator(known_kind)] = "factored"
+    weights: Annotated[str, AfterValidator(known_weights)] = "native"
 
 
 class ClosedFormRefinement(Section):

@@ -14,6 +14,7 @@ __all__ = [
     "PIVOT_GROWTH_LIMIT",
     "RANK_CUTOFF_FP32",
     "RANK_CUTOFF_FP64",
+    "ROUNDING_DAMPING",
     "STEP_COUNT",
     "SYMMETRY",
 ]
@@ -39,6 +40,9 @@ LEAST_SQUARES_RIDGE = 1e-6
 LATENT_MATCH = 1e-2
 """Largest relative difference between cached states and those restored from latents for which both
 count as the same. Rounding to half precision stays below; a missing rotation or norm does not."""
+
+ROUNDING_DAMPING = 1e-2
+"""Rounding with feedback trusts a moment matrix less than its own diagonal by this share."""
 
 STEP_COUNT = 1e-9
 """Share by which a span of sizes may miss a whole number of steps and still count it."""

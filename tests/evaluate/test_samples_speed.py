@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from spectrim.errors import InputError, TextError
 from spectrim.evaluate import speed as speed_module
 from spectrim.evaluate.samples import continuations
-from spectrim.evaluate.speed import speed
+from spectrim.serve.speed import speed
 
 VOCABULARY = {"</s>": 0, **{f"w{i}": i for i in range(1, 40)}}
 

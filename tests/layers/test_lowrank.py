@@ -66,7 +66,7 @@ def test_the_layout_describes_the_layer():
         assert all(p.is_meta for p in layer.parameters())
 
 
-@pytest.mark.parametrize("kind", sorted(LAYERS))
+@pytest.mark.parametrize("kind", [k for k, row in LAYERS.items() if row.low_rank])
 def test_the_stored_weight_never_has_the_dense_shape(kind):
     layout = layout_of(kind)
     for m, n in [(6, 6), (4, 9), (9, 4)]:

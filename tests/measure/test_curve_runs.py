@@ -16,7 +16,7 @@ from spectrim import api, studies
 from spectrim.errors import InputError
 from spectrim.evaluate.agreement import agreement
 from spectrim.evaluate.perplexity import perplexity
-from spectrim.linalg.rounding import from_int4, from_int8, to_int4, to_int8
+from spectrim.formats import format_of
 from spectrim.model.tracing import trace
 from spectrim.model.weights import get_module
 from spectrim.recipes import get_recipe
@@ -163,17 +163,19 @@ def test_the_dense_model_in_integers_is_the_rounded_dense_model(name, tmp_path):
     )
     points = {p.recipe: p for p in found.points}
     assert list(points) == ["svd", "dense int8", "dense int4"]
-    for weights, back in (("int8", from_int8), ("int4", None)):
+    for weights in ("int8", "int4"):
         model = copy.deepcopy(dense)
         bits = rows = 0
         for target in trace(model, HELD_OUT[:1, :8]).targets:
             module = get_module(model, target.name)
             W = module.weight.data.T if target.transposed else module.weight.data
             groups = -(-W.shape[1] // 32)
-            bits += 8 * W.numel() if back else 4 * 32 * groups * W.shape[0]
-            bits += 32 * W.shape[0] * (1 if back else groups) + 32 * W.shape[0] * target.bias
+            eight = weights == "int8"
+            bits += 8 * W.numel() if eight else 4 * 32 * groups * W.shape[0]
+            bits += 32 * W.shape[0] * (1 if eight else groups) + 32 * W.shape[0] * target.bias
             rows += W.numel()
-            W.copy_(from_int8(*to_int8(W)) if back else from_int4(*to_int4(W, 32), W.shape[1]))
+            row = format_of(weights)
+            W.copy_(row.decode(row.encode(W, dtype=W.dtype), W.shape[1]))
         expected = perplexity(model, HELD_OUT).nll
         point = points[f"dense {weights}"]
         assert point.nll == pytest.approx(expected, rel=1e-5)

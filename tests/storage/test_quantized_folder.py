@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 import spectrim.storage.quantizer  # noqa: F401  (teaches transformers to load the folders)
 from architectures import tiny, windows
 from spectrim.errors import ArtifactError
-from spectrim.layers.quantized import QuantizedDense, QuantizedLinear, quantize_layer
+from spectrim.layers.dense import QuantizedDense
+from spectrim.layers.quantized import QuantizedLinear, quantize_layer
 from spectrim.layers.swap import compressed_layers, swap_in
 from spectrim.model.weights import read_bias, read_weight
 from spectrim.storage.attach import attach

@@ -8,9 +8,8 @@ For a target `W (m, n)` cut to rank k the stored numbers are
                                   (m, k) and (k, n - k), plus an int32 order of the pivoted
                                   side (4 min(m, n) bytes)
 
-and a number costs `dtype_bytes` (native), 1 byte plus an fp32 scale per row of its matrix (int8),
-or half a byte plus a bf16 scale and a bf16 zero point per group of 32 along the row, the row
-padded to whole groups (int4). A bias stays in the native format.
+and what a matrix of these numbers costs is said by its number format (`spectrim.formats`): scales
+and the padding of rows to whole groups are counted. A bias stays in the native format.
 
 The published size of a low-rank layer, rank `floor(keep * m n / (m + n))`, is what `rank_for`
 gives for factored native storage without a bias.
@@ -27,10 +26,9 @@ import numpy as np
 
 from spectrim.allocate.plan import Storage, Weights
 from spectrim.errors import BudgetError
-from spectrim.layers.layout import INT4_GROUP
+from spectrim.layers.layout import layout_of
 
 __all__ = [
-    "INT4_GROUP",
     "ModelBytes",
     "Shape",
     "break_even",
@@ -44,10 +42,6 @@ __all__ = [
     "parse_size",
     "rank_for",
 ]
-
-INT8_SCALE_BYTES = 4
-INT4_GROUP_BYTES = 4
-ORDER_BYTES = 4
 
 Count = TypeVar("Count", int, np.ndarray)
 
@@ -86,7 +80,7 @@ def layer_bytes(
     Raises:
         BudgetError: for a rank outside 1..min(m, n), or one that does not go with the storage.
     """
-    if (rank is None) != (storage == "dense"):
+    if (rank is not None) != layout_of(storage).low_rank:
         raise BudgetError(f"storage {storage!r} does not go with rank {rank}")
     if rank is not None and not 1 <= rank <= components(shape):
         raise BudgetError(f"rank {rank} is outside 1..{components(shape)} of {shape}")
@@ -257,35 +251,15 @@ def _stored_bytes(
     """Bytes at one rank (int) or at many (int64 array); ranks are not checked here."""
     m, n = shape.out_features, shape.in_features
     bias = m * dtype_bytes if shape.bias else 0
-    if storage == "dense":
-        return _matrix_bytes(m, n, weights, dtype_bytes) + bias + 0 * rank
-    if storage == "factored":
-        matrices = ((m, rank), (rank, n))
-    elif m <= n:
-        matrices = ((rank, n), (m - rank, rank))
-    else:
-        matrices = ((m, rank), (rank, n - rank))
-    order = ORDER_BYTES * components(shape) if storage == "packed" else 0
-    first, second = (_matrix_bytes(*x, weights, dtype_bytes) for x in matrices)
-    return first + second + order + bias
-
-
-def _matrix_bytes(rows, columns, weights: Weights, dtype_bytes: int):
-    """Bytes of one stored matrix; rows or columns may be an array of sizes."""
-    if weights == "native":
-        return rows * columns * dtype_bytes
-    if weights == "int8":
-        return rows * (columns + INT8_SCALE_BYTES)
-    groups = -(-columns // INT4_GROUP)
-    return rows * groups * (INT4_GROUP // 2 + INT4_GROUP_BYTES)
+    return layout_of(storage, weights).bytes(m, n, rank, dtype_bytes) + bias
 
 
 def _largest_rank(
     shape: Shape, budget: int, storage: Storage, weights: Weights, dtype_bytes: int
 ) -> int:
     """Largest rank in 0..min(m, n) with bytes <= budget."""
-    if storage == "dense":
-        raise BudgetError("dense storage has no rank")
+    if not layout_of(storage).low_rank:
+        raise BudgetError(f"{storage} storage has no rank")
     by_rank = bytes_by_rank(shape, storage=storage, weights=weights, dtype_bytes=dtype_bytes)
     # No search: padding to whole int4 groups can make a larger rank the smaller one.
     return int(np.flatnonzero(by_rank <= budget)[-1:].sum())

@@ -13,7 +13,7 @@ their error model is the score `measured`. Differences: no depth bias, all ranks
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,12 +24,9 @@ from spectrim.allocate.curve import Curve, Score, loss_by_rank
 from spectrim.allocate.ladder import Ladder, Limits, ladders_for
 from spectrim.allocate.plan import Plan, PlanEntry, Storage, Weights
 from spectrim.errors import BudgetError, InputError
+from spectrim.formats import JOINT, format_of
 
-__all__ = ["ROUNDING_SHARE", "knapsack"]
-
-ROUNDING_SHARE: Mapping[Weights, float] = {"native": 0.0, "int8": 1e-4, "int4": 6e-3}
-"""Loss of rounding, as a share of losing the whole target: relative squared error of Gaussian
-rows in int8 (one scale per row) and groups of 32 in int4 (scale and zero point)."""
+__all__ = ["knapsack", "rounding_share"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,11 +91,16 @@ def knapsack(
     return Plan(entries, keep, "knapsack", notes)
 
 
+def rounding_share(weights: Weights) -> float:
+    """Loss of rounding to nearest, as a share of losing the whole target."""
+    return max(format_of(name).rounding_share for name in weights.split(JOINT))
+
+
 def _ways(ladders: Sequence[Ladder], losses: np.ndarray, dense_weights: Sequence[Weights]) -> _Ways:
     """All ways of one target, less the dominated ones."""
     parts = []
     for i, ladder in enumerate(ladders):
-        rounding = ROUNDING_SHARE[ladder.limits.weights] * float(losses[0])
+        rounding = rounding_share(ladder.limits.weights) * float(losses[0])
         levels = np.arange(ladder.top)
         parts.append(
             (ladder.bytes[:-1], losses[ladder.ranks] + rounding, np.full(ladder.top, i), levels)
@@ -106,7 +108,7 @@ def _ways(ladders: Sequence[Ladder], losses: np.ndarray, dense_weights: Sequence
     shape, size = ladders[0].curve.shape, ladders[0].limits.dtype_bytes
     for i, weights in enumerate(dense_weights):
         stored = layer_bytes(shape, rank=None, storage="dense", weights=weights, dtype_bytes=size)
-        loss = ROUNDING_SHARE[weights] * float(losses[0])
+        loss = rounding_share(weights) * float(losses[0])
         parts.append((np.array([stored]), np.array([loss]), np.array([-1]), np.array([i])))
     stored, loss, ladder, level = (np.concatenate(x) for x in zip(*parts, strict=True))
     order = np.lexsort((loss, stored))

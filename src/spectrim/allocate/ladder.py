@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from spectrim.allocate.budget import budget_bytes, bytes_by_rank, layer_bytes
 from spectrim.allocate.curve import Curve
 from spectrim.allocate.plan import Plan, PlanEntry, Storage, Weights
 from spectrim.errors import BudgetError, InputError
+from spectrim.layers.layout import LAYERS
 
 __all__ = [
     "Ladder",
@@ -44,7 +44,7 @@ class Limits:
     """
 
     dtype_bytes: int = 2
-    storage: Literal["factored", "packed", "auto"] = "factored"
+    storage: Storage = "factored"
     weights: Weights = "native"
     floor: float = 0.0
     multiple: int = 1
@@ -58,7 +58,8 @@ class Limits:
     @property
     def storages(self) -> tuple[Storage, ...]:
         """The low-rank storages to choose from."""
-        return ("factored", "packed") if self.storage == "auto" else (self.storage,)
+        automatic = tuple(kind for kind, layout in LAYERS.items() if layout.automatic)
+        return automatic if self.storage == "auto" else (self.storage,)
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,7 +221,7 @@ def _ladder(curve: Curve, limits: Limits) -> Ladder:
     lowest = -(-lowest // limits.multiple) * limits.multiple
     ranks = np.arange(lowest, curve.rank + 1, limits.multiple, dtype=np.int64)
     ranks = ranks[cheapest[ranks] < dense]
-    # A rank is not worth having where a larger one takes no more bytes (int4 padding).
+    # A rank is not worth having where a larger one takes no more bytes (padding to groups).
     later = np.append(np.minimum.accumulate(cheapest[ranks][::-1])[::-1][1:], dense)[: ranks.size]
     ranks = ranks[cheapest[ranks] < later]
     return Ladder(

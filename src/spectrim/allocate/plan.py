@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, TypeAlias
 
 __all__ = ["Plan", "PlanEntry", "Storage", "Weights"]
 
-Storage = Literal["dense", "factored", "packed"]
-Weights = Literal["native", "int8", "int4"]
+Storage: TypeAlias = str
+"""A storage kind of `layers.layout`."""
+
+Weights: TypeAlias = str
+"""A number format of `spectrim.formats`, or several joined by `+`, one for each part."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class PlanEntry:
         name: the target's module path.
         rank: number of components kept, None where the original weight stays dense.
         storage: how the kept matrix is stored.
-        weights: number format of the stored matrix; `native` is the model's dtype.
+        weights: number formats of its parts; `native` is the model's dtype.
         bytes: stored bytes of the layer, bias included.
         dense_bytes: bytes of the original layer, bias included.
         loss: predicted increase of the rule's objective, None where the rule predicts nothing.

@@ -133,7 +133,7 @@ def print_bench(found: dict[str, Any]) -> None:
         {
             "bytes per token": f"{format_bytes(dense['bytes'])} dense, "
             f"{format_bytes(small['bytes'])} compressed; the same layers uncut would need "
-            f"{format_bytes(uncut['int8'])} in int8, {format_bytes(uncut['int4'])} in int4",
+            + ", ".join(f"{format_bytes(size)} in {weights}" for weights, size in uncut.items()),
             "measured": f"median of {protocol['repeats']}, {protocol['new_tokens']} new tokens, "
             f"{protocol['dtype']} on {protocol['device']}, {threads} "
             f"thread{'s' if threads != 1 else ''}, torch {environment['torch']}"

@@ -1,14 +1,13 @@
-"""What each storage kind looks like: its tensors, their shapes, and their names on disk.
+"""What each storage kind looks like: its parts, their shapes, and their names on disk.
 
 A compressed linear layer keeps a few tensors under its module path. One of them, the *weight key*,
 is written to disk under the original name `<linear>.weight`; its shape always differs from the
 dense shape, so that a loader that does not know spectrim stops at a shape mismatch instead of
 inventing random weights for a missing key. The bias keeps its original name as well.
 
-Integer number formats apply to every matrix of a kind in the same way: `<part>.weight` becomes
-`<part>.codes` and `<part>.scale` (and `<part>.zero` for int4), and the scales take the original
-name on disk, since codes can have the dense shape. A target that was not cut has such a layout
-too, the kind `dense`.
+The matrices of a kind are its *parts*. Every part has a number format (`spectrim.formats`), which
+says what tensors it consists of; formats are named for all parts at once, `int4`, or one by one,
+`int4+int8`. A kind is one file, its layer class, and one row here.
 
 This file is data only and imports no torch: `spectrim inspect` reads headers with it.
 """
@@ -22,38 +21,43 @@ from types import MappingProxyType
 from typing import Any
 
 from spectrim.errors import ArtifactError
+from spectrim.formats import NumberFormat, formats_of
 
-__all__ = ["INT4_GROUP", "LAYERS", "Layout", "Shape", "layout_of", "matrix_tensors"]
+__all__ = ["LAYERS", "Layout", "Shape", "known_kind", "layout_of"]
 
 Shape = tuple[int, ...]
 
-INT4_GROUP = 32
-"""Numbers of a row that share one scale and zero point in int4 storage."""
+Parts = Callable[[Any, Any, Any], dict[str, tuple[Any, Any]]]
+"""(out, in, rank) -> part -> (rows, columns); ranks may be an array."""
+
+ORDER_BYTES = 4
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One storage kind.
+    """One storage kind, with the number formats of its parts.
 
     Attributes:
         kind: the word used in plans and in `config.json`.
-        weights: number format of its matrices.
         location: `module:class` of the layer, imported only when a layer is built.
-        weight_key: path below the layer of the tensor that is stored as `<linear>.weight`.
+        parts: its matrices; the first one's main tensor is stored as `<linear>.weight`.
         bias_key: path below the layer of the bias, stored as `<linear>.bias`.
-        shapes: (out_features, in_features, rank) -> path below the layer -> shape, without bias.
-        sides: shapes by path below the layer -> (out, in, rank); a layout with integer numbers
-            has none, its configuration names the shape.
-        integers: paths below the layer whose tensors hold integers, each a permutation.
+        sides: shapes of native parts by path below the layer -> (out, in, rank); None where they
+            do not tell.
+        orders: (out, in) -> path -> length, of the tensors that hold a permutation.
+        low_rank: whether the kind has a rank; one without keeps every component.
+        automatic: whether the storage `auto` chooses among it and others.
+        weights: number formats, see `formats_of`.
     """
 
     kind: str
     location: str
-    weight_key: str
+    parts: Parts
     bias_key: str
-    shapes: Callable[[int, int, int], dict[str, Shape]]
-    sides: Callable[[Mapping[str, Shape]], tuple[int, int, int]] | None
-    integers: frozenset[str] = frozenset()
+    sides: Callable[[Mapping[str, Shape]], tuple[int, int, int]] | None = None
+    orders: Callable[[int, int], dict[str, int]] = lambda out_features, in_features: {}
+    low_rank: bool = True
+    automatic: bool = True
     weights: str = "native"
 
     def layer_class(self) -> Any:
@@ -61,10 +65,45 @@ class Layout:
         module, _, name = self.location.partition(":")
         return getattr(import_module(module), name)
 
-    def matrices(self, out_features: int, in_features: int, rank: int | None) -> dict[str, Shape]:
-        """Path below the layer -> shape, of the matrices of a layout with native numbers."""
-        shapes = self.shapes(out_features, in_features, rank or 0)
-        return {key: shape for key, shape in shapes.items() if key.endswith(".weight")}
+    @property
+    def formats(self) -> dict[str, NumberFormat]:
+        """Part -> its number format."""
+        parts = list(self.parts(2, 2, 1))
+        return dict(zip(parts, formats_of(self.weights, len(parts)), strict=True))
+
+    @property
+    def integer(self) -> bool:
+        """Whether any part holds codes: their shapes do not tell those of the layer."""
+        return any(one.integer for one in self.formats.values())
+
+    @property
+    def weight_key(self) -> str:
+        """Path below the layer of the tensor that is stored as `<linear>.weight`."""
+        part, first = next(iter(self.formats.items()))
+        return f"{part}.{first.main}"
+
+    @property
+    def integers(self) -> frozenset[str]:
+        """Paths below the layer whose tensors hold a permutation."""
+        return frozenset(self.orders(2, 2))
+
+    def shapes(self, out_features: int, in_features: int, rank: int) -> dict[str, Shape]:
+        """Path below the layer -> shape, of every tensor but the bias."""
+        found: dict[str, Shape] = {}
+        parts = self.parts(out_features, in_features, rank)
+        for (part, (rows, columns)), one in zip(parts.items(), self.formats.values(), strict=True):
+            for name, (shape, _) in one.tensors(rows, columns).items():
+                found[f"{part}.{name}"] = shape
+        orders = self.orders(out_features, in_features)
+        return found | {path: (length,) for path, length in orders.items()}
+
+    def bytes(self, out_features: int, in_features: int, rank: Any, dtype_bytes: int) -> Any:
+        """Stored bytes without the bias; the rank may be an array of ranks."""
+        parts = self.parts(out_features, in_features, rank)
+        total: Any = 0 * rank
+        for (rows, columns), one in zip(parts.values(), self.formats.values(), strict=True):
+            total = total + one.bytes(rows, columns, dtype_bytes)
+        return total + ORDER_BYTES * sum(self.orders(out_features, in_features).values())
 
     def tensors(
         self, out_features: int, in_features: int, rank: int, bias: bool
@@ -88,17 +127,13 @@ class Layout:
         """(out, in, rank) from the shapes on disk, keyed by the name below the layer.
 
         Raises:
-            KeyError: a tensor of this layout is absent.
+            KeyError: a tensor of this layout is absent, or shapes do not tell.
             ValueError: a shape has the wrong number of axes.
         """
         memory = {disk: key for key, disk in self.renames().items()}
-        if self.sides is None:
+        if self.sides is None or self.integer:
             raise KeyError("shape")
         return self.sides({memory.get(key, key): shape for key, shape in disk_shapes.items()})
-
-
-def _factored_shapes(out_features: int, in_features: int, rank: int) -> dict[str, Shape]:
-    return {"up.weight": (out_features, rank), "down.weight": (rank, in_features)}
 
 
 def _factored_sides(shapes: Mapping[str, Shape]) -> tuple[int, int, int]:
@@ -107,12 +142,11 @@ def _factored_sides(shapes: Mapping[str, Shape]) -> tuple[int, int, int]:
     return out_features, in_features, rank
 
 
-def _packed_shapes(out_features: int, in_features: int, rank: int) -> dict[str, Shape]:
+def _packed_parts(m: Any, n: Any, k: Any) -> dict[str, tuple[Any, Any]]:
     # The pivots lie on the smaller side (`linalg.pivot.packed_side`), so the shapes tell the side.
-    m, n, k = out_features, in_features, rank
     if m <= n:
-        return {"basis.weight": (k, n), "coefficients.weight": (m - k, k), "order": (m,)}
-    return {"basis.weight": (m, k), "coefficients.weight": (k, n - k), "order": (n,)}
+        return {"basis": (k, n), "coefficients": (m - k, k)}
+    return {"basis": (m, k), "coefficients": (k, n - k)}
 
 
 def _packed_sides(shapes: Mapping[str, Shape]) -> tuple[int, int, int]:
@@ -126,96 +160,64 @@ def _packed_sides(shapes: Mapping[str, Shape]) -> tuple[int, int, int]:
     raise ValueError(f"packed tensors of shapes {dict(shapes)} do not fit together")
 
 
-def _dense_shapes(out_features: int, in_features: int, rank: int) -> dict[str, Shape]:
-    return {"inner.weight": (out_features, in_features)}
-
-
 LAYERS: Mapping[str, Layout] = MappingProxyType(
     {
-        "factored": Layout(
-            "factored",
-            "spectrim.layers.lowrank:LowRankLinear",
-            weight_key="up.weight",
-            bias_key="up.bias",
-            shapes=_factored_shapes,
-            sides=_factored_sides,
-        ),
-        "packed": Layout(
-            "packed",
-            "spectrim.layers.packed:PackedLinear",
-            weight_key="basis.weight",
-            bias_key="bias",
-            shapes=_packed_shapes,
-            sides=_packed_sides,
-            integers=frozenset({"order"}),
-        ),
+        row.kind: row
+        for row in (
+            Layout(
+                "dense",
+                "spectrim.layers.dense:QuantizedDense",
+                lambda m, n, k: {"inner": (m, n)},
+                "inner.bias",
+                low_rank=False,
+                automatic=False,
+            ),
+            Layout(
+                "factored",
+                "spectrim.layers.lowrank:LowRankLinear",
+                lambda m, n, k: {"up": (m, k), "down": (k, n)},
+                "up.bias",
+                sides=_factored_sides,
+            ),
+            Layout(
+                "packed",
+                "spectrim.layers.packed:PackedLinear",
+                _packed_parts,
+                "bias",
+                sides=_packed_sides,
+                orders=lambda m, n: {"order": min(m, n)},
+            ),
+        )
     }
 )
-"""Storage kind -> layout with native numbers. A new kind is one row and one layer class."""
-
-
-_DENSE = Layout(
-    "dense",
-    "spectrim.layers.quantized:QuantizedDense",
-    weight_key="inner.weight",
-    bias_key="inner.bias",
-    shapes=_dense_shapes,
-    sides=None,
-)
-"""A target that was not cut; with native numbers it is an ordinary layer and has no layout."""
-
-
-def matrix_tensors(rows: int, columns: int, weights: str) -> dict[str, tuple[Shape, str]]:
-    """The tensors of one matrix in an integer format: name -> (shape, int8|uint8|fp32|bf16).
-
-    Raises:
-        ArtifactError: an unknown number format.
-    """
-    if weights == "int8":
-        return {"codes": ((rows, columns), "int8"), "scale": ((rows,), "fp32")}
-    if weights != "int4":
-        raise ArtifactError(f"unknown weights {weights!r}; expected native, int8 or int4")
-    groups = -(-columns // INT4_GROUP)
-    return {
-        "codes": ((rows, groups * INT4_GROUP // 2), "uint8"),
-        "scale": ((rows, groups), "bf16"),
-        "zero": ((rows, groups), "bf16"),
-    }
+"""Storage kind -> layout with native numbers. `dense` with them is an ordinary layer: no layer of
+ours, and no entry of a table."""
 
 
 def layout_of(kind: str, weights: str = "native") -> Layout:
-    """The layout of a storage kind and number format.
+    """The layout of a storage kind and number formats.
 
     Raises:
         ArtifactError: an unknown kind or format; names the known ones.
     """
-    base = _DENSE if kind == "dense" and weights != "native" else LAYERS.get(kind)
+    base = LAYERS.get(kind)
     if base is None:
         raise ArtifactError(
             f"unknown storage {kind!r}; this version of spectrim knows {', '.join(sorted(LAYERS))}"
         )
-    return base if weights == "native" else _with_integers(base, weights)
+    found = base if weights == base.weights else replace(base, weights=weights)
+    formats_of(weights, len(found.parts(2, 2, 1)))
+    return found
 
 
-def _with_integers(base: Layout, weights: str) -> Layout:
-    """The layout whose every matrix is stored in an integer format."""
+def known_kind(kind: str) -> str:
+    """The kind itself, if low-rank matrices can be stored so; `auto` is the smallest of some.
 
-    def shapes(out_features: int, in_features: int, rank: int) -> dict[str, Shape]:
-        found: dict[str, Shape] = {}
-        for key, shape in base.shapes(out_features, in_features, rank).items():
-            part, _, last = key.rpartition(".")
-            if last != "weight":
-                found[key] = shape
-                continue
-            rows, columns = shape
-            for name, (stored, _) in matrix_tensors(rows, columns, weights).items():
-                found[f"{part}.{name}"] = stored
-        return found
-
-    return replace(
-        base,
-        weight_key=base.weight_key.removesuffix("weight") + "scale",
-        shapes=shapes,
-        sides=None,
-        weights=weights,
-    )
+    Raises:
+        ValueError: they cannot; quotes what is known.
+    """
+    known = [*(name for name, layout in LAYERS.items() if layout.low_rank), "auto"]
+    if kind not in known:
+        expected = ", ".join(map(repr, known))
+        raise ValueError(f"{kind!r} is unknown; expected one of {expected}")
+    return kind

@@ -20,7 +20,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from spectrim.layers.quantized import wide_weight
+from spectrim.layers.layout import layout_of
+from spectrim.layers.quantized import part_of, wide_weight
+from spectrim.layers.source import Source
 from spectrim.linalg.pivot import Packed, Side, pack, packed_side
 
 __all__ = ["PackedLinear", "packed_error"]
@@ -123,6 +125,49 @@ class PackedLinear(nn.Module):
         if bias is not None:
             layer.bias = _parameter(bias, dtype, device)
         return layer
+
+    @classmethod
+    def stored(
+        cls, source: Source, rank: int | None, weights: str, *, dtype: torch.dtype
+    ) -> PackedLinear:
+        """The factors of `source`, packed and rounded; the second part makes up for the first."""
+        assert source.factors is not None
+        up, down = source.factors
+        parts = pack(up, down)
+        if not layout_of("packed", weights).integer:
+            return cls.from_packed(parts, source.bias, dtype=dtype, device=up.device)
+        layer = cls.from_packed(parts, None, dtype=torch.float64, device=up.device)
+        layer.bias = None if source.bias is None else _parameter(source.bias, dtype, up.device)
+        basis, coefficients = (one.name for one in layout_of("packed", weights).formats.values())
+        layer.weights = weights
+        if parts.side == "out":
+            layer.basis = part_of(parts.basis, None, basis, dtype=dtype, metric=source.metric)
+            first = wide_weight(layer.basis).double()
+            # The rows that are not the basis itself.
+            W = source.W[parts.order.long()[parts.rank :]]
+            solved = source.refitted(parts.coefficients, first, W)
+            metric = source.metric_behind(first)
+            layer.coefficients = part_of(solved, None, coefficients, dtype=dtype, metric=metric)
+            return layer
+        layer.coefficients = part_of(parts.coefficients, None, coefficients, dtype=dtype)
+        rest = wide_weight(layer.coefficients).double()
+        gathered = torch.cat([torch.eye(parts.rank).to(rest), rest], dim=1)
+        first = torch.empty_like(gathered)
+        first[:, parts.order.long()] = gathered
+        solved, metric = source.refitted(parts.basis, first), source.metric_behind(first)
+        layer.basis = part_of(solved, None, basis, dtype=dtype, metric=metric)
+        return layer
+
+    @property
+    def reader(self) -> tuple[str, str]:
+        """The child that reads the input, and why it must not be joined with others'."""
+        inside = "packed on the in-side, it gathers its input first"
+        return "basis", inside if self.side == "in" else ""
+
+    @property
+    def expander(self) -> str:
+        """The child whose input is the latent; empty on the in-side, where no child's is."""
+        return "coefficients" if self.side == "out" else ""
 
     @property
     def weight(self) -> Tensor:

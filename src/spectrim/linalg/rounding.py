@@ -1,74 +1,130 @@
-"""Round a matrix to 8-bit or 4-bit integers and back.
+"""Round a matrix to a grid so that the error is small on its inputs.
 
-    int8   W[i, j] = scale[i] q[i, j]                   q in -127..127, scale fp32, one per row
-    int4   W[i, j] = scale[i, g] (q[i, j] - 8) + zero[i, g]
-                                                        q in 0..15, g the group of column j
+The error `E = Ŵ - W` costs `tr(E C Eᵀ)`. With `C = N diag(d) Nᵀ`, N unit lower triangular, it is
+`Σ_j d_j ‖η_j‖²` with `η = E N`, `η_j = e_j + Σ_{k>j} e_k N_kj`. Columns are rounded from the last
+to the first, each to the value nearest to `w_j - Σ_{k>j} e_k N_kj`: `η_j` is then no more than the
+rounding of one column, and what earlier columns got wrong is made up for (GPTQ, arXiv 2210.17323;
+in this form LDLQ, arXiv 2307.13304). Channels with the largest second moment are put last and so
+rounded first, while everything else can still make up for them.
 
-Scale and zero point of int4 are bf16; zero is the value of the middle code, so that it stays small
-and loses little by that. Codes are chosen against the scales as they are stored. Two 4-bit codes
-share a byte, the even column in its low half; a row is padded to whole groups.
+Differences from the papers: no inverse is formed, all rows at once, fp64, and the damping is a
+share of every channel's own second moment, so that rescaled channels are damped alike.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-__all__ = ["INT4_MIDDLE", "from_int4", "from_int8", "to_int4", "to_int8", "unpacked_int4"]
+from spectrim.linalg.psd import cholesky_damped, symmetrized
+from spectrim.tolerances import ROUNDING_DAMPING
 
-INT8_TOP = 127
-INT4_TOP = 15
-INT4_MIDDLE = 8
+__all__ = ["Grid", "Metric", "by_column"]
 
-
-def to_int8(W: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes int8 (rows, columns) and scales fp32 (rows,) of a matrix in any floating dtype."""
-    W = W.to(torch.float64)
-    largest = W.abs().amax(dim=1) if W.shape[1] else W.new_zeros(W.shape[0])
-    scale = (largest / INT8_TOP).to(torch.float32)
-    # A row of zeros, or one below what fp32 holds, has scale 0 and codes 0.
-    divisor = torch.where(scale > 0, scale, torch.ones_like(scale)).to(torch.float64)
-    codes = (W / divisor[:, None]).round().clamp(-INT8_TOP, INT8_TOP)
-    return (codes * (scale > 0)[:, None]).to(torch.int8), scale
+COLUMNS = 64
+"""Columns whose corrections are added one at a time; those of all others come in one product."""
 
 
-def from_int8(codes: Tensor, scale: Tensor) -> Tensor:
-    """The fp32 matrix (rows, columns) that the codes stand for."""
-    return codes.to(torch.float32) * scale[:, None]
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """The values `step · code + offset` that every entry of a matrix can take.
 
-
-def to_int4(W: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Packed codes uint8 (rows, groups * group / 2), scales and zeros bf16 (rows, groups).
-
-    Args:
-        W: the matrix (rows, columns) in any floating dtype.
-        group: columns that share a scale, an even number.
+    Attributes:
+        step: (rows, columns); 0 where only the offset can be stored. May be negative.
+        offset: (rows, columns), or None for 0.
+        low: smallest code.
+        high: largest code.
     """
-    rows, columns = W.shape
-    groups = -(-columns // group)
-    W = W.to(torch.float64)
-    # The last column fills the last group: padding must not widen its range.
-    padding = W[:, -1:].expand(rows, groups * group - columns)
-    parts = torch.cat([W, padding], dim=1).view(rows, groups, group)
-    low, high = parts.amin(dim=2), parts.amax(dim=2)
-    scale = ((high - low) / INT4_TOP).to(torch.bfloat16)
-    zero = (low + INT4_MIDDLE * scale.to(torch.float64)).to(torch.bfloat16)
-    divisor = torch.where(scale > 0, scale, torch.ones_like(scale)).to(torch.float64)
-    codes = (parts - zero.to(torch.float64)[..., None]) / divisor[..., None] + INT4_MIDDLE
-    codes = codes.round().clamp(0, INT4_TOP).to(torch.uint8).view(rows, groups * group)
-    return codes[:, 0::2] | (codes[:, 1::2] << 4), scale, zero
+
+    step: Tensor
+    offset: Tensor | None
+    low: int
+    high: int
+
+    def codes(self, values: Tensor, columns: slice = slice(None)) -> Tensor:
+        """The codes nearest to fp64 values of some columns, int64."""
+        step = self.step[:, columns].double()
+        # A group of zeros, or one below what its scale's dtype holds, has step 0 and codes 0.
+        divisor = torch.where(step != 0, step, torch.ones_like(step))
+        shifted = values if self.offset is None else values - self.offset[:, columns].double()
+        codes = (shifted / divisor).round().clamp(self.low, self.high)
+        return (codes * (step != 0)).long()
+
+    def values(self, codes: Tensor, columns: slice = slice(None), dtype=torch.float32) -> Tensor:
+        """What the codes of some columns stand for."""
+        found = codes.to(dtype) * self.step[:, columns].to(dtype)
+        return found if self.offset is None else found + self.offset[:, columns].to(dtype)
 
 
-def unpacked_int4(codes: Tensor) -> Tensor:
-    """One uint8 code per column: (rows, bytes) -> (rows, 2 bytes)."""
-    return torch.stack([codes & INT4_TOP, codes >> 4], dim=-1).flatten(-2)
+def by_column(values: Tensor, group: int, columns: int) -> Tensor:
+    """Numbers per group, (rows, groups), repeated for the columns of each: (rows, columns)."""
+    return values.repeat_interleave(group, dim=1)[:, :columns]
 
 
-def from_int4(codes: Tensor, scale: Tensor, zero: Tensor, columns: int) -> Tensor:
-    """The fp32 matrix (rows, columns) that the packed codes stand for."""
-    rows, groups = scale.shape
-    if rows * groups == 0:
-        return torch.zeros(rows, columns, dtype=torch.float32, device=codes.device)
-    centered = unpacked_int4(codes).to(torch.float32).view(rows, groups, -1) - INT4_MIDDLE
-    restored = centered * scale.to(torch.float32)[..., None] + zero.to(torch.float32)[..., None]
-    return restored.view(rows, -1)[:, :columns]
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """A second moment, factored for rounding with feedback.
+
+    Attributes:
+        C: the moment as given, (n, n) fp64.
+        order: channel at every position, ascending in its second moment, (n,).
+        N: unit lower triangular, in that order.
+        d: what is left of every position's second moment given those before it, (n,).
+    """
+
+    C: Tensor
+    order: Tensor
+    N: Tensor
+    d: Tensor
+
+    @classmethod
+    def of(cls, C: Tensor, *, name: str) -> Metric:
+        """Factor a moment matrix, damped.
+
+        Raises:
+            NotPositiveDefiniteError, NonFiniteError, NumericalError: see `cholesky_damped`.
+        """
+        C = symmetrized(C, name=name)
+        order = C.diagonal().argsort(stable=True)
+        damped = C[order][:, order].clone()
+        # A channel that calibration never saw is as important as the least that it has seen.
+        own = damped.diagonal().clone()
+        seen = own[own > 0]
+        unseen = seen.min() if seen.numel() else own.new_ones(())
+        damped.diagonal().add_(torch.where(own > 0, ROUNDING_DAMPING * own, unseen))
+        L, _ = cholesky_damped(damped, name=name)
+        return cls(C, order, L / L.diagonal(), L.diagonal().square())
+
+    @property
+    def importance(self) -> Tensor:
+        """What a squared rounding error costs by channel, (n,)."""
+        found = torch.empty_like(self.d)
+        found[self.order] = self.d
+        return found
+
+    def loss(self, E: Tensor) -> Tensor:
+        """`e C eᵀ` of every row of an error (rows, n), fp64."""
+        E = E.double()
+        return ((E @ self.C) * E).sum(dim=1)
+
+    def codes(self, W: Tensor, grid: Grid) -> Tensor:
+        """Codes of `W` (rows, n) on a grid, int64, by rounding with feedback."""
+        order = self.order
+        offset = None if grid.offset is None else grid.offset[:, order]
+        grid = Grid(grid.step[:, order], offset, grid.low, grid.high)
+        W = W.double()[:, order]
+        E = torch.zeros_like(W)
+        codes = torch.zeros_like(W, dtype=torch.int64)
+        for stop in range(W.shape[1], 0, -COLUMNS):
+            start = max(0, stop - COLUMNS)
+            aims = W[:, start:stop] - E[:, stop:] @ self.N[stop:, start:stop]
+            for j in range(stop - 1, start - 1, -1):
+                at = slice(j, j + 1)
+                aim = aims[:, j - start] - E[:, j + 1 : stop] @ self.N[j + 1 : stop, j]
+                codes[:, at] = grid.codes(aim[:, None], at)
+                E[:, at] = grid.values(codes[:, at], at, torch.float64) - W[:, at]
+        found = torch.empty_like(codes)
+        found[:, order] = codes
+        return found

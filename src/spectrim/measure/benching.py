@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from spectrim.errors import InputError, ModelError
-from spectrim.evaluate.bench import Cell, Work, measure_cells, uncut_bytes, work_of
-from spectrim.layers.fusion import fuse
-from spectrim.layers.latent.switch import latent_cache as switch_over
-from spectrim.layers.prepack import prepack
 from spectrim.layers.swap import compressed_layers
 from spectrim.run.job import Progress, Silent
 from spectrim.run.loading import load_model
 from spectrim.run.reporting import environment
+from spectrim.serve.bench import Cell, Work, measure_cells, uncut_bytes, work_of
+from spectrim.serve.fusion import fuse
+from spectrim.serve.latent.switch import latent_cache as switch_over
+from spectrim.serve.prepack import prepack
 
 __all__ = ["bench"]
 

@@ -1,7 +1,7 @@
 """The dense model in integers: what low rank must be held against at equal bytes.
 
-Every target is rounded to nearest in int8 or int4 and none is cut; embeddings, norms and head stay
-as they are, as they do in every other point of a curve.
+Every target is rounded to nearest in one integer format and none is cut; embeddings, norms and head
+stay as they are, as they do in every other point of a curve.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import copy
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +18,9 @@ from torch import nn
 from spectrim.allocate.budget import Shape, layer_bytes
 from spectrim.errors import InputError
 from spectrim.evaluate.curve import CurvePoint, dense_name
-from spectrim.layers.quantized import QuantizedDense, QuantizedLinear
+from spectrim.formats import FORMATS
+from spectrim.layers.dense import QuantizedDense
+from spectrim.layers.quantized import QuantizedLinear
 from spectrim.layers.swap import swap_in
 from spectrim.measure.measuring import Measured, PointStore, Reference, Size
 from spectrim.model.anatomy import Anatomy
@@ -26,20 +28,20 @@ from spectrim.model.weights import get_module, read_bias, read_weight
 from spectrim.recipe import Recipe, StorageChoice
 from spectrim.run.opening import open_job, other_bytes
 
-__all__ = ["FORMATS", "Format", "quantized_points", "round_targets"]
+__all__ = ["REFERENCES", "quantized_points", "round_targets"]
 
-Format = Literal["int8", "int4"]
-FORMATS: tuple[Format, ...] = ("int8", "int4")
+REFERENCES = tuple(name for name, row in FORMATS.items() if row.reference)
+"""The formats that every comparison shows."""
 
 
 def quantized_points(
-    reference: Reference, formats: Sequence[str] = FORMATS, *, store: PointStore | None = None
+    reference: Reference, formats: Sequence[str] = REFERENCES, *, store: PointStore | None = None
 ) -> list[CurvePoint]:
     """One point per number format, of the dense model in it.
 
     Args:
         reference: the dense model; copies of it are rounded.
-        formats: `int8`, `int4`.
+        formats: integer formats of `spectrim.formats`.
         store: finished points.
 
     Raises:
@@ -48,8 +50,9 @@ def quantized_points(
     store = store or PointStore(None)
     points = []
     for weights in formats:
-        if weights not in FORMATS:
-            raise InputError(f"{weights!r} is no number format; use {', '.join(FORMATS)}")
+        if weights not in FORMATS or not FORMATS[weights].integer:
+            known = [name for name, row in FORMATS.items() if row.integer]
+            raise InputError(f"{weights!r} is no integer format; use {', '.join(known)}")
         storage = StorageChoice(weights=weights)
         recipe = Recipe(name=dense_name(weights), keep=1.0, storage=storage)
         key = store.key(recipe, reference, None)
@@ -62,7 +65,7 @@ def quantized_points(
 
 
 def round_targets(
-    model: nn.Module, anatomy: Anatomy, weights: Format, dtype: torch.dtype
+    model: nn.Module, anatomy: Anatomy, weights: str, dtype: torch.dtype
 ) -> tuple[int, int]:
     """Round every target to nearest, in place; returns the bytes of the targets before and after.
 
@@ -86,7 +89,7 @@ def round_targets(
     return before, after
 
 
-def _measure(reference: Reference, recipe: Recipe, weights: Format) -> Measured:
+def _measure(reference: Reference, recipe: Recipe, weights: str) -> Measured:
     dense = reference.loaded
     dtype = next(dense.model.parameters()).dtype
     started = time.perf_counter()

@@ -57,7 +57,7 @@ _ENTRY_FIELDS = ("rank", "storage", "weights", "shape")
 
 
 def _entry(layer: Any) -> LayerEntry:
-    native = layer.weights == "native"
+    native = not layout_of(layer.storage, layer.weights).integer
     return LayerEntry(
         rank=layer.rank,
         storage=layer.storage,

@@ -9,6 +9,7 @@ from pydantic import Field, StringConstraints
 
 from spectrim.allocate.plan import Plan, PlanEntry, Storage, Weights
 from spectrim.errors import ArtifactError
+from spectrim.layers.layout import layout_of
 from spectrim.storage.json_file import read_json
 from spectrim.storage.strict import (
     MOST_TARGETS,
@@ -63,7 +64,11 @@ def load_plan(path: str | Path) -> tuple[Plan, str | None]:
     if len({entry.name for entry in record.entries}) != len(record.entries):
         raise ArtifactError(f"{path}: a target is named twice")
     for entry in record.entries:
-        if (entry.rank is None) != (entry.storage == "dense"):
+        try:
+            layout = layout_of(entry.storage, entry.weights)
+        except ArtifactError as error:
+            raise ArtifactError(f"{path}: {entry.name}: {error}") from error
+        if (entry.rank is not None) != layout.low_rank:
             raise ArtifactError(
                 f"{path}: {entry.name} has rank {entry.rank}, which does not go with its storage "
                 f"{entry.storage!r}"

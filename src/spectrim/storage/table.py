@@ -29,7 +29,6 @@ from spectrim.storage.strict import (
 
 __all__ = [
     "FORMAT_VERSION",
-    "KNOWN_WEIGHTS",
     "QUANT_METHOD",
     "LayerEntry",
     "Provenance",
@@ -39,8 +38,6 @@ __all__ = [
 
 QUANT_METHOD = "spectrim"
 FORMAT_VERSION = 1
-KNOWN_WEIGHTS = ("native", "int8", "int4")
-"""Number formats of stored matrices that this version reads."""
 
 
 class LayerEntry(BaseModel):
@@ -49,7 +46,7 @@ class LayerEntry(BaseModel):
     Attributes:
         rank: components kept; None for a target that was not cut but has integer weights.
         storage: a kind of `layers.layout`.
-        weights: number format of its matrices.
+        weights: number formats of its parts, joined by `+` where they differ.
         shape: (out, in), with integer weights, whose tensors do not tell.
     """
 
@@ -121,18 +118,18 @@ def parse_table(data: Mapping[str, Any], *, source: str) -> Table:
     check_nesting(data, source=source)
     table = checked(Table, dict(data), source=source)
     for name, entry in table.layers.items():
-        if entry.weights not in KNOWN_WEIGHTS:
-            raise ArtifactError(
-                f"{source}: {name} has weights {entry.weights!r}; this version of spectrim reads "
-                f"{', '.join(KNOWN_WEIGHTS)}"
-            )
-        layout_of(entry.storage, entry.weights)
-        if (entry.rank is None) != (entry.storage == "dense"):
+        try:
+            layout = layout_of(entry.storage, entry.weights)
+        except ArtifactError as error:
+            raise ArtifactError(f"{source}: {name}: {error}") from error
+        if not layout.low_rank and not layout.integer:
+            raise ArtifactError(f"{source}: {name} is an ordinary layer, which has no entry")
+        if (entry.rank is not None) != layout.low_rank:
             raise ArtifactError(
                 f"{source}: {name} has rank {entry.rank}, which does not go with its storage "
                 f"{entry.storage!r}"
             )
-        if entry.weights != "native" and entry.shape is None:
+        if layout.integer and entry.shape is None:
             raise ArtifactError(
                 f"{source}: {name} has weights {entry.weights!r} and no shape (out, in)"
             )

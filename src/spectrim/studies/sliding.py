@@ -13,8 +13,8 @@ from spectrim.report.content import read_curve_file
 from spectrim.run.job import Progress, Silent
 from spectrim.run.learned.elastic import ElasticModel
 from spectrim.run.loading import LoadedModel
-from spectrim.slider.engine import Engine
-from spectrim.slider.server import SliderServer
+from spectrim.serve.slider.engine import Engine
+from spectrim.serve.slider.server import SliderServer
 from spectrim.studies.measure import Measure
 from spectrim.studies.opening import dense_twin, has_every_size, open_sizes
 

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.errors import ModelError
-from spectrim.layers.prepack_int4 import PrepackedInt4, can_prepack_int4
 from spectrim.layers.quantized import QuantizedLinear
+from spectrim.serve.prepack_codes import PrepackedCodes, can_prepack_codes
 
 __all__ = ["PrepackedLinear", "can_prepack", "prepack"]
 
@@ -150,9 +150,9 @@ def can_prepack(weight: Tensor) -> bool:
 def prepack(model: nn.Module) -> int:
     """Put the weights of a model's linear layers into the order of the kernels, in place.
 
-    int4 weights go into the order of torch's int4 kernel where the model is bf16; int8 weights need
-    none. Weights that several modules share (an output head tied to the embeddings, joined factors
-    of `fuse`) stay as they are.
+    Integer weights go into the order of their format's kernel, where it has one that needs it.
+    Weights that several modules share (an output head tied to the embeddings, joined factors of
+    `fuse`) stay as they are.
 
     Returns:
         The number of matrices that were packed; 0 on a machine or in a dtype without the kernels.
@@ -161,8 +161,8 @@ def prepack(model: nn.Module) -> int:
     count = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, QuantizedLinear) and can_prepack_int4(child):
-                setattr(parent, name, PrepackedInt4(child))
+            if isinstance(child, QuantizedLinear) and can_prepack_codes(child):
+                setattr(parent, name, PrepackedCodes(child))
                 count += 1
             if type(child) is not nn.Linear or type(child.weight) is not nn.Parameter:
                 continue

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from spectrim.errors import ModelError
-from spectrim.layers.latent.sites import Projection, Site
+from spectrim.serve.latent.sites import Projection, Site
 
 __all__ = ["Caught", "LatentCache", "LatentLayer", "Rotations"]
 

@@ -14,8 +14,8 @@ from spectrim.data.windows import given_windows
 from spectrim.errors import OutputError
 from spectrim.evaluate.perplexity import perplexity
 from spectrim.evaluate.samples import continuations
-from spectrim.slider.engine import Engine
-from spectrim.slider.server import SliderServer
+from spectrim.serve.slider.engine import Engine
+from spectrim.serve.slider.server import SliderServer
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ from transformers import StaticCache
 from transformers.generation import CompileConfig
 
 from architectures import tiny, windows
-from spectrim.layers.fusion import fuse
 from spectrim.layers.lowrank import LowRankLinear
 from spectrim.layers.packed import PackedLinear
 from spectrim.layers.quantized import quantize_layer
 from spectrim.layers.swap import dense_shape, is_dense_linear, swap_in
+from spectrim.serve.fusion import fuse
 from spectrim.storage.attach import attach
 
 

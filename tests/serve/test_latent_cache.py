@@ -7,13 +7,13 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 import spectrim
 from architectures import tiny, windows
 from spectrim.errors import ModelError
-from spectrim.layers.fusion import fuse
-from spectrim.layers.latent.cache import LatentCache
-from spectrim.layers.latent.switch import latent_cache
 from spectrim.layers.lowrank import LowRankLinear
 from spectrim.layers.packed import PackedLinear
 from spectrim.layers.quantized import quantize_layer
 from spectrim.layers.swap import dense_shape, is_dense_linear, swap_in
+from spectrim.serve.fusion import fuse
+from spectrim.serve.latent.cache import LatentCache
+from spectrim.serve.latent.switch import latent_cache
 from spectrim.storage.attach import attach
 
 KINDS = {"factored": LowRankLinear, "packed": PackedLinear}

@@ -3,10 +3,11 @@ import torch
 
 from architectures import tiny
 from spectrim.errors import InputError
-from spectrim.evaluate.bench import measure_cells, work_of
+from spectrim.layers.dense import QuantizedDense
 from spectrim.layers.lowrank import LowRankLinear
-from spectrim.layers.quantized import QuantizedDense, QuantizedLinear, quantize_layer
+from spectrim.layers.quantized import QuantizedLinear, quantize_layer
 from spectrim.layers.swap import swap_in
+from spectrim.serve.bench import measure_cells, work_of
 from storage_cases import linear_names
 
 

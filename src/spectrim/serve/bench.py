@@ -18,19 +18,19 @@ import torch
 from torch import nn
 
 from spectrim.allocate.budget import Shape, layer_bytes
-from spectrim.allocate.plan import Weights
 from spectrim.errors import InputError
-from spectrim.evaluate.speed import Speed, speed
-from spectrim.layers.prepack import PrepackedLinear
-from spectrim.layers.prepack_int4 import PrepackedInt4
+from spectrim.formats import FORMATS
 from spectrim.layers.quantized import QuantizedLinear
 from spectrim.layers.swap import compressed_layers
 from spectrim.model.weights import is_linear
+from spectrim.serve.prepack import PrepackedLinear
+from spectrim.serve.prepack_codes import PrepackedCodes
+from spectrim.serve.speed import Speed, speed
 
 __all__ = ["Cell", "Work", "measure_cells", "uncut_bytes", "work_of"]
 
 # Their matrices are no parameters and no buffers.
-_PREPACKED = (PrepackedLinear, PrepackedInt4)
+_PREPACKED = (PrepackedLinear, PrepackedCodes)
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,7 @@ def uncut_bytes(model: Any, work: Work) -> dict[str, int]:
     What low rank has to be held against: rounding alone saves more than most cuts.
     """
     found: dict[str, int] = {}
-    rounded: tuple[Weights, ...] = ("int8", "int4")
-    for weights in rounded:
+    for weights in (name for name, row in FORMATS.items() if row.reference):
         change = 0
         for layer in compressed_layers(model).values():
             shape = Shape(layer.out_features, layer.in_features, layer.bias is not None)

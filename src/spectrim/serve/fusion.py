@@ -28,8 +28,6 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.errors import ModelError
-from spectrim.layers.lowrank import LowRankLinear
-from spectrim.layers.packed import PackedLinear
 from spectrim.layers.swap import compressed_layers
 
 __all__ = ["FusedDown", "FusedSlice", "Fusion", "fuse", "shared_inputs", "unfuse"]
@@ -246,21 +244,21 @@ def shared_inputs(model: nn.Module) -> list[tuple[str, ...]]:
     return [tuple(g) for g in groups.values() if len(g) > 1 and all(calls[n] == 1 for n in g)]
 
 
-def _reader_name(layer: nn.Module) -> str:
+def _reader_name(layer: Any) -> str:
     """The child that reads the layer's input."""
-    return "down" if isinstance(layer, LowRankLinear) else "basis"
+    return layer.reader[0]
 
 
 def _reader(layer: nn.Module) -> Any:
     return getattr(layer, _reader_name(layer))
 
 
-def _obstacle(layer: nn.Module) -> str | None:
+def _obstacle(layer: Any) -> str | None:
     """Why the layer cannot be joined, None if it can."""
-    if not isinstance(layer, LowRankLinear | PackedLinear):
+    if not hasattr(layer, "reader"):
         return f"a {type(layer).__name__} is not known to start with a plain product"
-    if isinstance(layer, PackedLinear) and layer.side == "in":
-        return "packed on the in-side, it gathers its input first"
+    if layer.reader[1]:
+        return layer.reader[1]
     reader = _reader(layer)
     if isinstance(reader, FusedSlice):
         return "already fused"

@@ -8,10 +8,10 @@ from transformers import AutoModelForCausalLM
 import spectrim.storage.quantizer  # noqa: F401  (teaches transformers to load the folders)
 from architectures import tiny, windows
 from spectrim.errors import ModelError
-from spectrim.layers.fusion import FusedSlice, fuse, shared_inputs, unfuse
 from spectrim.layers.lowrank import LowRankLinear
 from spectrim.layers.packed import PackedLinear
 from spectrim.layers.swap import compressed_layers, dense_shape, is_dense_linear, swap_in
+from spectrim.serve.fusion import FusedSlice, fuse, shared_inputs, unfuse
 from spectrim.storage.attach import attach
 
 KINDS = {"factored": LowRankLinear, "packed": PackedLinear}

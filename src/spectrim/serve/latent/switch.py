@@ -13,8 +13,8 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from spectrim.errors import ModelError
-from spectrim.layers.latent.cache import Caught, LatentCache
-from spectrim.layers.latent.sites import Site, find_sites
+from spectrim.serve.latent.cache import Caught, LatentCache
+from spectrim.serve.latent.sites import Site, find_sites
 
 __all__ = ["LatentSwitch", "latent_cache"]
 

@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from spectrim.errors import InputError, OutputError, SpectrimError
-from spectrim.slider.engine import BusyError, Engine
+from spectrim.serve.slider.engine import BusyError, Engine
 
 __all__ = ["SliderServer"]
 
@@ -72,7 +72,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._welcome():
             return
         if self.path == "/":
-            page = files("spectrim.slider").joinpath("page.html").read_bytes()
+            page = files("spectrim.serve.slider").joinpath("page.html").read_bytes()
             self._send(HTTPStatus.OK, page, "text/html; charset=utf-8")
         elif self.path == "/facts":
             self._json(HTTPStatus.OK, self.server.engine.facts())

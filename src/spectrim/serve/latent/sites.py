@@ -22,8 +22,6 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from spectrim.errors import ModelError
-from spectrim.layers.lowrank import LowRankLinear
-from spectrim.layers.packed import PackedLinear
 from spectrim.layers.swap import compressed_layers
 from spectrim.tolerances import LATENT_MATCH
 
@@ -37,7 +35,7 @@ class Projection:
     """A compressed layer whose latents can be cached, and the way from its output to the heads.
 
     Attributes:
-        layer: `LowRankLinear` or `PackedLinear`, with `latent` and `expand`.
+        layer: one with an `expander`, with `latent` and `expand`.
         heads: key-value heads in its output.
         norm: applied to every head, None where there is none.
         rotate: the architecture's rotary embedding, None where the output is not rotated.
@@ -63,7 +61,7 @@ class Projection:
     @property
     def reader(self) -> nn.Module:
         """The part whose input is the latent."""
-        return self.layer.up if isinstance(self.layer, LowRankLinear) else self.layer.coefficients
+        return self.layer.get_submodule(self.layer.expander)
 
 
 @dataclass(frozen=True)
@@ -237,9 +235,7 @@ def _match(
 
 
 def _has_latents(layer: Any) -> bool:
-    return isinstance(layer, LowRankLinear) or (
-        isinstance(layer, PackedLinear) and layer.side == "out"
-    )
+    return bool(getattr(layer, "expander", ""))
 
 
 def _is_norm(module: nn.Module, size: int) -> bool:

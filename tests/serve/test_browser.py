@@ -12,8 +12,8 @@ from slider_cases import IDS, Elastic, tiny, words
 from spectrim.data.windows import given_windows
 from spectrim.evaluate.perplexity import perplexity
 from spectrim.evaluate.samples import continuations
-from spectrim.slider.engine import Engine
-from spectrim.slider.server import SliderServer
+from spectrim.serve.slider.engine import Engine
+from spectrim.serve.slider.server import SliderServer
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -6,14 +6,14 @@ from torch import nn
 
 from architectures import tiny, windows
 from spectrim.errors import ModelError
-from spectrim.evaluate.bench import work_of
-from spectrim.layers.fusion import fuse
 from spectrim.layers.lowrank import LowRankLinear
 from spectrim.layers.packed import PackedLinear
-from spectrim.layers.prepack import PrepackedLinear, can_prepack, prepack
-from spectrim.layers.prepack_int4 import PrepackedInt4
 from spectrim.layers.quantized import QuantizedLinear, wide_weight
 from spectrim.layers.swap import swap_in
+from spectrim.serve.bench import work_of
+from spectrim.serve.fusion import fuse
+from spectrim.serve.prepack import PrepackedLinear, can_prepack, prepack
+from spectrim.serve.prepack_codes import PrepackedCodes
 
 DTYPES = [
     pytest.param(
@@ -122,7 +122,7 @@ def test_int4_codes_go_through_their_kernel_and_come_back(n):
     linear = QuantizedLinear.from_weight(W, bias, "int4", dtype=torch.bfloat16)
     model = nn.Sequential(copy.deepcopy(linear))
     assert prepack(model) == 1
-    assert isinstance(model[0], PrepackedInt4)
+    assert isinstance(model[0], PrepackedCodes)
     assert torch.equal(wide_weight(model[0]), linear.wide_weight())
     state = linear.state_dict()
     assert model[0].state_dict().keys() == state.keys()

@@ -1,0 +1,96 @@
+"""`W[i, j] = scale[i] q[i, j]`: q in -127..127, one fp32 scale per row.
+
+The product multiplies the codes themselves and scales the result, which is exact up to the
+arithmetic of the product; torch's int8 kernel does it without a copy of the matrix where it is fast
+(bf16 on a CPU, sides that are multiples of 16).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from spectrim.formats.number_format import Integers, Shape
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from spectrim.linalg.rounding import Grid
+
+__all__ = ["KERNEL_MULTIPLE", "Int8"]
+
+TOP = 127
+
+KERNEL_MULTIPLE = 16
+"""Both sides of a matrix that torch's int8 kernel multiplies are multiples of this."""
+
+
+class Int8(Integers):
+    """8-bit codes with a scale per row."""
+
+    name = "int8"
+    reference = True
+    # Relative squared error of Gaussian rows.
+    rounding_share = 1e-4
+
+    def tensors(self, rows: int, columns: int) -> dict[str, tuple[Shape, str]]:
+        """Codes and scales."""
+        return {"codes": ((rows, columns), "int8"), "scale": ((rows,), "fp32")}
+
+    def scales(self, W: Tensor, importance: Tensor | None) -> dict[str, Tensor]:
+        """The largest entry of every row gets the largest code."""
+        import torch
+
+        largest = W.abs().amax(dim=1) if W.shape[1] else W.new_zeros(W.shape[0])
+        return {"scale": (largest / TOP).to(torch.float32)}
+
+    def grid(self, scales: Mapping[str, Tensor], columns: int) -> Grid:
+        """Multiples of a row's scale."""
+        from spectrim.linalg.rounding import Grid
+
+        return Grid(scales["scale"][:, None].expand(-1, columns), None, -TOP, TOP)
+
+    def pack(self, codes: Tensor) -> Tensor:
+        """One code per byte."""
+        import torch
+
+        return codes.to(torch.int8)
+
+    def unpack(self, stored: Tensor, columns: int) -> Tensor:
+        """The codes as they are."""
+        return stored
+
+    def multiply(self, x: Tensor, tensors: Mapping[str, Tensor], columns: int) -> Tensor:
+        """`(x qᵀ) scale`, by torch's kernel where it suits."""
+        import torch
+
+        codes, scale = tensors["codes"], tensors["scale"]
+        if _suits_kernel(x, codes):
+            # Scales of one: the kernel would round ours to bf16, one error for a whole row.
+            ones = torch.ones_like(scale, dtype=x.dtype)
+            y = torch._weight_int8pack_mm(x.reshape(-1, columns), codes, ones)
+            y = y.view(*x.shape[:-1], codes.shape[0])
+        else:
+            y = torch.nn.functional.linear(x, codes.to(x.dtype))
+        return (y * scale).to(x.dtype)
+
+    def path(self, device: str, dtype: torch.dtype) -> str:
+        """The kernel's name where it runs."""
+        if device == "cpu" and str(dtype) == "torch.bfloat16":
+            return "torch's int8 kernel"
+        return "codes cast for every product"
+
+
+def _suits_kernel(x: Tensor, codes: Tensor) -> bool:
+    """Whether torch's int8 kernel is at hand and beats a product with restored numbers.
+
+    It does in bf16 on a CPU; in fp32 it is tens of times slower. It has no gradient, and with
+    sides that are no multiples of 16 it was seen to read beyond its memory.
+    """
+    import torch
+
+    if x.device.type != "cpu" or x.dtype != torch.bfloat16 or x.requires_grad:
+        return False
+    multiples = all(side % KERNEL_MULTIPLE == 0 for side in codes.shape)
+    return multiples and hasattr(torch, "_weight_int8pack_mm")

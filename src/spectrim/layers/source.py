@@ -1,0 +1,90 @@
+"""What a stored layer has to stand for, and what its errors cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from spectrim.linalg.least_squares import least_squares_map
+from spectrim.linalg.psd import cholesky_damped
+from spectrim.linalg.rounding import Metric
+from spectrim.tolerances import LEAST_SQUARES_RIDGE
+
+__all__ = ["Source"]
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """One target before it is stored.
+
+    Attributes:
+        name: the target's module path, for messages.
+        W: the map wanted, (out, in) fp64. Where inputs are shifted it is the one that gives the
+            original outputs best on them.
+        bias: (out,), or None.
+        factors: `up` (out, k) and `down` (k, in), fp64, where W is their product.
+        C: second moment of the inputs, (in, in), any scale; None counts all directions alike.
+        G: second moment of the output gradients, (out, out), positive definite; None likewise.
+    """
+
+    name: str
+    W: Tensor
+    bias: Tensor | None = None
+    factors: tuple[Tensor, Tensor] | None = None
+    C: Tensor | None = None
+    G: Tensor | None = None
+
+    @cached_property
+    def metric(self) -> Metric | None:
+        """Of the inputs, for rounding; None without moments or where no input was ever seen."""
+        if self.C is None or not self.C.any():
+            return None
+        return Metric.of(self.C.to(self.W), name=self.name)
+
+    def metric_behind(self, first: Tensor) -> Metric | None:
+        """Of what a first factor (k, in) passes on: `first C firstᵀ`."""
+        seen = first @ first.mT if self.C is None else first @ self.C.to(first) @ first.mT
+        return Metric.of(seen, name=self.name) if self.C is not None and seen.any() else None
+
+    def refitted(self, start: Tensor, first: Tensor, W: Tensor | None = None) -> Tensor:
+        """The map (m, k) from what `first` (k, in) passes on to W's outputs, on the inputs.
+
+        Directions without data keep `start`.
+        """
+        W = self.W if W is None else W
+        seen = first if self.C is None else first @ self.C.to(first)
+        solved, _ = least_squares_map(
+            W @ seen.mT,
+            first @ seen.mT,
+            start=start,
+            name=self.name,
+            ridge=LEAST_SQUARES_RIDGE,
+        )
+        return solved
+
+    def orthonormal(self, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+        """The same product with `upᵀ G up = I`: errors of `down` then cost alike in all rows."""
+        if self.G is None:
+            Q, R = torch.linalg.qr(up)
+            return Q, R @ down
+        L, _ = cholesky_damped(self.G, name=self.name)
+        Q, R = torch.linalg.qr(L.mT @ up)
+        return torch.linalg.solve_triangular(L.mT, Q, upper=True), R @ down
+
+    def loss(self, approximation: Tensor) -> float:
+        """`½ tr(G E C Eᵀ)` of an approximation (out, in)."""
+        E = approximation.double() - self.W
+        right = E if self.C is None else E @ self.C.to(E)
+        left = E if self.G is None else self.G.to(E) @ E
+        return max(0.5 * float((left * right).sum()), 0.0)
+
+    def relative_error(self, approximation: Tensor) -> float:
+        """`‖E X‖ / ‖W X‖` on the inputs, or in Frobenius norms without them."""
+        E, scale = approximation.double() - self.W, self._norm(self.W)
+        return float(self._norm(E) / scale) if scale > 0 else 0.0
+
+    def _norm(self, E: Tensor) -> Tensor:
+        return E.norm() if self.C is None else ((E @ self.C.to(E)) * E).sum().clamp_min(0.0).sqrt()
