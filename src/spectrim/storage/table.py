@@ -123,7 +123,10 @@ def parse_table(data: Mapping[str, Any], *, source: str) -> Table:
         except ArtifactError as error:
             raise ArtifactError(f"{source}: {name}: {error}") from error
         if not layout.low_rank and not layout.integer:
-            raise ArtifactError(f"{source}: {name} is an ordinary layer, which has no entry")
+            raise ArtifactError(
+                f"{source}: {name}: unknown storage {entry.storage!r} with native weights; an "
+                "ordinary layer has no entry"
+            )
         if (entry.rank is not None) != layout.low_rank:
             raise ArtifactError(
                 f"{source}: {name} has rank {entry.rank}, which does not go with its storage "
