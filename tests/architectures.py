@@ -113,17 +113,20 @@ def tiny(name, **changes):
     return model, VOCAB
 
 
-def family(kind, **changes):
-    """A tiny random model of any decoder that transformers knows by its `model_type`, fp32."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    known = AutoConfig.for_model(kind)
+def family(kind, model_class=None, **changes):
+    """A tiny random model of any family that transformers knows by its `model_type`, fp32."""
+    transformers = importlib.import_module("transformers")
+    known = transformers.AutoConfig.for_model(kind)
     names = {*vars(known), *known.attribute_map}
     sizes = {name: value for name, value in (_GQA | _HEAD).items() if name in names}
+    config = transformers.AutoConfig.for_model(kind, **sizes | changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(sum(map(ord, kind)))
-        config = AutoConfig.for_model(kind, **sizes | changes)
-        return AutoModelForCausalLM.from_config(config).to(torch.float32).eval()
+        if model_class is not None:
+            model = getattr(transformers, model_class)(config)
+        else:
+            model = transformers.AutoModelForCausalLM.from_config(config)
+    return model.to(torch.float32).eval()
 
 
 def windows(n, length=12, *, seed=0, vocab_size=VOCAB):

@@ -181,6 +181,7 @@ def compress(
                 team=team,
                 trust_remote_code=trust_remote_code,
             ),
+            whole=True,
         )
         chosen, surveyed = _read_plan(plan)
         if survey is not None:
@@ -290,6 +291,7 @@ def survey(
                 tokenizer=tokenizer,
                 trust_remote_code=trust_remote_code,
                 out_of_core=lazily,
+                whole=True,
             ),
             resolved,
             text=given,

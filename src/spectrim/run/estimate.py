@@ -18,6 +18,7 @@ from spectrim.data.windows import longest_window
 from spectrim.decompose import OBJECTIVES
 from spectrim.errors import InputError
 from spectrim.recipe import Recipe
+from spectrim.run.admitting import check_unquantized
 from spectrim.run.footprint import Phase, Setting, Sizes, phases, read_sizes, weight_parts
 from spectrim.run.loading import read_config
 from spectrim.run.memory import goes_out_of_core, resident_bytes
@@ -114,9 +115,10 @@ def estimate_run(
         kept=True,
         trust_remote_code=trust_remote_code,
     )
+    config = read_config(model, trust_remote_code)
+    check_unquantized(model, config)
     folder = checkpoint_folder(model)
     admit_folder(folder)
-    config = read_config(model, trust_remote_code)
     place = resolve_device(device)
     stored = stored_dtype(config)
     shards = Shards(folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from torch import nn
 from spectrim.errors import ArtifactError, ModelError
 from spectrim.model.onload import Onloader
 from spectrim.model.weights import sampled
+from spectrim.run.admitting import check_unquantized, check_whole, one_line
+from spectrim.run.finding import look_up
 from spectrim.run.out_of_core import build_onloaded, checkpoint_folder
 from spectrim.run.working import resolve_device, resolve_dtype, stored_dtype
 from spectrim.storage.admission import admit_folder, needs_remote_code
@@ -33,6 +35,21 @@ _BAD_CONFIGURATION = (
     StrictDataclassError,
 )
 
+_BAD_TOKENIZER = (*_BAD_CONFIGURATION, ImportError, RuntimeError)
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+)
+"""Any of them says that a checkpoint is meant to have a tokenizer."""
+
 _CIRCUMSTANCES = frozenset({"_name_or_path", "dtype", "torch_dtype", "transformers_version"})
 
 
@@ -46,6 +63,7 @@ class LoadedModel:
         name: what the user called it.
         stored_dtype: dtype of the checkpoint, in which results are stored and bytes are counted.
         onloader: loads the blocks of a model that is not in memory; None where it is.
+        notes: what the report must say of how it was loaded.
     """
 
     model: nn.Module
@@ -53,6 +71,7 @@ class LoadedModel:
     name: str
     stored_dtype: torch.dtype
     onloader: Onloader | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def device(self) -> torch.device:
@@ -89,15 +108,27 @@ def load_model(
     tokenizer: Any = None,
     trust_remote_code: bool = False,
     out_of_core: bool = False,
+    whole: bool = False,
 ) -> LoadedModel:
     """Load a checkpoint by name or folder, or take a model object as it is.
 
     A model object keeps its device and, with `auto`, its dtype. Out of core, blocks stay in the
     checkpoint until they are worked on.
 
+    Args:
+        model: a hub name, a folder, or a model object.
+        device: `auto`, or a torch device.
+        dtype: to work in.
+        tokenizer: in place of the checkpoint's.
+        trust_remote_code: run code that comes with the checkpoint.
+        out_of_core: leave blocks in their files.
+        whole: what is loaded is going to be saved again, so it must be all of the checkpoint, in
+            16- or 32-bit numbers; looked at before a weight is read.
+
     Raises:
-        ModelError: nothing loadable there, only pickled weights, weights that are missing, or a
-            model that needs Python code of its own while `trust_remote_code` is off.
+        ModelError: nothing loadable there, only pickled weights, weights that are missing, a
+            model that needs Python code of its own while `trust_remote_code` is off, or a
+            tokenizer that cannot be loaded.
         ArtifactError: a damaged or truncated file; names it.
         InputError: a device or dtype that does not work here.
     """
@@ -109,22 +140,29 @@ def load_model(
             model.to(resolve_dtype(dtype, stored, torch.device("cpu")))
         name = getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
         return LoadedModel(model.eval(), tokenizer, name, stored)
-    place = resolve_device(device)
-    if (Path(model) / "config.json").is_file():
-        admit_folder(model)
-    config = read_config(str(model), trust_remote_code)
+    place, name = resolve_device(device), str(model)
+    config = read_config(name, trust_remote_code)
     stored = stored_dtype(config)
     working = resolve_dtype(dtype, stored, place)
+    notes: list[str] = []
+    if whole:
+        check_unquantized(name, config)
+        folder = checkpoint_folder(name)
+        if not Path(name).is_dir():
+            admit_folder(folder)
+        notes += check_whole(name, folder, config, trust_remote_code=trust_remote_code)
+    if tokenizer is None:
+        tokenizer, absent = _load_tokenizer(name, trust_remote_code)
+        notes += [absent] if absent and whole else []
     onloader = None
     if out_of_core:
-        loaded, onloader = _leave_blocks(str(model), config, working, place, trust_remote_code)
+        loaded, onloader = _leave_blocks(name, config, working, place, trust_remote_code)
     else:
-        loaded = _load_weights(str(model), working, place, trust_remote_code)
-    tokenizer = tokenizer or _load_tokenizer(str(model), trust_remote_code)
+        loaded = _load_weights(name, working, place, trust_remote_code)
     if not trust_remote_code:
         # The classes in use are transformers' own: a result must not ask for the code again.
         vars(loaded.config).pop("auto_map", None)
-    return LoadedModel(loaded.eval(), tokenizer, str(model), stored, onloader)
+    return LoadedModel(loaded.eval(), tokenizer, name, stored, onloader, notes)
 
 
 def _leave_blocks(
@@ -134,33 +172,30 @@ def _leave_blocks(
     folder = checkpoint_folder(name)
     if not Path(name).is_dir():
         admit_folder(folder)
-    try:
-        return build_onloaded(
-            folder, config, dtype=dtype, device=device, trust_remote_code=trust_remote_code
-        )
-    except _BAD_CONFIGURATION as error:
-        _refuse_remote_code(name, error)
-        raise ModelError(
-            f"{name!r} cannot be built as a causal language model: {_first_line(error)}"
-        ) from error
+    return build_onloaded(
+        folder, config, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+    )
 
 
 def read_config(name: str, trust_remote_code: bool) -> Any:
-    """A checkpoint's configuration.
+    """A checkpoint's configuration; the files of a folder are looked at first.
 
     Raises:
-        ModelError: there is none.
+        ModelError: there is none, or none that transformers can use; gives the whole reason.
+        ArtifactError: a damaged or truncated file; names it.
     """
     from transformers import AutoConfig
 
+    look_up(name)
+    local = Path(name).is_dir()
+    if local:
+        admit_folder(name)
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except _BAD_CONFIGURATION as error:
         _refuse_remote_code(name, error)
-        raise ModelError(
-            f"no model at {name!r}: neither a folder with a config.json nor a model on the hub "
-            f"that can be reached ({_first_line(error)})"
-        ) from error
+        found = f"{Path(name) / 'config.json'} cannot be used" if local else f"no model {name!r}"
+        raise ModelError(f"{found}: {one_line(error)}") from error
 
 
 def _load_weights(name: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool):
@@ -177,11 +212,13 @@ def _load_weights(name: str, dtype: torch.dtype, device: torch.device, trust_rem
             output_loading_info=True,
         )
     except (SafetensorError, RuntimeError, *_BAD_CONFIGURATION) as error:
+        if _raised_here(error):
+            raise
         _refuse_remote_code(name, error)
         _name_damaged_file(name, error)
         raise ModelError(
             f"{name!r} cannot be loaded as a causal language model from safetensors: "
-            f"{_first_line(error)}"
+            f"{one_line(error)}"
         ) from error
     loaded, info = pair
     missing = sorted(info["missing_keys"])
@@ -193,6 +230,18 @@ def _load_weights(name: str, dtype: torch.dtype, device: torch.device, trust_rem
             f"random numbers; the checkpoint is incomplete{code if _has_code(name) else ''}"
         )
     return loaded
+
+
+def _raised_here(error: BaseException) -> bool:
+    """Whether an error comes out of spectrim's own code, which transformers calls to load a result.
+
+    Such a one is a mistake of ours and must not read as a damaged checkpoint.
+    """
+    innermost = error.__traceback__
+    while innermost is not None and innermost.tb_next is not None:
+        innermost = innermost.tb_next
+    where = "" if innermost is None else innermost.tb_frame.f_globals.get("__name__", "")
+    return where.startswith("spectrim.")
 
 
 def _has_code(name: str) -> bool:
@@ -217,24 +266,41 @@ def _name_damaged_file(name: str, error: BaseException) -> None:
     config = cached_file(name, "config.json", local_files_only=True)
     if config is not None:
         admit_folder(Path(config).parent)
-    raise ArtifactError(f"a weight file of {name!r} is damaged: {_first_line(error)}") from error
+    raise ArtifactError(f"a weight file of {name!r} is damaged: {one_line(error)}") from error
 
 
-def _load_tokenizer(name: str, trust_remote_code: bool):
+def _load_tokenizer(name: str, trust_remote_code: bool) -> tuple[Any, str | None]:
+    """The tokenizer, or None and a note where the checkpoint has none.
+
+    Raises:
+        ModelError: its files are there and cannot be used; gives the reason.
+    """
     from transformers import AutoTokenizer
 
+    if Path(name).is_dir() and not _tokenizer_files(name):
+        return None, f"{name} has no tokenizer, and neither has the result"
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        _refuse_remote_code(name, error)
-        # A folder without tokenizer is usable with token windows; text sources refuse None later.
-        return None
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code), None
     except Exception as error:
-        # The tokenizers package raises bare `Exception` for a damaged file; nothing else is meant.
-        if type(error) is not Exception:
+        _refuse_remote_code(name, error)
+        # The tokenizers package raises bare `Exception` for a damaged file.
+        if type(error) is not Exception and not isinstance(error, _BAD_TOKENIZER):
             raise
-        raise ModelError(f"the tokenizer of {name!r} is damaged: {_first_line(error)}") from error
+        present = _tokenizer_files(name)
+        if not present:
+            return None, f"{name} has no tokenizer, and neither has the result"
+        raise ModelError(
+            f"the tokenizer of {name!r} ({', '.join(present[:3])}) cannot be loaded: "
+            f"{one_line(error)}; install what it needs, mend the file, or pass the tokenizer "
+            "yourself (tokenizer=...)"
+        ) from error
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _tokenizer_files(name: str) -> list[str]:
+    """Those that a folder has, or that were downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(name).is_dir():
+        return [file for file in TOKENIZER_FILES if (Path(name) / file).is_file()]
+    found = {file: try_to_load_from_cache(name, file) for file in TOKENIZER_FILES}
+    return [file for file, path in found.items() if isinstance(path, str)]

@@ -14,7 +14,6 @@ from spectrim.distributed.team import Team
 from spectrim.errors import InputError
 from spectrim.run.loading import read_config
 from spectrim.run.working import resolve_device, resolve_dtype, stored_dtype
-from spectrim.storage.admission import admit_folder
 from spectrim.storage.shards import Shards
 from spectrim.storage.weight_files import INDEX_FILE, WEIGHTS_FILE
 
@@ -130,8 +129,6 @@ def _weights_needed(
     folder = Path(model)
     if not any((folder / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE)):
         return None, None
-    if (folder / "config.json").is_file():
-        admit_folder(folder)
     config: Any = read_config(model, trust_remote_code)
     place = resolve_device(device)
     stored = stored_dtype(config)

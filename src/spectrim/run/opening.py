@@ -74,6 +74,7 @@ def open_job(
             run.
     """
     model, log, team, device = loaded.model, RunLog(), team or Team(), loaded.device
+    log.notes.extend(loaded.notes)
     check_model(model, elsewhere=() if loaded.onloader is None else unit_names(model))
     anatomy = trace(model, torch.arange(8)[None].to(device) % vocabulary_size(model))
     dtype_bytes = loaded.stored_dtype.itemsize

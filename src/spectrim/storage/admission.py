@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spectrim.errors import ArtifactError, ModelError
+from spectrim.errors import ArtifactError
 from spectrim.storage.headers import read_header
 from spectrim.storage.json_file import read_json
 from spectrim.storage.weight_files import checkpoint_files
@@ -36,17 +36,12 @@ def admit_folder(folder: str | Path) -> None:
     """Refuse a folder that cannot be loaded, or not safely.
 
     Raises:
-        ModelError: pickled weights only, or an adapter instead of a model.
+        ModelError: pickled weights only.
         ArtifactError: a damaged or truncated file, or a name that leads out of the folder; names
             the file and, where one is to blame, the tensor.
     """
     folder = Path(folder)
     config = read_json(folder / "config.json")
-    if (folder / "adapter_config.json").exists():
-        raise ModelError(
-            f"{folder} holds a PEFT adapter (adapter_config.json), which names another model to "
-            "load; merge it first (merge_and_unload) and save the result"
-        )
     if config.get("transformers_weights") is not None:
         raise ArtifactError(
             f"{folder / 'config.json'} names its own weight file (transformers_weights), which "

@@ -136,7 +136,7 @@ def resize_survey(
         options: of `load_model`.
     """
     return cut_survey(
-        load_model(surveyed.model_name if base is None else base, **options),
+        load_model(surveyed.model_name if base is None else base, whole=True, **options),
         surveyed,
         keep=keep,
         size=parse_size(size) if isinstance(size, str) else size,
