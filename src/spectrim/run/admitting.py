@@ -62,7 +62,7 @@ def check_unquantized(name: str, config: Any) -> None:
         return
     method = str(stated.get("quant_method") or stated.get("quant_algo") or "unknown method")
     if method == QUANT_METHOD:
-        raise ModelError(f"{name!r} is compressed already; start from the original model")
+        raise ModelError(f"{name!r} is already compressed; start from the original model")
     bits = stated.get("bits", stated.get("w_bit"))
     raise ModelError(
         f"{name!r} is quantised ({method}{f', {bits} bits' if bits else ''}), and spectrim "

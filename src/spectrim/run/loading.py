@@ -278,7 +278,7 @@ def _load_tokenizer(name: str, trust_remote_code: bool) -> tuple[Any, str | None
     from transformers import AutoTokenizer
 
     if Path(name).is_dir() and not _tokenizer_files(name):
-        return None, f"{name} has no tokenizer, and neither has the result"
+        return None, "the model has no tokenizer, and neither has the result"
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code), None
     except Exception as error:
@@ -288,7 +288,7 @@ def _load_tokenizer(name: str, trust_remote_code: bool) -> tuple[Any, str | None
             raise
         present = _tokenizer_files(name)
         if not present:
-            return None, f"{name} has no tokenizer, and neither has the result"
+            return None, "the model has no tokenizer, and neither has the result"
         raise ModelError(
             f"the tokenizer of {name!r} ({', '.join(present[:3])}) cannot be loaded: "
             f"{one_line(error)}; install what it needs, mend the file, or pass the tokenizer "
