@@ -13,9 +13,11 @@ from torch import nn
 
 from spectrim.allocate.budget import parse_size
 from spectrim.allocate.plan import Plan
+from spectrim.arguments import check_fraction, check_path, refuse_unused
 from spectrim.distributed.team import Team
 from spectrim.errors import BudgetError, InputError
 from spectrim.measure.evaluating import evaluate_model
+from spectrim.measure.running import gives_every_size
 from spectrim.recipe import Recipe
 from spectrim.recipes import DEFAULT_RECIPE
 from spectrim.run.compress import Outcome, run_recipe
@@ -29,12 +31,13 @@ from spectrim.run.memory import goes_out_of_core
 from spectrim.run.out_of_core import check_out_of_core, check_survey_out_of_core
 from spectrim.run.places import places
 from spectrim.run.predicting import estimate
-from spectrim.run.resolving import resolve_recipe
+from spectrim.run.resolving import check_brought, check_size, resolve_recipe
 from spectrim.run.sources import sources_of
 from spectrim.run.store.saving import save_outcome
-from spectrim.run.survey.replanning import read_plan, replan
+from spectrim.run.survey.replanning import bring_plan, replan
 from spectrim.run.survey.surveying import resize_survey, survey_model
-from spectrim.run.texts import UserText
+from spectrim.run.texts import UserText, own_text
+from spectrim.shortage import tells_of_shortage
 from spectrim.storage.atomic import check_output
 from spectrim.storage.survey_file import is_survey, load_survey, save_survey
 from spectrim.storage.survey_record import Survey
@@ -63,6 +66,7 @@ class Result(Outcome):
     output: Path | None = None
 
 
+@tells_of_shortage
 def compress(
     model: str | Path | nn.Module,
     *,
@@ -135,8 +139,9 @@ def compress(
         SpectrimError: every refusal; nothing is left half-written.
     """
     team = team or Team()
-    if keep is not None and size is not None:
-        raise BudgetError("keep and size exclude each other; give one")
+    check_path(output=output, work=work, offload_streams=offload_streams)
+    check_brought(model, plan=plan, survey=survey)
+    check_size(plan, keep, size)
     if on_failure not in ("error", "keep-unrefined"):
         raise InputError(f"on_failure is {on_failure!r}; use error or keep-unrefined")
     resolved = resolve_recipe(
@@ -150,7 +155,12 @@ def compress(
         weights=weights,
         effort=effort,
     )
-    given = None if isinstance(text, (str, Path)) else text
+    if plan is not None:
+        words = {"storage": storage, "weights": weights}
+        refuse_unused("the plan says how every target is stored", words)
+    given = own_text(text)
+    if output is None or not gives_every_size(resolved):
+        refuse_unused("no elastic artifact is written", {"self_contained": self_contained})
     with places(
         output,
         overwrite=overwrite,
@@ -183,14 +193,16 @@ def compress(
             ),
             whole=True,
         )
-        chosen, surveyed = _read_plan(plan)
+        chosen, surveyed = bring_plan(plan, loaded)
+        if chosen is not None:
+            resolved = resolved.with_changes(keep=chosen.keep)
         if survey is not None:
             surveyed = survey if isinstance(survey, Survey) else load_survey(survey)
         outcome = run_recipe(
             loaded,
             resolved,
             text=given,
-            size=parse_size(size) if isinstance(size, str) else size,
+            size=None if size is None else parse_size(size),
             plan=chosen,
             survey=surveyed,
             progress=progress,
@@ -198,6 +210,7 @@ def compress(
             on_failure=on_failure,
             work=folder,
             team=team,
+            exactly=window_length is not None,
         )
         result = Result(**vars(outcome))
         if output is not None:
@@ -209,12 +222,7 @@ def compress(
     return result
 
 
-def _read_plan(plan: Plan | str | Path | None) -> tuple[Plan | None, Survey | None]:
-    if plan is None or isinstance(plan, Plan):
-        return plan, None
-    return read_plan(plan)
-
-
+@tells_of_shortage
 def survey(
     model: str | Path | nn.Module,
     *,
@@ -265,7 +273,9 @@ def survey(
     resolved = resolve_recipe(
         recipe, seed=seed, text=text, windows=windows, window_length=window_length
     )
-    given = None if isinstance(text, (str, Path)) else text
+    check_path(output=output, offload_streams=offload_streams)
+    check_brought(model)
+    given = own_text(text)
     with places(
         output,
         overwrite=overwrite,
@@ -300,6 +310,7 @@ def survey(
             offload_streams=None if offload_streams is None else Path(offload_streams),
             work=folder,
             team=team,
+            exactly=window_length is not None,
         )
         if output is not None:
             if team.leads:
@@ -326,6 +337,7 @@ def plan(survey: Survey | str | Path, **options: Any) -> Plan:
     return replan(survey, **options)
 
 
+@tells_of_shortage
 def resize(
     artifact: str | Path,
     *,
@@ -349,6 +361,8 @@ def resize(
         BudgetError: below the smallest size that the artifact reaches; names it.
         ArtifactError: a damaged artifact, or another base model.
     """
+    check_path(artifact=artifact, output=output)
+    check_fraction(keep=keep)
     if (keep is None) == (size is None):
         raise BudgetError("give either a keep or a size")
     if output is not None:
@@ -366,11 +380,13 @@ def resize(
     return result
 
 
+@tells_of_shortage
 def evaluate(model: str | Path | nn.Module, **options: Any) -> dict[str, Any]:
     """Perplexity with its protocol, parameters and bytes; see `run.evaluating.evaluate_model`."""
     return evaluate_model(model, **options)
 
 
+@tells_of_shortage
 def export(folder: str | Path, *, output: str | Path, overwrite: bool = False) -> Path:
     """Write a compressed folder as ordinary dense weights for every other tool."""
     from spectrim.storage.dense import export_dense

@@ -8,6 +8,7 @@ __all__ = [
     "BudgetError",
     "InputError",
     "LostRankError",
+    "MemoryShortError",
     "MissingExtraError",
     "ModelError",
     "NonFiniteError",
@@ -64,6 +65,10 @@ class MissingExtraError(InputError):
 
 class LostRankError(SpectrimError):
     """Another process of the same run was killed, or cannot be reached."""
+
+
+class MemoryShortError(SpectrimError):
+    """The machine has not enough memory for what was asked."""
 
 
 class NumericalError(SpectrimError):

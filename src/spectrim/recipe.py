@@ -50,8 +50,8 @@ class Calibration(Section):
     """
 
     text: str | tuple[str, ...] = "self"
-    windows: int = Field(default=256, ge=1)
-    window_length: int = Field(default=2048, ge=2)
+    windows: int = Field(default=256, ge=1, lt=2**31)
+    window_length: int = Field(default=2048, ge=2, lt=2**31)
     bos: Literal["none", "each", "half"] = Field(
         default="none", description="BOS at the start of no window, of each, or of every second one"
     )
@@ -337,7 +337,7 @@ class Recipe(Section):
     )
     flow: Literal["one-shot", "sequential", "learned"] = "one-shot"
     keep: float = Field(default=0.6, gt=0, le=1)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     calibration: Calibration = Calibration()
     decompose: Decompose = Decompose()
     allocate: Allocation = Allocation()

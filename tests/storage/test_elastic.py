@@ -99,6 +99,8 @@ def test_a_damaged_description_is_refused(damage, tmp_path):
 TENSOR_DAMAGE = {
     "a lost factor": (lambda t: t.pop("a.q.up"), "a.q.up is absent"),
     "another dtype": (lambda t: t.update({"a.q.up": t["a.q.up"].float()}), "a.q.up"),
+    "a factor that is no number": (lambda t: t["a.q.up"][0, 0].fill_(float("nan")), "not finite"),
+    "an endless factor": (lambda t: t["b.up.down"][0, 0].fill_(float("inf")), "b.up hold numbers"),
     "an order of others": (lambda t: t["order.target"].fill_(0), "do not agree"),
     "a target that is not there": (lambda t: t["order.target"][:1].fill_(77), "do not agree"),
     "scores without value": (lambda t: t["order.score"].fill_(float("nan")), "NaN"),

@@ -10,6 +10,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, modeling_utils
 
+import spectrim
 from architectures import ARCHITECTURES, tiny, windows
 from spectrim.errors import ArtifactError, ModelError, OutputError
 from spectrim.layers.swap import compressed_layers
@@ -173,6 +174,18 @@ def test_a_folder_that_is_no_model_is_never_replaced(tmp_path):
     with pytest.raises(OutputError, match="not a folder"), new_folder(tmp_path / "file"):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "home"]
+
+
+def test_equal_runs_write_equal_files(tmp_path):
+    """All but the report, which has times, and the manifest, which has the report's hash."""
+    for turn in range(6):
+        spectrim.compress(tiny("llama")[0], recipe="svd", keep=0.6, output=tmp_path / str(turn))
+    first, *others = [
+        {p.name: p.read_bytes() for p in (tmp_path / str(turn)).iterdir()} for turn in range(6)
+    ]
+    for other in others:
+        differing = {name for name in first.keys() | other.keys() if first[name] != other[name]}
+        assert differing <= {"spectrim_report.json", "spectrim_manifest.json"}
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), None])

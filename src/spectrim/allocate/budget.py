@@ -221,12 +221,16 @@ for _power, _letter in enumerate("KMGT", start=1):
     UNITS[f"{_letter}IB"] = 1024**_power
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str | int) -> int:
     """Bytes of a size like `3.5GB` (decimal), `3.5GiB` (binary), `800 MB` or `123456`.
 
     Raises:
-        BudgetError: if the text is no positive size.
+        BudgetError: if it is no positive size.
     """
+    if isinstance(text, int) and not isinstance(text, bool):
+        text = str(text)
+    if not isinstance(text, str):
+        raise BudgetError(f"size is a {type(text).__name__}; expected bytes, or text like 3.5GB")
     match = re.fullmatch(r"\s*(\d+(?:_\d+)*(?:\.\d+)?|\.\d+)\s*([A-Za-z]*)\s*", text)
     unit = UNITS.get(match.group(2).upper()) if match else None
     if match is None or unit is None:

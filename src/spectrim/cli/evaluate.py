@@ -87,6 +87,10 @@ def evaluate(
     else:
         print_evaluations(results)
         print_tasks(results)
+    for result in results:
+        if tasks is not None and not result["zero_shot"]["tasks"]:
+            reason = next(iter(result["zero_shot"]["skipped"].values()))
+            raise InputError(f"no task of {tasks} could be measured on {result['model']}: {reason}")
 
 
 def as_length(words: str | None) -> int | str | None:

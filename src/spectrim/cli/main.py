@@ -34,6 +34,7 @@ from spectrim.cli import (
 )
 from spectrim.cli.crew import check_alone
 from spectrim.errors import SpectrimError
+from spectrim.shortage import ran_short
 
 __all__ = ["app", "main"]
 
@@ -107,6 +108,12 @@ def main() -> None:
         app()
     except SpectrimError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(EXIT_REFUSED)
+    except (MemoryError, RuntimeError, OSError, ImportError) as error:
+        short = ran_short(error)
+        if short is None:
+            raise
+        print(f"error: {one_line(short)}", file=sys.stderr)
         sys.exit(EXIT_REFUSED)
     except KeyboardInterrupt:
         # Only before a command has begun its work; `session` reports everything later.

@@ -54,18 +54,20 @@ def plan(
     with session(verbose=verbose, quiet=as_json, output=output):
         # Not through the interface module: that one imports torch, which takes longer than a plan.
         from spectrim.run.survey.replanning import check_plan_file, plan_record, replan
+        from spectrim.storage.survey_file import load_survey
         from spectrim.storage.whole_file import write_text
 
         if output is not None:
             check_plan_file(output, survey, overwrite=overwrite)
+        surveyed = load_survey(survey)
         made = replan(
-            survey,
+            surveyed,
             **options.given(
                 keep=keep, size=size, rule=rule, score=score, floor=floor, multiple=multiple
             ),
         )
         if output is not None:
-            write_text(output, json.dumps(plan_record(made, survey), indent=2) + "\n")
+            write_text(output, json.dumps(plan_record(made, surveyed), indent=2) + "\n")
     from spectrim.cli.render import print_json
     from spectrim.cli.summary import print_heat_map, print_plan_summary, print_ranks
 

@@ -43,6 +43,7 @@ def calibration_windows(
     window_length: int,
     seed: int = 0,
     bos: BosPolicy = "none",
+    shortest: int | None = None,
 ) -> Windows:
     """Windows at random positions of one or several texts.
 
@@ -54,6 +55,8 @@ def calibration_windows(
         window_length: tokens per window, T.
         seed: of the generator behind the start positions.
         bos: which windows have their first token replaced by BOS.
+        shortest: where a text has too few tokens for one window, all windows are shortened to
+            what it allows, but not below this; None refuses.
 
     Raises:
         TextError: too little text, no BOS token where one is asked for, or a malformed tensor.
@@ -64,10 +67,13 @@ def calibration_windows(
     if not 1 <= len(texts) <= windows:
         raise TextError(f"{len(texts)} texts cannot share {windows} windows; give 1 to {windows}")
     _check_length(window_length)
+    tokenized = [tokenize(source.content, tokenizer) for source in texts]
+    if shortest is not None:
+        fits = min(len(tokens) for tokens in tokenized) - 2
+        window_length = max(min(window_length, fits), min(window_length, shortest))
     generator = torch.Generator().manual_seed(seed)
     ids, starts, totals = [], [], []
-    for index, source in enumerate(texts):
-        tokens = tokenize(source.content, tokenizer)
+    for index, (source, tokens) in enumerate(zip(texts, tokenized, strict=True)):
         count = windows // len(texts) + (index < windows % len(texts))
         needed = window_length + 2
         if len(tokens) < needed:
@@ -108,6 +114,7 @@ def evaluation_windows(
     window_length: int | Literal["max"] = 2048,
     max_tokens: int | None = None,
     bos: EvaluationBos = "none",
+    shortest: int | None = None,
     config: Any = None,
 ) -> Windows:
     """Non-overlapping windows from the beginning of a text; an incomplete last one is dropped.
@@ -119,6 +126,8 @@ def evaluation_windows(
         max_tokens: read at most this many tokens of the text.
         bos: `none`; `each` replaces the first token of every window; `start` puts one BOS before
             the text, as SVD-LLM's harness (arXiv 2403.07378) does.
+        shortest: a text too short for one window gives one of all its tokens, if it has as many
+            as this; None refuses.
         config: the model's configuration: resolves `max` and refuses longer windows.
 
     Raises:
@@ -130,6 +139,12 @@ def evaluation_windows(
     tokens = tokens[:max_tokens]
     if bos == "start":
         tokens = torch.cat([torch.tensor([_bos_id(tokenizer)]), tokens])
+    if shortest is not None and min(shortest, length) <= len(tokens) < length:
+        logger.warning(
+            "the text %r has %d tokens, less than one window of %d: measured on one window of all",
+            *(text.name, len(tokens), length),
+        )
+        length = len(tokens)
     count = len(tokens) // length
     if count == 0:
         raise TextError(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spectrim.arguments import check_whole
 from spectrim.errors import InputError, ModelError
 from spectrim.layers.swap import compressed_layers
 from spectrim.run.job import Progress, Silent
@@ -84,6 +85,10 @@ def bench(
             nothing for it.
     """
     progress = progress or Silent()
+    check_whole(new_tokens=new_tokens, repeats=repeats)
+    for name, values in {"batches": batches, "lengths": lengths}.items():
+        for value in values:
+            check_whole(**{name: value})
     sizes = {"batches": batches, "lengths": lengths, "new_tokens": new_tokens, "repeats": repeats}
     measured = {}
     for role, name in (("dense", against), ("compressed", model)):

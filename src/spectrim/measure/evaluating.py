@@ -10,14 +10,15 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from spectrim.arguments import check_whole, refuse_unused
 from spectrim.data.text import read_text
 from spectrim.data.windows import Windows, evaluation_windows, given_windows, longest_window
-from spectrim.errors import TextError
+from spectrim.errors import InputError, TextError
 from spectrim.evaluate.agreement import agreement
 from spectrim.evaluate.perplexity import perplexity
 from spectrim.evaluate.zero_shot import zero_shot
 from spectrim.run.loading import LoadedModel, load_model
-from spectrim.run.texts import UserText
+from spectrim.run.texts import SHORTEST, UserText, own_text
 
 __all__ = ["evaluate_model", "evaluation_windows_of"]
 
@@ -34,17 +35,25 @@ def evaluation_windows_of(
     max_tokens: int | None,
 ) -> Windows:
     """Windows to measure a model on; the literature's text and length where nothing is given."""
-    if isinstance(text, torch.Tensor):
-        return given_windows(text, tokenizer=loaded.tokenizer)
+    check_whole(least=2, max_tokens=max_tokens)
+    if window_length != "max":
+        check_whole(least=2, window_length=window_length)
+    given = own_text(text)
+    if isinstance(given, torch.Tensor):
+        words = {"window_length": window_length, "max_tokens": max_tokens}
+        refuse_unused("the text is token windows", words)
+        return given_windows(given, tokenizer=loaded.tokenizer)
+    source: Any = text if given is None else given
     if loaded.tokenizer is None:
         raise TextError(f"{loaded.name!r} has no tokenizer; give token windows (N, T)")
     longest = longest_window(loaded.model.config)
     length = window_length or min(LITERATURE_WINDOW, longest or LITERATURE_WINDOW)
     return evaluation_windows(
-        read_text(DEFAULT_TEXT if text is None else text, split="evaluation"),
+        read_text(DEFAULT_TEXT if source is None else source, split="evaluation"),
         loaded.tokenizer,
         window_length=length,
         max_tokens=max_tokens,
+        shortest=SHORTEST if window_length is None else None,
         config=loaded.model.config,
     )
 
@@ -102,10 +111,17 @@ def evaluate_model(
     Raises:
         SpectrimError: unknown text or task, non-finite losses, unloadable models.
     """
+    check_whole(batch=batch, limit=limit)
+    wanted = _task_names(tasks)
+    if not wanted:
+        given = {"limit": limit, "task_folders": tuple(task_folders)}
+        refuse_unused("it is for tasks, and none are named", given)
+    elif text is None and against is None:
+        given = {"window_length": window_length, "max_tokens": max_tokens}
+        refuse_unused("it is for a text, and tasks alone read none", given)
     options = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     loaded = load_model(model, tokenizer=tokenizer, **options)
     reference = None if against is None else load_model(against, **options)
-    wanted = _task_names(tasks)
     result: dict[str, Any] = {
         "model": loaded.name,
         "stored_bytes": _folder_bytes(loaded.name),
@@ -141,6 +157,11 @@ def evaluate_model(
             task_folders=task_folders,
         ).record()
         result["skipped"] |= result["zero_shot"]["skipped"]
+        if not result["zero_shot"]["tasks"] and not result["perplexity"]:
+            raise InputError(
+                "none of what was asked for could be measured: "
+                + "; ".join(result["skipped"].values())
+            )
     return result
 
 
@@ -153,4 +174,6 @@ def _text_names(text: UserText) -> list[Any]:
 def _task_names(tasks: str | Sequence[str]) -> list[str]:
     if isinstance(tasks, str):
         return [part.strip() for part in tasks.split(",") if part.strip()]
+    if not isinstance(tasks, Sequence) or not all(isinstance(task, str) for task in tasks):
+        raise InputError(f"tasks is {str(tasks)[:80]}; expected names of tasks")
     return list(tasks)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from spectrim.arguments import refuse_unused
 from spectrim.errors import InputError, TextError
 from spectrim.evaluate.agreement import agreement
 from spectrim.evaluate.distortion import distortion_by_depth
@@ -68,6 +69,10 @@ def gather_page(
     if against is None:
         if others:
             raise InputError("drawing other results along depth needs the dense model: against")
+        given = {"text": text, "window_length": window_length, "max_tokens": max_tokens}
+        refuse_unused("nothing is measured without the dense model, against", given)
+        if tuple(prompts) != PROMPTS:
+            refuse_unused("both models continue them, which needs against", {"prompts": prompts})
         return content
     options: dict[str, Any] = {
         "device": device,

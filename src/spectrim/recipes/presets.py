@@ -215,7 +215,12 @@ def get_recipe(recipe: str | Path | Recipe) -> Recipe:
     """
     if isinstance(recipe, Recipe):
         return recipe
-    if str(recipe) in PRESETS:
+    if not isinstance(recipe, str | Path):
+        raise RecipeError(
+            f"recipe is a {type(recipe).__name__}; expected a name, a YAML file, or a Recipe, "
+            "which Recipe(name=..., ...) makes"
+        )
+    if recipe in PRESETS:
         return PRESETS[str(recipe)]
     path = Path(recipe)
     if path.is_file():

@@ -75,6 +75,7 @@ def run_recipe(
     on_failure: str = "error",
     work: Work | None = None,
     team: Team | None = None,
+    exactly: bool = False,
 ) -> Outcome:
     """Compress a loaded model in place.
 
@@ -95,6 +96,7 @@ def run_recipe(
             and found again.
         team: the processes that share the run; every one ends with the compressed model, the
             leader's report has everything.
+        exactly: whether the user asked for the recipe's window length.
 
     Raises:
         SpectrimError: anything that keeps the run from an honest result.
@@ -115,6 +117,7 @@ def run_recipe(
         work=work,
         brought={"plan": plan, "survey": survey},
         team=team,
+        exactly=exactly,
     )
     model, log = job.model, job.log
     if survey is not None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from spectrim.allocate.plan import Plan
-from spectrim.recipe import ProjectedGradientRefinement
-from spectrim.run.cut.from_survey import cut_from_survey, holds
+from spectrim.recipe import ProjectedGradientRefinement, Recipe
+from spectrim.run.cut.from_survey import cut_from_survey
 from spectrim.run.cut.one_shot import CUT, cut_one_shot
 from spectrim.run.cut.sequential import cut_sequentially
 from spectrim.run.cut.zero_sum import cut_in_stages
@@ -14,6 +14,7 @@ from spectrim.run.job import Job
 from spectrim.run.survey.backward import output_moments
 from spectrim.run.survey.planning import check_plan, make_plan, shape_curves
 from spectrim.run.survey.survey import make_survey, surveyed_choice
+from spectrim.storage.survey_file import held_ranks
 from spectrim.storage.survey_record import Survey
 
 __all__ = ["Choice", "choose", "cut_targets"]
@@ -48,10 +49,27 @@ def choose(job: Job, *, plan: Plan | None = None, survey: Survey | None = None) 
     made = plan or make_plan(
         recipe, dtype_bytes=job.dtype_bytes, curves=shape_curves(job.anatomy), survey=survey
     )
+    cut_from = survey is not None and recipe.flow == "one-shot" and _same_objective(recipe, survey)
+    made = check_plan(
+        made,
+        job.anatomy,
+        dtype_bytes=job.dtype_bytes,
+        held=held_ranks(survey) if plan is not None and survey is not None and cut_from else None,
+    )
     if survey is not None and recipe.flow == "sequential":
         survey = replace(survey, factors=None)  # it gave the ranks; factors are made anew
-    check_plan(made, job.anatomy)
     return Choice(made, survey, given=plan is not None)
+
+
+def _same_objective(recipe: Recipe, survey: Survey | None) -> bool:
+    """Whether the survey's components are those that the recipe would make."""
+    return survey is not None and surveyed_choice(recipe.decompose) == recipe.decompose
+
+
+def _holds(survey: Survey, plan: Plan) -> bool:
+    """Whether the survey has every component that the plan keeps."""
+    held = held_ranks(survey)
+    return all(e.rank is None or held[e.name] >= e.rank for e in plan.entries)
 
 
 def cut_targets(job: Job, choice: Choice) -> Plan:
@@ -60,7 +78,7 @@ def cut_targets(job: Job, choice: Choice) -> Plan:
     A one-shot flow cuts from the survey's decompositions where it has them for this objective.
     """
     recipe, plan, survey = job.recipe, choice.plan, choice.survey
-    same = survey is not None and surveyed_choice(recipe.decompose) == recipe.decompose
+    same = _same_objective(recipe, survey)
     step = next((s for s in recipe.refine if isinstance(s, ProjectedGradientRefinement)), None)
     if step is not None and step.stages > 1:
         return cut_in_stages(
@@ -69,7 +87,7 @@ def cut_targets(job: Job, choice: Choice) -> Plan:
     finished = job.keeper.all_finished(CUT, job.anatomy.blocks)
     if recipe.flow == "sequential":
         cut_sequentially(job, plan, {} if finished else output_moments(job))
-    elif survey is not None and same and holds(survey, plan):
+    elif survey is not None and same and _holds(survey, plan):
         cut_from_survey(job, plan, survey)
     else:
         cut_one_shot(job, plan, {} if finished else output_moments(job))

@@ -53,6 +53,7 @@ def open_job(
     work: Work | None = None,
     brought: Mapping[str, Any] | None = None,
     team: Team | None = None,
+    exactly: bool = False,
 ) -> Job:
     """A run that is ready to begin; the model is as it was.
 
@@ -68,6 +69,7 @@ def open_job(
         work: where finished pieces are kept; earlier ones of the same run are taken up.
         brought: the user's plan and survey and other settings that the pieces depend on.
         team: the processes that share the run; all of them open it.
+        exactly: whether the user asked for the calibration's window length.
 
     Raises:
         SpectrimError: an unfit model, an unknown text, a size out of reach, the work of another
@@ -85,7 +87,15 @@ def open_job(
     windows: Windows | None = None
     if calibrate:
         with log.timed("windows"):
-            windows = gather_windows(loaded, recipe.calibration, text, seed=recipe.seed, team=team)
+            windows = gather_windows(
+                loaded, recipe.calibration, text, seed=recipe.seed, team=team, exactly=exactly
+            )
+        if not isinstance(text, torch.Tensor) and windows.length < recipe.calibration.window_length:
+            log.notes.append(
+                f"calibrated on windows of {windows.length} tokens instead of "
+                f"{recipe.calibration.window_length}: the model's positions or the text allow no "
+                "more"
+            )
         _check_shared(windows, team)
     if work is not None:
         work.begin(

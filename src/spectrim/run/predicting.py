@@ -11,7 +11,7 @@ from spectrim.allocate.plan import Plan
 from spectrim.recipe import Recipe
 from spectrim.recipes import DEFAULT_RECIPE
 from spectrim.run.estimate import Estimate, estimate_run
-from spectrim.run.resolving import resolve_recipe
+from spectrim.run.resolving import check_size, resolve_recipe
 
 __all__ = ["estimate"]
 
@@ -36,6 +36,7 @@ def estimate(
     Raises:
         SpectrimError: what cannot be run as asked, or is not predicted.
     """
+    check_size(plan, changes.get("keep"), size)
     resolved = resolve_recipe(recipe, **changes)
     return estimate_run(
         str(model),

@@ -6,20 +6,68 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
+from spectrim.allocate.budget import format_bytes
 from spectrim.data.mixing import interleave
 from spectrim.data.self_text import sample_windows
 from spectrim.data.text import read_text
 from spectrim.data.windows import Windows, calibration_windows, given_windows, longest_window
 from spectrim.distributed.team import Team
-from spectrim.errors import TextError
+from spectrim.errors import InputError, TextError
 from spectrim.recipe import Calibration
 from spectrim.run.loading import LoadedModel
+from spectrim.run.memory import available_bytes
 
-__all__ = ["UserText", "gather_windows"]
+__all__ = ["UserText", "gather_windows", "own_text"]
 
 UserText = str | Path | Sequence[str] | Tensor | None
+
+SHORTEST = 64
+"""Tokens that a window of a recipe's length may be shortened to where a text has no more."""
+
+
+def own_text(text: Any) -> Sequence[str] | Tensor | None:
+    """The user's own text, which a recipe cannot name; None for source names and files.
+
+    Args:
+        text: documents, also as a data set with a column `text`; token windows (N, T), also as a
+            NumPy array; a source name or a file.
+
+    Raises:
+        TextError: anything else.
+    """
+    if text is None or isinstance(text, str | Path):
+        return None
+    if isinstance(text, Tensor):
+        return text
+    if isinstance(text, np.ndarray):
+        return torch.from_numpy(np.ascontiguousarray(text))
+    columns = getattr(text, "column_names", None)
+    if isinstance(columns, list) and "text" in columns:
+        return list(text["text"])
+    if not isinstance(text, Sequence):
+        raise TextError(
+            f"text is a {type(text).__name__}; expected a source name or file, documents, a data "
+            "set with a column 'text', or token windows (N, T)"
+        )
+    files = [one for one in text if isinstance(one, str | Path) and is_file(one)]
+    if files and len(files) == len(text):
+        raise TextError(
+            f"a list is taken as documents, and this one holds names of files ({files[0]}, ...); "
+            "give files as one text, separated by commas"
+        )
+    return text
+
+
+def is_file(name: str | Path) -> bool:
+    """Whether a file has this name; a document is too long to be one."""
+    try:
+        return Path(name).is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def gather_windows(
@@ -29,6 +77,7 @@ def gather_windows(
     *,
     seed: int,
     team: Team | None = None,
+    exactly: bool = False,
 ) -> Windows:
     """Windows for a run.
 
@@ -39,16 +88,25 @@ def gather_windows(
             place of the recipe's sources; None for the recipe's sources.
         seed: of the window positions.
         team: processes that share the sampling; every one gets all windows.
+        exactly: refuse windows of another length than the calibration's, which the user asked
+            for; otherwise they are as long as the model and the text allow.
 
     Raises:
         TextError: no tokenizer for a text, too little text, unknown source.
+        InputError: more windows than memory holds.
     """
     if isinstance(text, Tensor):
         windows = given_windows(text, tokenizer=loaded.tokenizer)
         windows.check_vocabulary(vocabulary_size(loaded.model))
         return windows
     longest = longest_window(loaded.model.config)
+    if exactly and longest is not None and longest < calibration.window_length:
+        raise TextError(
+            f"windows of {calibration.window_length} tokens are longer than the {longest} "
+            f"positions of {loaded.name}; ask for at most {longest}"
+        )
     length = min(calibration.window_length, longest or calibration.window_length)
+    _check_room(calibration.windows, length)
     sources = _named(calibration.text) if text is None else _user_sources(text)
     own = calibration.windows // len(sources) if "self" in sources else 0
     parts = []
@@ -66,7 +124,14 @@ def gather_windows(
     others = [s for s in sources if s != "self"]
     if others:
         parts.append(
-            _text_windows(loaded, others, calibration, length, seed, calibration.windows - own)
+            _text_windows(
+                loaded,
+                others,
+                calibration.model_copy(update={"windows": calibration.windows - own}),
+                length,
+                seed,
+                shortest=None if exactly or own else SHORTEST,
+            )
         )
     return interleave(parts)
 
@@ -76,8 +141,24 @@ def vocabulary_size(model: Any) -> int:
     return model.get_input_embeddings().weight.shape[0]
 
 
+def _check_room(windows: int, length: int) -> None:
+    """Refuse what would only fill the memory; the hidden states take far more."""
+    needed, free = 2 * 8 * windows * length, available_bytes(torch.device("cpu"))
+    if free is not None and needed > free:
+        raise InputError(
+            f"{windows} windows of {length} tokens take {format_bytes(needed)} as tokens alone, "
+            f"and {format_bytes(free)} are free; ask for fewer"
+        )
+
+
 def _text_windows(
-    loaded: LoadedModel, sources: list, calibration: Calibration, length: int, seed: int, count: int
+    loaded: LoadedModel,
+    sources: list,
+    calibration: Calibration,
+    length: int,
+    seed: int,
+    *,
+    shortest: int | None,
 ) -> Windows:
     if loaded.tokenizer is None:
         raise TextError(
@@ -86,8 +167,9 @@ def _text_windows(
     windows = calibration_windows(
         [read_text(source) for source in sources],
         loaded.tokenizer,
-        windows=count,
+        windows=calibration.windows,
         window_length=length,
+        shortest=shortest,
         seed=seed,
         bos=calibration.bos,
     )

@@ -36,7 +36,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
     try:
         place = torch.device(device)
         torch.empty(0, device=place)
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError, TypeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"device {str(device)!r} cannot be used here ({reason}); this machine has {works}"
@@ -60,7 +60,7 @@ def resolve_dtype(
         return dtype
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else stored
-    if dtype not in _DTYPES:
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise InputError(f"unknown dtype {dtype!r}; use auto, {', '.join(_DTYPES)}")
     return _DTYPES[dtype]
 

@@ -42,9 +42,8 @@ def save_in_parts(
     from huggingface_hub import split_torch_state_dict_into_shards
 
     quantizer = getattr(model, "hf_quantizer", None)
-    metadata = {"format": "pt"}
     if quantizer is not None:
-        metadata = {**quantizer.get_state_dict_and_metadata(model)[1], **metadata}
+        quantizer.get_state_dict_and_metadata(model)  # brings its table in line with the model
     _save_configuration(model, folder)
     state = _without_ties(model)
     slots = {
@@ -62,7 +61,7 @@ def save_in_parts(
         bare, filename_pattern=pattern, max_shard_size=max_shard_size
     )
     for name, inside in split.filename_to_tensors.items():
-        write_tensors(folder / name, [slots[key] for key in inside], metadata)
+        write_tensors(folder / name, [slots[key] for key in inside], {"format": "pt"})
     if split.is_sharded:
         index = {
             "metadata": {"total_parameters": model.num_parameters(), **split.metadata},

@@ -199,6 +199,11 @@ def load_elastic(folder: str | Path) -> Elastic:
             _take(tensors, f"{target.name}.{part}", shape, record.base.dtype, folder)
             for part, shape in shapes.items()
         )
+        if not (up.isfinite().all() and down.isfinite().all()):
+            raise ArtifactError(
+                f"{folder / TENSOR_FILE}: the factors of {target.name} hold numbers that are not "
+                "finite"
+            )
         factors[target.name] = (up, down)
     index = str(_index(len(record.targets))).removeprefix("torch.")
     removals = sum(t.held + 1 for t in record.targets)

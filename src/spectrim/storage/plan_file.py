@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Protocol
 
 from pydantic import Field, StringConstraints
 
@@ -22,10 +22,11 @@ from spectrim.storage.strict import (
     checked,
 )
 
-__all__ = ["FORMAT_VERSION", "load_plan"]
+__all__ = ["FORMAT_VERSION", "check_model", "load_plan"]
 
 FORMAT_VERSION = 1
 
+_Path = Annotated[str, StringConstraints(max_length=4096)]
 Bytes = Annotated[int, Field(ge=1, lt=2**63)]
 
 
@@ -45,7 +46,9 @@ class _Record(Strict):
     keep: Annotated[float, Field(gt=0, le=1)]
     rule: Text
     notes: Annotated[tuple[Text, ...], Field(max_length=10_000)] = ()
-    survey: Annotated[str, StringConstraints(max_length=4096)] | None = None
+    survey: _Path | None = None
+    model: _Path | None = None
+    identity: Text | None = None
 
 
 def load_plan(path: str | Path) -> tuple[Plan, str | None]:
@@ -54,6 +57,40 @@ def load_plan(path: str | Path) -> tuple[Plan, str | None]:
     Raises:
         ArtifactError: the file is not a plan, or contradicts itself; names what.
     """
+    record = _load(path)
+    entries = tuple(PlanEntry(**dict(entry)) for entry in record.entries)
+    return Plan(entries, record.keep, record.rule, record.notes), record.survey
+
+
+class _Identified(Protocol):
+    """A loaded model."""
+
+    name: str
+
+    def identity(self) -> str:
+        """SHA-256 of what it is."""
+        ...
+
+
+def check_model(path: str | Path, loaded: _Identified) -> None:
+    """Refuse a plan file that was made for another model than the one at hand.
+
+    Args:
+        path: the file; one of an earlier version does not say whose it is.
+        loaded: the model.
+
+    Raises:
+        ArtifactError: names both models.
+    """
+    record = _load(path)
+    if record.identity is not None and record.identity != (found := loaded.identity()):
+        raise ArtifactError(
+            f"the plan {path} was made for the model {record.model} (identity "
+            f"{record.identity[:12]}), not for {loaded.name} (identity {found[:12]})"
+        )
+
+
+def _load(path: str | Path) -> _Record:
     try:
         data = read_json(path)
     except ArtifactError as error:
@@ -73,5 +110,4 @@ def load_plan(path: str | Path) -> tuple[Plan, str | None]:
                 f"{path}: {entry.name} has rank {entry.rank}, which does not go with its storage "
                 f"{entry.storage!r}"
             )
-    entries = tuple(PlanEntry(**dict(entry)) for entry in record.entries)
-    return Plan(entries, record.keep, record.rule, record.notes), record.survey
+    return record

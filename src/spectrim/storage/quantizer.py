@@ -22,7 +22,7 @@ from spectrim.layers.swap import compressed_layers, dense_shape, restore_dense, 
 from spectrim.model.weights import get_module
 from spectrim.storage.config import SpectrimConfig
 from spectrim.storage.describe import check_storable, resolve_name, table_of
-from spectrim.storage.table import FORMAT_VERSION, QUANT_METHOD, LayerEntry
+from spectrim.storage.table import QUANT_METHOD, LayerEntry
 
 __all__ = ["SpectrimQuantizer"]
 
@@ -86,7 +86,8 @@ class SpectrimQuantizer(HfQuantizer):
         # The architecture's renamings stay in front: transformers applies ours last when
         # loading, so they see names in memory, and first when saving.
         model._weight_conversions = _architecture_conversions(model) + self.get_weight_conversions()
-        return None, {"spectrim_format": str(FORMAT_VERSION)}
+        # No entry of our own: safetensors writes several in any order, and files would differ.
+        return None, {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         for name in compressed_layers(model):

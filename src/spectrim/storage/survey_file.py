@@ -43,7 +43,7 @@ from spectrim.storage.survey_record import Factors, Survey, SurveyKey
 if TYPE_CHECKING:
     from spectrim.storage.tensor_file import Slot
 
-__all__ = ["SURVEY_FILE", "is_survey", "load_factors", "load_survey", "save_survey"]
+__all__ = ["SURVEY_FILE", "held_ranks", "is_survey", "load_factors", "load_survey", "save_survey"]
 
 SURVEY_FILE = "survey.json"
 CURVES_FILE = "curves.safetensors"
@@ -187,6 +187,27 @@ def load_survey(folder: str | Path) -> Survey:
         notes=record.notes,
         folder=folder,
     )
+
+
+def held_ranks(survey: Survey) -> dict[str, int]:
+    """How many components of every target a survey holds; of one on disk, from the file's header.
+
+    Raises:
+        ArtifactError: the survey holds none, or its file is damaged.
+    """
+    if survey.factors is not None:
+        return {name: survey.factors[name].rank for name in survey.factors}
+    if survey.folder is None:
+        raise ArtifactError(f"the survey of {survey.model_name} holds no factors")
+    path = survey.folder / FACTORS_FILE
+    entries = read_header(path)
+    ranks = {}
+    for curve in survey.curves:
+        up = entries.get(f"{curve.name}.up")
+        if up is None or len(up.shape) != 2:
+            raise ArtifactError(f"{path} does not give the factors of {curve.name}")
+        ranks[curve.name] = up.shape[1]
+    return ranks
 
 
 def load_factors(survey: Survey, name: str) -> Factors:

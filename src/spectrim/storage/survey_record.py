@@ -160,6 +160,6 @@ class Survey:
         if differing:
             where = self.folder or self.model_name
             raise ArtifactError(
-                f"the survey {where} was made for something else: it differs in "
-                f"{', '.join(differing)}; survey again, or use what it was made with"
+                f"the survey {where} of {self.model_name} was made for something else: it differs "
+                f"in {', '.join(differing)}; survey again, or use what it was made with"
             )

@@ -19,8 +19,9 @@ from spectrim.report.study_figures import draw_calibration
 from spectrim.report.tables import rows_csv
 from spectrim.run.job import Progress
 from spectrim.run.sources import sources_of
+from spectrim.run.texts import own_text
 from spectrim.studies.files import open_study, save_pictures, write_text
-from spectrim.studies.measure import Measure, different_names, own_text
+from spectrim.studies.measure import Measure, different_names
 
 __all__ = ["WINDOWS", "calibration_study"]
 

@@ -17,8 +17,9 @@ from spectrim.report.content import as_json
 from spectrim.report.tables import comparison_csv, comparison_markdown
 from spectrim.run.job import Progress
 from spectrim.run.sources import sources_of
+from spectrim.run.texts import own_text
 from spectrim.studies.files import open_study, write_text
-from spectrim.studies.measure import Measure, different_names, own_text
+from spectrim.studies.measure import Measure, different_names
 
 __all__ = ["compare"]
 

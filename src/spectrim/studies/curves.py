@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from spectrim.api import resolve_recipe
+from spectrim.arguments import refuse_unused
 from spectrim.errors import InputError
 from spectrim.evaluate.curve import curve_csv, parse_keeps
 from spectrim.measure.curve import Curve, elastic_curve, recipe_curve
@@ -20,8 +21,9 @@ from spectrim.report.drawing import new_figure
 from spectrim.report.figures import draw_curve
 from spectrim.run.job import Progress
 from spectrim.run.sources import sources_of
+from spectrim.run.texts import own_text
 from spectrim.studies.files import open_study, save_pictures, write_text
-from spectrim.studies.measure import Measure, different_names, own_text
+from spectrim.studies.measure import Measure, different_names
 from spectrim.studies.opening import dense_twin, has_every_size, open_sizes
 
 __all__ = ["curve"]
@@ -70,6 +72,7 @@ def curve(
     if has_every_size(model):
         if recipes:
             raise InputError(f"{model} is an elastic artifact and has its sizes; give no recipes")
+        refuse_unused("an elastic artifact was calibrated when it was made", calibration)
         found = _elastic(Path(str(model)), keeps, formats, measure, store, progress)
     else:
         if not recipes:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from spectrim.api import resolve_recipe
+from spectrim.arguments import refuse_unused
 from spectrim.decompose import OBJECTIVES
 from spectrim.errors import InputError
 from spectrim.evaluate.distortion import Distortion, distortion_rows
@@ -27,9 +28,9 @@ from spectrim.run.job import Progress, Silent
 from spectrim.run.loading import load_model
 from spectrim.run.reporting import environment
 from spectrim.run.sources import sources_of
-from spectrim.run.texts import vocabulary_size
+from spectrim.run.texts import own_text, vocabulary_size
 from spectrim.studies.files import open_study, save_pictures, write_text
-from spectrim.studies.measure import Measure, own_text
+from spectrim.studies.measure import Measure
 
 __all__ = ["PUBLISHED_OBJECTIVES", "distortion", "layer_errors", "objective_recipe"]
 
@@ -164,6 +165,9 @@ def _follow_all(
     measure, progress = measure or Measure(), progress or Silent()
     chosen = [objective_recipe(name) for name in objectives]
     resolved = [resolve_recipe(one, keep=keep, **calibration) for one in (*chosen, *recipes)]
+    if not resolved:
+        given = {"keep": keep, **calibration}
+        refuse_unused("it is for runs, and no recipes or objectives are named", given)
     folders = {Path(result).name or str(result): result for result in results}
     names = [*folders, *(recipe.name for recipe in resolved)]
     if not names or len(folders) < len(results) or len(set(names)) < len(names):

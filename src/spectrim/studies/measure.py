@@ -10,12 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from spectrim.arguments import check_whole
 from spectrim.errors import InputError
 from spectrim.measure.measuring import Reference, open_reference
 from spectrim.recipe import Recipe
 from spectrim.run.texts import UserText
 
-__all__ = ["Measure", "different_names", "own_text"]
+__all__ = ["Measure", "different_names"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,12 @@ class Measure:
     dtype: str | torch.dtype = "auto"
     trust_remote_code: bool = False
 
+    def __post_init__(self) -> None:
+        check_whole(batch=self.batch)
+        check_whole(least=2, max_tokens=self.max_tokens)
+        if self.window_length != "max":
+            check_whole(least=2, window_length=self.window_length)
+
     def reference(self, model: str | Path | nn.Module, tokenizer: Any = None) -> Reference:
         """The dense model, loaded and measured."""
         return open_reference(model, tokenizer=tokenizer, **vars(self))
@@ -56,8 +63,3 @@ def different_names(recipes: Sequence[Recipe]) -> list[Recipe]:
     if twice:
         raise InputError(f"two recipes are called {twice[0]!r}; give one of them another name")
     return list(recipes)
-
-
-def own_text(text: UserText) -> UserText:
-    """Text that a recipe cannot name: documents and token windows."""
-    return None if isinstance(text, str | Path) else text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from spectrim.arguments import check_whole, refuse_unused
 from spectrim.data.windows import Windows
 from spectrim.errors import InputError
 from spectrim.evaluate.curve import is_dense_format
@@ -49,6 +50,10 @@ def slider(
         SpectrimError: the artifact cannot be loaded, or the address is taken.
     """
     measure = measure or Measure()
+    check_whole(least=0, most=65535, port=port)
+    if measure.text is None:
+        words = {"max_tokens": measure.max_tokens, "window_length": measure.window_length}
+        refuse_unused("without a text nothing is measured", {"curve": curve, **words})
     if not has_every_size(artifact):
         raise InputError(
             f"{artifact} is neither an elastic artifact nor a survey; make one with "

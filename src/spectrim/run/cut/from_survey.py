@@ -17,12 +17,7 @@ from spectrim.run.job import Job
 from spectrim.storage.survey_file import load_factors
 from spectrim.storage.survey_record import Survey
 
-__all__ = ["cut_from_survey", "holds"]
-
-
-def holds(survey: Survey, plan: Plan) -> bool:
-    """Whether the survey has every component that the plan keeps."""
-    return all(e.rank is None or load_factors(survey, e.name).rank >= e.rank for e in plan.entries)
+__all__ = ["cut_from_survey"]
 
 
 @torch.no_grad()
@@ -32,7 +27,7 @@ def cut_from_survey(job: Job, plan: Plan, survey: Survey) -> None:
     Args:
         job: the run; its model is changed.
         plan: rank per target.
-        survey: of this model, with enough components (`holds`).
+        survey: of this model, with enough components.
 
     Raises:
         ArtifactError: the factors cannot be read.

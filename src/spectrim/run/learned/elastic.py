@@ -19,6 +19,7 @@ from spectrim.allocate.curve import loss_by_rank
 from spectrim.allocate.elastic import elastic_order
 from spectrim.allocate.ladder import Limits
 from spectrim.allocate.plan import Plan
+from spectrim.arguments import check_path, refuse_unused
 from spectrim.errors import ArtifactError, BudgetError
 from spectrim.layers.lowrank import LowRankLinear
 from spectrim.layers.swap import dense_shape
@@ -94,7 +95,7 @@ class ElasticModel:
         """
         order = self.elastic.order
         return keep_for_size(
-            parse_size(size) if isinstance(size, str) else size,
+            parse_size(size),
             other_bytes=self.elastic.base.other_bytes,
             targets_dense_bytes=order.dense_bytes,
             smallest_keep=order.smallest_keep,
@@ -179,9 +180,12 @@ def open_elastic(
         ArtifactError: a damaged artifact, or a base model that is not the recorded one.
         ModelError: the base model cannot be loaded.
     """
+    check_path(artifact=artifact if not isinstance(artifact, Elastic | Survey) else None)
     known = artifact
     if isinstance(known, (str, Path)):
         known = load_survey(known) if is_survey(known) else load_elastic(known)
+    if isinstance(known, Elastic):
+        refuse_unused("an elastic artifact has its order", {"score": score})
     loaded = load_model(
         _place(known) if base is None else base,
         device=device,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spectrim.allocate.budget import parse_size
 from spectrim.allocate.plan import Plan
@@ -11,12 +11,15 @@ from spectrim.errors import ArtifactError, OutputError
 from spectrim.run.sources import sources_of
 from spectrim.run.survey.planning import plan_from_survey
 from spectrim.storage.ownership import check_apart
-from spectrim.storage.plan_file import FORMAT_VERSION, load_plan
+from spectrim.storage.plan_file import FORMAT_VERSION, check_model, load_plan
 from spectrim.storage.survey_file import is_survey, load_survey
 from spectrim.storage.survey_record import Survey
 from spectrim.storage.whole_file import check_file
 
-__all__ = ["check_plan_file", "plan_record", "read_plan", "replan"]
+if TYPE_CHECKING:
+    from spectrim.run.loading import LoadedModel
+
+__all__ = ["bring_plan", "check_plan_file", "plan_record", "read_plan", "replan"]
 
 
 def replan(
@@ -33,7 +36,7 @@ def replan(
     return plan_from_survey(
         survey if isinstance(survey, Survey) else load_survey(survey),
         keep=keep,
-        size=parse_size(size) if isinstance(size, str) else size,
+        size=None if size is None else parse_size(size),
         rule=rule,
         score=score,
         floor=floor,
@@ -41,10 +44,17 @@ def replan(
     )
 
 
-def plan_record(plan: Plan, survey: str | Path) -> dict[str, Any]:
-    """A plan as JSON-ready data that says which survey has its decompositions."""
-    folder = str(Path(survey).resolve())
-    return {"format_version": FORMAT_VERSION, **plan.to_json(), "survey": folder}
+def plan_record(plan: Plan, survey: Survey | str | Path) -> dict[str, Any]:
+    """A plan as JSON-ready data that says whose it is, and which survey has its decompositions."""
+    record: dict[str, Any] = {"format_version": FORMAT_VERSION, **plan.to_json()}
+    if not isinstance(survey, Survey):
+        return {**record, "survey": str(Path(survey).resolve())}
+    return {
+        **record,
+        "survey": None if survey.folder is None else str(survey.folder.resolve()),
+        "model": survey.model_name,
+        "identity": None if survey.key is None else survey.key.model,
+    }
 
 
 def check_plan_file(output: str | Path, survey: str | Path, *, overwrite: bool) -> None:
@@ -60,6 +70,20 @@ def check_plan_file(output: str | Path, survey: str | Path, *, overwrite: bool) 
             load_plan(path)
         except ArtifactError as error:
             raise OutputError(f"{path} is no plan and is not replaced: {error}") from error
+
+
+def bring_plan(
+    plan: Plan | str | Path | None, loaded: LoadedModel
+) -> tuple[Plan | None, Survey | None]:
+    """The user's plan for a loaded model, with its survey; see `read_plan`.
+
+    Raises:
+        ArtifactError: also where the file was made for another model.
+    """
+    if plan is None or isinstance(plan, Plan):
+        return plan, None
+    check_model(plan, loaded)
+    return read_plan(plan)
 
 
 def read_plan(path: str | Path) -> tuple[Plan, Survey | None]:

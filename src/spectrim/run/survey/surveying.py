@@ -42,6 +42,7 @@ def survey_model(
     offload_streams: Path | None = None,
     work: Work | None = None,
     team: Team | None = None,
+    exactly: bool = False,
 ) -> Survey:
     """Survey a loaded model, which stays as it is.
 
@@ -55,6 +56,7 @@ def survey_model(
         offload_streams: folder for memory-mapped streams.
         work: where surveyed blocks are kept and found again.
         team: the processes that share the work; all of them get the survey.
+        exactly: whether the user asked for the recipe's window length.
 
     Raises:
         InputError: an unknown score.
@@ -74,6 +76,7 @@ def survey_model(
         work=work,
         brought={"scores": sorted(wanted)},
         team=team,
+        exactly=exactly,
     )
     key = survey_key(loaded, job.recipe, job.windows)
     made = make_survey(job, scores=wanted)
@@ -139,6 +142,6 @@ def resize_survey(
         load_model(surveyed.model_name if base is None else base, whole=True, **options),
         surveyed,
         keep=keep,
-        size=parse_size(size) if isinstance(size, str) else size,
+        size=None if size is None else parse_size(size),
         score=score,
     )
