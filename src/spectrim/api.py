@@ -156,8 +156,7 @@ def compress(
         effort=effort,
     )
     if plan is not None:
-        words = {"storage": storage, "weights": weights}
-        refuse_unused("the plan says how every target is stored", words)
+        refuse_unused("the plan says how it is stored", {"storage": storage, "weights": weights})
     given = own_text(text)
     if output is None or not gives_every_size(resolved):
         refuse_unused("no elastic artifact is written", {"self_contained": self_contained})
@@ -366,8 +365,8 @@ def resize(
     if (keep is None) == (size is None):
         raise BudgetError("give either a keep or a size")
     if output is not None:
-        sources = sources_of(artifact=artifact, model=options.get("base"))
-        check_output(output, overwrite=overwrite, sources=sources)
+        read = sources_of(artifact=artifact, model=options.get("base"))
+        check_output(output, overwrite=overwrite, sources=read)
     if is_survey(artifact):
         outcome = resize_survey(load_survey(artifact), keep=keep, size=size, **options)
     else:

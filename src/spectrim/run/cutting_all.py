@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from spectrim.allocate.plan import Plan
 from spectrim.recipe import ProjectedGradientRefinement, Recipe
-from spectrim.run.cut.from_survey import cut_from_survey
+from spectrim.run.cut.from_survey import cut_from_survey, holds
 from spectrim.run.cut.one_shot import CUT, cut_one_shot
 from spectrim.run.cut.sequential import cut_sequentially
 from spectrim.run.cut.zero_sum import cut_in_stages
@@ -66,12 +66,6 @@ def _same_objective(recipe: Recipe, survey: Survey | None) -> bool:
     return survey is not None and surveyed_choice(recipe.decompose) == recipe.decompose
 
 
-def _holds(survey: Survey, plan: Plan) -> bool:
-    """Whether the survey has every component that the plan keeps."""
-    held = held_ranks(survey)
-    return all(e.rank is None or held[e.name] >= e.rank for e in plan.entries)
-
-
 def cut_targets(job: Job, choice: Choice) -> Plan:
     """Cut all targets in place, by the recipe's flow; returns the plan that was carried out.
 
@@ -87,7 +81,7 @@ def cut_targets(job: Job, choice: Choice) -> Plan:
     finished = job.keeper.all_finished(CUT, job.anatomy.blocks)
     if recipe.flow == "sequential":
         cut_sequentially(job, plan, {} if finished else output_moments(job))
-    elif survey is not None and same and _holds(survey, plan):
+    elif survey is not None and same and holds(survey, plan):
         cut_from_survey(job, plan, survey)
     else:
         cut_one_shot(job, plan, {} if finished else output_moments(job))

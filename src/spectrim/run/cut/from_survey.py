@@ -14,10 +14,16 @@ from spectrim.model.weights import get_module, read_weight, replace_module
 from spectrim.run.cut.cutting import cut_layer
 from spectrim.run.cut.one_shot import CUT
 from spectrim.run.job import Job
-from spectrim.storage.survey_file import load_factors
+from spectrim.storage.survey_file import held_ranks, load_factors
 from spectrim.storage.survey_record import Survey
 
-__all__ = ["cut_from_survey"]
+__all__ = ["cut_from_survey", "holds"]
+
+
+def holds(survey: Survey, plan: Plan) -> bool:
+    """Whether the survey has every component that the plan keeps."""
+    held = held_ranks(survey)
+    return all(e.rank is None or held[e.name] >= e.rank for e in plan.entries)
 
 
 @torch.no_grad()
@@ -27,7 +33,7 @@ def cut_from_survey(job: Job, plan: Plan, survey: Survey) -> None:
     Args:
         job: the run; its model is changed.
         plan: rank per target.
-        survey: of this model, with enough components.
+        survey: of this model, with enough components (`holds`).
 
     Raises:
         ArtifactError: the factors cannot be read.
