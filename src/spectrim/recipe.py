@@ -71,10 +71,14 @@ class Decompose(Section):
     blend: float = Field(
         default=1.0, ge=0, le=1, description="anchored: 1 is anchored (AA-SVD), 0 is shift-aware"
     )
-    shrink_in: float = Field(default=0.0, ge=0, lt=1, description="share of the identity in C")
-    shrink_out: float = Field(
-        default=0.3, ge=0, lt=1, description="kfac: share of the identity in G"
+    ridge: float | None = Field(
+        default=None,
+        ge=0,
+        description="anchored: pull of the least-squares map toward W, relative; None lets the "
+        "data choose",
     )
+    shrink_in: float = Field(default=0.0, ge=0, lt=1, description="share of the prior in C")
+    shrink_out: float = Field(default=0.3, ge=0, lt=1, description="kfac: share of the prior in G")
     clip: float | None = Field(
         default=10.0,
         gt=0,

@@ -66,6 +66,11 @@ def root(C):
     return vectors * values.clamp(min=0).sqrt()
 
 
+def mixed(M, share, sizes):
+    """A moment and the diagonal one in which every channel is worth the mean, of unequal sizes."""
+    return (1 - share) * M + share * (M.diagonal() * sizes).mean() * (1 / sizes).diag()
+
+
 def dense_problem(objective, layer, options):
     """What each objective minimises, written from the data and not from the moments."""
     W, X, Y = layer.W, layer.X, layer.X_shifted
@@ -82,7 +87,8 @@ def dense_problem(objective, layer, options):
         scale = X.abs().mean(1).pow(options.get("alpha", 0.5)).diag()
         return Problem(eye_out, W @ scale, scale)
     if objective == "whitened":
-        return Problem(eye_out, W @ X, X)
+        half = root(mixed(X @ X.T, options.get("shrink_in", 0.0), W.square().sum(0)))
+        return Problem(eye_out, W @ half, half)
     if objective == "shifted":
         return Problem(eye_out, W @ Y, Y)
     if objective == "anchored":
@@ -90,11 +96,9 @@ def dense_problem(objective, layer, options):
         return Problem(eye_out, W @ (b * X + (1 - b) * Y), Y)
     tokens = X.shape[1]
     G = layer.gradients @ layer.gradients.T / tokens
-    a = options.get("shrink_out", 0.3)
-    G = (1 - a) * G + a * G.diagonal().mean() * eye_out
     C = X @ X.T / tokens
-    a = options.get("shrink_in", 0.0)
-    C = (1 - a) * C + a * C.diagonal().mean() * eye_in
+    G = mixed(G, options.get("shrink_out", 0.3), (W @ C @ W.T).diagonal())
+    C = mixed(C, options.get("shrink_in", 0.0), (W.T @ G @ W).diagonal())
     half = root(C)
     return Problem(root(G).T * 0.5**0.5, W @ half, half)
 
@@ -135,9 +139,10 @@ OBJECTIVE_CASES = {
     "whitened": ("whitened", {}),
     "shifted": ("shifted", {}),
     "anchored": ("anchored", {"ridge": 0.0}),
-    "anchored-ridge": ("anchored", {}),
+    "anchored-ridge": ("anchored", {"ridge": 1e-8}),
     "anchored-half": ("anchored", {"blend": 0.5, "ridge": 0.0}),
-    "anchored-none": ("anchored", {"blend": 0.0}),
+    "anchored-none": ("anchored", {"blend": 0.0, "ridge": 0.0}),
+    "whitened-shrunk": ("whitened", {"shrink_in": 0.2}),
     "kfac": ("kfac", {}),
     "kfac-both": ("kfac", {"shrink_in": 0.1, "shrink_out": 0.1}),
 }
@@ -156,7 +161,7 @@ class Case:
     @property
     def slack(self):
         """Relative distance from the optimum; a ridge trades a little of it for tame factors."""
-        return 1e-3 if self.objective == "anchored" and not self.options else 1e-6
+        return 1e-3 if self.options.get("ridge") else 1e-6
 
     @property
     def floor(self):

@@ -28,8 +28,9 @@ def value(W, approximation, x, shifted, G):
     return 0.5 * float((error @ G / TOKENS * error).sum()) / TOKENS
 
 
-def shrunk(G, share):
-    return (1 - share) * G + share * G.diagonal().mean() * torch.eye(OUT, dtype=torch.float64)
+def shrunk(G, share, W, C):
+    energies = (W @ C @ W.T).diagonal()
+    return (1 - share) * G + share * ((G.diagonal() * energies).mean() / energies).diag()
 
 
 def run(W, moments, output, **options):
@@ -39,8 +40,8 @@ def run(W, moments, output, **options):
 @pytest.mark.parametrize("share", [0.0, 0.3])
 def test_predicted_error_is_the_measured_one_at_every_rank(share):
     W, x, shifted, moments, output = data()
-    found = run(W, moments, output, shrink_out=share)
-    G = shrunk(output.G, share)
+    found = run(W, moments, output, shrink_out=share, ridge=0.0)
+    G = shrunk(output.G, share, W, moments.C)
     for k in range(1, IN + 1):
         up, down = found.cut(k)
         assert found.error(k) == pytest.approx(value(W, up @ down, x, shifted, G), rel=1e-5)
@@ -48,8 +49,8 @@ def test_predicted_error_is_the_measured_one_at_every_rank(share):
 
 def test_alternating_least_squares_does_not_beat_it():
     W, x, shifted, moments, output = data(1)
-    G, k = shrunk(output.G, 0.1), 3
-    up, down = run(W, moments, output, shrink_out=0.1).cut(k)
+    G, k = shrunk(output.G, 0.1, W, moments.C), 3
+    up, down = run(W, moments, output, shrink_out=0.1, ridge=0.0).cut(k)
     best = value(W, up @ down, x, shifted, G)
     y = x @ W.mT
     root = torch.linalg.cholesky(G)

@@ -87,25 +87,28 @@ def test_of_all_optimal_answers_the_nearest_to_the_weight_is_given(make, tokens)
         assert (W - other).norm() > (W - answer).norm()
 
 
-def test_beyond_the_seen_rank_components_follow_the_plain_spectrum(make):
+def test_beyond_the_seen_rank_components_follow_the_spectrum_of_even_channels(make):
     layer = make(9, 12, 4)
     d = layer.decompose("whitened")
-    rest = layer.W - product(d, 4)
+    even = layer.W / layer.W.norm(dim=0)
+    rest = (layer.W - product(d, 4)) / layer.W.norm(dim=0)
     assert float(d.energy[4:].sum()) <= 1e-12 * d.total
     for k in range(5, 9):
         expected = torch.linalg.svdvals(rest)[k - 4 :].norm()
-        assert float((layer.W - product(d, k)).norm()) == pytest.approx(float(expected), rel=1e-9)
+        left = even - product(d, k) / layer.W.norm(dim=0)
+        assert float(left.norm()) == pytest.approx(float(expected), rel=1e-9)
 
 
-def test_no_calibration_tokens_fall_back_on_the_plain_order(make):
+def test_without_calibration_tokens_every_channel_is_worth_the_same(make):
     layer = make(6, 8, 10)
     empty = Moments(0, *(torch.zeros(8, 8, dtype=torch.float64) for _ in range(3)), torch.zeros(8))
     silent = OutputMoments(0, 0, torch.zeros(6, 6))
-    plain = layer.decompose("plain")
+    norms = layer.W.norm(dim=0)
+    even = decompose("plain", layer.W / norms, name="layer")
     for objective in ("activation", "whitened", "shifted", "anchored", "kfac"):
         d = decompose(objective, layer.W, empty, silent, name="layer")
         assert d.total == 0
-        assert torch.allclose(product(d, 3), product(plain, 3), atol=1e-9)
+        assert torch.allclose(product(d, 3), product(even, 3) * norms, atol=1e-9)
 
 
 def test_anchored_with_equal_streams_is_whitened(make):
@@ -143,11 +146,18 @@ def test_anchored_is_the_papers_cholesky_form(make, shape):
     assert torch.allclose(d.energy, s.square(), rtol=1e-8)
 
 
-def test_ridge_of_anchored_keeps_the_weight_where_the_shifted_stream_is_silent(make):
-    layer = make(8, 11, 5)
-    best = product(layer.decompose("anchored"), 8)
-    silent = torch.eye(11, dtype=best.dtype) - layer.X_shifted @ torch.linalg.pinv(layer.X_shifted)
-    assert torch.allclose(best @ silent, layer.W @ silent, atol=1e-9)
+@pytest.mark.parametrize("tokens", [5, 60])
+def test_anchored_is_the_nearest_map_for_the_ridge_that_it_reports(make, tokens):
+    layer = make(8, 11, tokens)
+    d = layer.decompose("anchored")
+    W, X, Y = layer.W, layer.X, layer.X_shifted
+    norms = W.norm(dim=0)
+    delta = d.ridge * float((Y.square().sum(1) * norms.square()).mean())
+    stacked = torch.cat([Y.T, delta**0.5 * (1 / norms).diag()])
+    target = torch.cat([(W @ (X - Y)).T, torch.zeros(11, 8, dtype=W.dtype)])
+    expected = W + torch.linalg.lstsq(stacked, target).solution.T
+    assert torch.allclose(product(d, 8), expected, atol=1e-9)
+    assert d.ridge == 1 or tokens == 60
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (6, 4), (5, 5)])
@@ -209,11 +219,13 @@ def test_kfac_energy_is_the_loss_increase_per_token_of_a_softmax_layer():
     assert d.error(1) == pytest.approx(increase, rel=0.05)
 
 
-def test_shrinkage_blends_toward_the_plain_objective(make):
+@pytest.mark.parametrize("objective", ["whitened", "shifted", "anchored"])
+def test_shrinkage_blends_toward_channels_of_equal_worth(make, objective):
     layer = make(7, 12, 60)
-    C = layer.moments.C
-    mixed = 0.8 * C + 0.2 * C.diagonal().mean() * torch.eye(12, dtype=C.dtype)
+    C = layer.moments.shifted if objective != "whitened" else layer.moments.C
+    sizes = layer.W.square().sum(0)
+    mixed = 0.8 * C + 0.2 * ((C.diagonal() * sizes).mean() / sizes).diag()
+    options = {"ridge": 1e9} if objective == "anchored" else {}  # the map is then W itself
     expected = decompose("whitened", layer.W, Moments(60, mixed), name="layer")
-    d = layer.decompose("whitened", shrink_in=0.2)
-    assert torch.allclose(d.energy, expected.energy)
-    assert torch.equal(layer.moments.C, C)
+    d = layer.decompose(objective, shrink_in=0.2, **options)
+    assert torch.allclose(d.energy, expected.energy, rtol=1e-6)

@@ -14,9 +14,10 @@ def test_predicted_error_equals_measured_error(case):
     assert d.rank == min(case.layer.W.shape)
     for k in range(1, d.rank + 1):
         measured = case.problem.value(product(d, k))
-        assert d.error(k) == pytest.approx(measured, rel=1e-6, abs=case.floor)
+        assert d.error(k) == pytest.approx(measured, rel=case.slack, abs=case.floor)
     assert d.error(0) == pytest.approx(d.total, rel=1e-9)
-    assert d.total == pytest.approx(case.problem.value(torch.zeros_like(case.layer.W)), rel=1e-9)
+    nothing = case.problem.value(torch.zeros_like(case.layer.W))
+    assert d.total == pytest.approx(nothing, rel=1e-2 * case.slack)
 
 
 def test_no_search_finds_a_better_answer(case):

@@ -6,7 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spectrim.errors import NonFiniteError, NotPositiveDefiniteError, NumericalError
-from spectrim.linalg.psd import cholesky_damped, psd_eigh, psd_root, shrunk, symmetrized
+from spectrim.linalg.psd import (
+    channel_prior,
+    cholesky_damped,
+    psd_eigh,
+    psd_root,
+    shrunk,
+    symmetrized,
+)
 from spectrim.tolerances import DAMPING_LIMIT, DAMPING_START
 
 
@@ -108,12 +115,34 @@ def test_single_precision_sums_are_symmetric_enough():
     assert torch.equal(symmetrized(C, name="layer"), symmetrized(C, name="layer").T)
 
 
-def test_shrinkage_keeps_the_trace_and_the_input():
-    C = gram(5, 9)
+def test_shrinkage_gives_every_channel_the_mean_worth_and_keeps_the_input():
+    C, sizes = gram(5, 9), torch.tensor([1.0, 4.0, 0.25, 9.0, 1.0]).double()
     before = C.clone()
-    mixed = shrunk(C, 0.3)
+    mixed = shrunk(C, 0.3, sizes)
     assert torch.equal(C, before)
-    assert float(mixed.trace()) == pytest.approx(float(C.trace()))
-    assert torch.allclose(shrunk(C, 1.0), C.diagonal().mean() * torch.eye(5, dtype=C.dtype))
+    assert float(mixed.diagonal() @ sizes) == pytest.approx(float(C.diagonal() @ sizes))
+    worth = shrunk(C, 1.0, sizes).diagonal() * sizes
+    assert torch.allclose(worth, worth.mean().expand(5))
+    ones = torch.ones(5)
+    assert torch.allclose(shrunk(C, 1.0, ones), C.diagonal().mean() * torch.eye(5, dtype=C.dtype))
     with pytest.raises(ValueError, match="shrinkage"):
-        shrunk(C, 1.5)
+        shrunk(C, 1.5, ones)
+
+
+def test_the_prior_follows_rescaled_channels_and_leaves_out_those_that_nobody_reads():
+    C, sizes = gram(5, 9), torch.tensor([1.0, 4.0, 0.0, 9.0, 1.0]).double()
+    d = torch.tensor([2.0**9, 1.0, 4.0, 0.5, 2.0**-7]).double()
+    prior = channel_prior(C, sizes)
+    assert torch.equal(channel_prior(d[:, None] * C * d, sizes / d.square()), prior * d.square())
+    assert prior[2] == 0
+    assert torch.equal(channel_prior(C, torch.zeros(5)), torch.zeros(5).double())
+
+
+def test_damping_by_the_prior_follows_rescaled_channels():
+    C, sizes = gram(6, 3), torch.rand(6, generator=torch.Generator().manual_seed(0)).double()
+    d = 2.0 ** torch.tensor([9.0, 0, -20, 3, -5, 1]).double()
+    L, damping = cholesky_damped(C, name="layer", sizes=sizes)
+    other = cholesky_damped(d[:, None] * C * d, name="layer", sizes=sizes / d.square())
+    assert damping > 0
+    assert other[1] == damping
+    assert torch.equal(other[0], d[:, None] * L)

@@ -45,9 +45,10 @@ def nearest_map(target, Y, start, delta):
 
 
 def anchored(W, X, Y, k):
-    V = nearest_map(W @ X, Y, W, ridge_of(Y))
-    cross = (W @ X) @ (V @ Y).T
-    U = leading(cross + cross.T - (V @ Y) @ (V @ Y).T, k)
+    norms = W.norm(dim=0)[:, None]
+    # Channels in units in which the columns of W have norm one.
+    V = nearest_map(W @ X, norms * Y, W / norms.T, ridge_of(norms * Y)) * norms.T
+    U = leading((V @ Y) @ (V @ Y).T, k)
     return U @ U.T @ V
 
 
@@ -79,7 +80,10 @@ def brute_force(job, plan, solve):
 
 
 WAYS = {
-    "anchored": ({"decompose": {"objective": "anchored"}}, anchored),
+    "anchored": (
+        {"decompose": {"objective": "anchored", "ridge": LEAST_SQUARES_RIDGE}},
+        anchored,
+    ),
     "shifted": ({"decompose": {"objective": "shifted"}}, shifted),
     "updated": (
         {"decompose": {"objective": "whitened"}, "refine": [{"step": "closed_form"}]},
@@ -167,10 +171,14 @@ def test_an_accelerator_is_asked_for_its_free_memory(monkeypatch):
 @pytest.mark.parametrize("objective", ["plain", "whitened", "activation", "anchored"])
 def test_later_blocks_see_what_earlier_ones_became(objective):
     """Measured errors of the shifted objectives are those of the finished network."""
-    job = make_job(decompose={"objective": objective})
+    job = make_job(decompose={"objective": objective, "ridge": LEAST_SQUARES_RIDGE})
     original = copy.deepcopy(job.model)
     cut_sequentially(job, uniform_plan(job))
     facts = job.log.targets
+    assert all(
+        f.get("ridge") == (LEAST_SQUARES_RIDGE if objective == "anchored" else None)
+        for f in facts.values()
+    )
     assert facts.keys() == {t.name for t in job.anatomy.targets}
     assert all(0 <= f["measured_error"] < 2 for f in facts.values())
     if objective != "anchored":

@@ -1,28 +1,37 @@
 """Anchored: `min_{rank W' ≤ k} ‖W X − W' X'‖²_F`: original outputs from shifted inputs.
 
 Objective 4 of AA-SVD (arXiv 2604.02119). With `C' = Σ x' x'ᵀ`, `D = Σ x x'ᵀ` the unconstrained
-answer is the least-squares map `W_LS = W D C'⁻¹`, and rank k is `U_k U_kᵀ W_LS` with `U_k` the
-leading eigenvectors of `(W D) C'⁻¹ (W D)ᵀ`. `blend` b moves the target to
-`W (b x + (1 − b) x')`: 1 is anchored, 0 is shift-aware (SAES-SVD, arXiv 2602.03051, tunes it).
+answer is the least-squares map `V = W D C'⁻¹`, and rank k is `U_k U_kᵀ V` with `U_k` the leading
+eigenvectors of `V C' Vᵀ`. `blend` b moves the target to `W (b x + (1 − b) x')`: 1 is anchored, 0 is
+shift-aware (SAES-SVD, arXiv 2602.03051, tunes it).
 
-Differences from the authors' code: one damped Cholesky solve instead of an explicit inverse, and
-the ridge pulls toward `W` instead of toward zero, so that directions which the shifted inputs
-never visit keep the original weight and equal streams give back `W` exactly. Energies are the
-exact decrease of the undamped objective by the factors at hand, whatever the ridge was.
+Differences from the authors' code: damped Cholesky solves instead of an explicit inverse, and a
+ridge that pulls toward `W` instead of toward zero, so that directions which the shifted inputs
+never visit keep the original weight and equal streams give back `W` exactly. How strong it is,
+the data decide (`linalg.least_squares.evident_ridge`): without it the map fits the noise of the
+calibration tokens, and a model cut from few of them is destroyed. What the map may move is in
+proportion to the columns of `W`, and the moment in which `V` is cut is shrunk like that of the
+other objectives, so that rescaled channels change nothing.
+
+The objective that is reported is `‖W X − V X'‖² + ‖(V − W') X'‖²`, the second part in the shrunk
+moment. Without ridge and shrinkage it is the exact one; with a ridge the parts leave out a product
+that is as small as the ridge's step.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from spectrim.decompose.decomposition import Decomposition
-from spectrim.decompose.directions import checked_rank, ordered_directions
-from spectrim.decompose.statistics import statistic, weight
+from spectrim.decompose.directions import checked_rank, projected
+from spectrim.decompose.statistics import statistic, tokens_of, weight
 from spectrim.errors import InputError
-from spectrim.linalg.least_squares import least_squares_map
+from spectrim.linalg.least_squares import evident_ridge, least_squares_map
+from spectrim.linalg.psd import shrunk
 from spectrim.linalg.truncated import column_space
 from spectrim.moments.moments import Moments, OutputMoments
-from spectrim.tolerances import LEAST_SQUARES_RIDGE
 
 __all__ = ["anchored"]
 
@@ -35,11 +44,12 @@ def anchored(
     name: str,
     rank: int | None = None,
     blend: float = 1.0,
-    ridge: float = LEAST_SQUARES_RIDGE,
+    ridge: float | None = None,
+    shrink_in: float = 0.0,
 ) -> Decomposition:
     """Ordered components against the original outputs, energies summed over calibration tokens.
 
-    `irreducible` is what no linear map of the shifted inputs can reach.
+    `irreducible` is what the least-squares map of the shifted inputs does not reach.
 
     Args:
         W: weight, (out, in).
@@ -48,7 +58,8 @@ def anchored(
         name: the target, for messages.
         rank: components to hold, all by default.
         blend: share of the original input in the target, 0..1.
-        ridge: of the least-squares map, relative to the mean diagonal of `C'`.
+        ridge: of the least-squares map, relative; None lets the data choose.
+        shrink_in: share of the prior in `C'` where the map is cut.
 
     Raises:
         InputError: a moment was not collected, or `blend` is outside 0..1.
@@ -62,27 +73,27 @@ def anchored(
     C, C_shifted, D = (
         statistic(moments, field, W.shape[1], name=name) for field in ("C", "shifted", "cross")
     )
-    cross = blend * D + (1 - blend) * C_shifted
-    # The target's own second moment: b² C + b (1 − b) (D + Dᵀ) + (1 − b)² C'.
-    target = blend**2 * C + blend * (1 - blend) * (D + D.mT) + (1 - blend) ** 2 * C_shifted
-
-    space = column_space(W)  # W_LS has the same column space
-    reached = space.core @ cross
-    best, damping = least_squares_map(reached, C_shifted, start=space.core, name=name, ridge=ridge)
-
-    def gain(U: Tensor, A: Tensor) -> Tensor:
-        return ((2 * (U.mT @ reached) - A @ C_shifted) * A).sum(1)
-
-    mixed = best @ reached.mT
-    S = mixed + mixed.mT - (best @ C_shifted) @ best.mT
-    U, A, energy = ordered_directions(S, best, gain, name=name)
-    total = float(((space.core @ target) * space.core).sum())
-    return Decomposition(
-        up=space.lift(U[:, :held]),
-        down=A[:held].clone(),
-        energy=energy[:held].clone(),
-        total=total,
-        irreducible=max(0.0, total - float(gain(U, A).sum())),
+    sizes = W.square().sum(0)
+    space = column_space(W)  # the map has the same column space
+    core = space.core
+    # What W leaves of the target on the shifted inputs is b W (x − x').
+    step = blend * core @ (D - C_shifted)
+    left = blend**2 * float(((core @ (C - D - D.mT + C_shifted)) * core).sum())
+    if ridge is None:
+        ridge = evident_ridge(step, left, C_shifted, tokens_of(moments), sizes=sizes, name=name)
+    reached = core @ C_shifted + step
+    V, damping = least_squares_map(
+        reached, C_shifted, start=core, name=name, ridge=ridge, sizes=sizes
+    )
+    moved = V - core
+    left += float(((moved @ C_shifted - 2 * step) * moved).sum())
+    cut = projected(V, shrunk(C_shifted, shrink_in, sizes), name=name, rank=held, sizes=sizes)
+    irreducible = max(0.0, left)
+    return replace(
+        cut,
+        up=space.lift(cut.up),
+        total=cut.total + irreducible,
+        irreducible=irreducible,
         damping=damping,
-        tail=float(energy[held:].sum()),
+        ridge=ridge,
     )

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from spectrim.decompose.anchored import anchored
 from spectrim.decompose.decomposition import Decomposition
+from spectrim.decompose.kfac import output_root
 from spectrim.decompose.statistics import statistic, tokens_of, weight
-from spectrim.linalg.psd import cholesky_damped, shrunk
 from spectrim.moments.moments import Moments, OutputMoments
 
 __all__ = ["anchored_kfac"]
@@ -31,7 +31,9 @@ def anchored_kfac(
     name: str,
     rank: int | None = None,
     blend: float = 1.0,
+    shrink_in: float = 0.0,
     shrink_out: float = 0.3,
+    ridge: float | None = None,
 ) -> Decomposition:
     """Ordered components against the original outputs, weighed by what the loss feels of them.
 
@@ -42,7 +44,9 @@ def anchored_kfac(
         name: the target, for messages.
         rank: components to hold, all by default.
         blend: share of the original input in the target, 0..1.
-        shrink_out: share of the identity in `G`.
+        shrink_in: share of the prior in `C'`.
+        shrink_out: share of the prior in `G`.
+        ridge: of the least-squares map, relative; None lets the data choose.
 
     Raises:
         InputError: a moment was not collected, or `blend` is outside 0..1.
@@ -50,13 +54,14 @@ def anchored_kfac(
         NotPositiveDefiniteError: `G` or `C'` stays singular under the largest damping.
     """
     W = weight(W, name=name)
-    G = statistic(output, "G", W.shape[0], name=name)
-    if not G.any():
+    C = statistic(moments, "C", W.shape[1], name=name)
+    options = {"name": name, "rank": rank, "blend": blend, "ridge": ridge, "shrink_in": shrink_in}
+    root = output_root(W, C, output, shrink_out, name=name)
+    if root is None:
         # No gradient reaches this target: the inputs alone decide, and nothing is at stake.
-        inner = anchored(W, moments, name=name, rank=rank, blend=blend)
-        return _scaled(inner, 0.0)
-    L, damping = cholesky_damped(shrunk(G, shrink_out) / tokens_of(output), name=name)
-    inner = anchored(L.mT @ W, moments, name=name, rank=rank, blend=blend)
+        return _scaled(anchored(W, moments, **options), 0.0)
+    L, damping = root
+    inner = anchored(L.mT @ W, moments, **options)
     up = torch.linalg.solve_triangular(L.mT, inner.up, upper=True)
     per_token = _scaled(inner, 0.5 / tokens_of(moments))
     return replace(per_token, up=up, damping=max(damping, inner.damping))

@@ -25,6 +25,7 @@ class Decomposition:
         total: the objective's value for the zero matrix (rank 0).
         irreducible: the value that remains at full rank; zero except for anchored objectives.
         damping: relative damping that the decomposition needed, 0.0 if none.
+        ridge: relative ridge of the least-squares map behind an anchored objective, else None.
         tail: summed energy of the components that are not held; None lets it follow from the
             other numbers (0 where all components are held).
     """
@@ -36,6 +37,7 @@ class Decomposition:
     irreducible: float = 0.0
     damping: float = 0.0
     tail: float | None = None
+    ridge: float | None = None
 
     def __post_init__(self) -> None:
         if self.tail is None:

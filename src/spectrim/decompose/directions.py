@@ -8,14 +8,13 @@ rank (AA-SVD, arXiv 2604.02119; Swift-SVD, arXiv 2604.01609). Three refinements 
 - energies are Rayleigh quotients of the computed factors, `e_i = a_i C a_iᵀ` with `a_i = u_iᵀ W`.
   For orthonormal `U` the error at rank k is exactly the sum of the energies left out, also where
   the eigenvalues themselves have drowned in rounding;
-- directions without energy (fewer calibration tokens than channels, dead channels) are ordered by
-  plain `‖a_i‖`. Of all optimal answers `U_k U_kᵀ W` is the nearest to `W`, so what calibration
-  never saw is kept as far as the rank allows, and full rank returns `W` itself.
+- directions without energy (fewer calibration tokens than channels, dead channels) are ordered as
+  if every channel were worth the same (`linalg.psd.channel_prior`), which is the limit of little
+  shrinkage. Of all optimal answers `U_k U_kᵀ W` is the nearest to `W`, so what calibration never
+  saw is kept as far as the rank allows, and full rank returns `W` itself.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ from spectrim.linalg.psd import symmetric_eigh
 from spectrim.linalg.truncated import column_space
 from spectrim.tolerances import RANK_CUTOFF_FP64
 
-__all__ = ["checked_rank", "ordered_directions", "projected", "weighed"]
+__all__ = ["checked_rank", "projected", "weighed"]
 
 
 def weighed(rows: Tensor, C: Tensor | None) -> Tensor:
@@ -47,30 +46,25 @@ def checked_rank(W: Tensor, rank: int | None, *, name: str) -> int:
     return full if rank is None else rank
 
 
-def ordered_directions(
-    S: Tensor, core: Tensor, gain: Callable[[Tensor, Tensor], Tensor], *, name: str
+def _ordered_directions(
+    core: Tensor, C: Tensor | None, sizes: Tensor, *, name: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Orthonormal directions in which `core` is cut, with what each removes from the objective.
-
-    Args:
-        S: symmetric (p, p); its leading eigenvectors are the directions.
-        core: the answer at full rank, (p, in).
-        gain: from directions (p, p) and `directionsᵀ core` (p, in) to the exact decrease of the
-            objective per direction, (p,).
-        name: the target, for messages.
+    """Orthonormal directions in which `core` is cut, with what each removes from the trace.
 
     Returns:
         Directions `U` (p, p), `A = Uᵀ core` (p, in) and energies (p,), descending.
     """
+    S = weighed(core, C) @ core.mT
     values, U = symmetric_eigh((S + S.mT) / 2, name=name)
     seen = int((values > RANK_CUTOFF_FP64 * values[0].clamp(min=0)).sum())
     A = U.mT @ core
     if seen < U.shape[1]:
-        # Any basis of the unseen directions is optimal; the one by plain norm cuts `core` best.
-        _, turn = symmetric_eigh(A[seen:] @ A[seen:].mT, name=name)
+        # Any basis of the unseen directions is optimal; this one cuts `core` best.
+        prior = torch.where(sizes > 0, 1 / sizes, 0.0)
+        _, turn = symmetric_eigh((A[seen:] * prior) @ A[seen:].mT, name=name)
         U = torch.cat([U[:, :seen], U[:, seen:] @ turn], 1)
         A = torch.cat([A[:seen], turn.mT @ A[seen:]])
-    energy = gain(U, A)
+    energy = (weighed(A, C) * A).sum(1)
     head, order = energy[:seen].sort(descending=True, stable=True)
     U = torch.cat([U[:, order], U[:, seen:]], 1)
     A = torch.cat([A[order], A[seen:]])
@@ -91,6 +85,7 @@ def projected(
     *,
     name: str,
     rank: int | None = None,
+    sizes: Tensor | None = None,
     scale: float = 1.0,
     damping: float = 0.0,
 ) -> Decomposition:
@@ -101,6 +96,8 @@ def projected(
         C: second moment (in, in), its diagonal (in,), or None for the identity.
         name: the target, for messages.
         rank: components to hold, min(out, in) by default; the numbers cover all of them.
+        sizes: of the channels, as `channel_prior` takes them, (in,); by default the squared
+            norms of the columns of `W`, or ones where `C` is None.
         scale: factor that turns the trace into the objective's units.
         damping: recorded in the result.
 
@@ -109,13 +106,11 @@ def projected(
         NumericalError: the eigenproblem did not converge.
     """
     held = checked_rank(W, rank, name=name)
+    if sizes is None:
+        sizes = W.square().sum(0) if C is not None else torch.ones_like(W[0])
     space = column_space(W)
-
-    def gain(_U: Tensor, A: Tensor) -> Tensor:
-        return scale * (weighed(A, C) * A).sum(1)
-
-    S = weighed(space.core, C) @ space.core.mT
-    U, A, energy = ordered_directions(S, space.core, gain, name=name)
+    U, A, energy = _ordered_directions(space.core, C, sizes, name=name)
+    energy = scale * energy
     return Decomposition(
         up=space.lift(U[:, :held]),
         down=A[:held].clone(),

@@ -11,8 +11,10 @@ in `G` are those of the summed loss, and K-FAC takes the curvature of that sum t
 divided by the T tokens, `½ tr(Δᵀ Ḡ Δ C̄)` is the predicted increase of the mean loss per token,
 in nats.
 
-Both moments are shrunk, `M ← (1 − a) M + a · mean(diag M) · I`; energies are those of the shrunk
-moments.
+Both moments are shrunk toward a diagonal under which all channels are worth the same
+(`linalg.psd.channel_prior`): `G` with the output energies `w_i C w_iᵀ` of the rows of `W`, then
+`C` with the sizes `w_jᵀ G w_j` of its columns. That is the mean diagonal where channels are alike,
+and whatever factors channels are written with cancel. Energies are those of the shrunk moments.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from spectrim.decompose.statistics import statistic, tokens_of, weight
 from spectrim.linalg.psd import cholesky_damped, shrunk
 from spectrim.moments.moments import Moments, OutputMoments
 
-__all__ = ["kfac"]
+__all__ = ["kfac", "output_root"]
 
 
 def kfac(
@@ -49,8 +51,8 @@ def kfac(
         output: must hold `G`, from gradients of the summed loss.
         name: the target, for messages.
         rank: components to hold, all by default.
-        shrink_in: share of the identity in `C`.
-        shrink_out: share of the identity in `G`; with 0 a singular `G` is damped instead, and the
+        shrink_in: share of the prior in `C`.
+        shrink_out: share of the prior in `G`; with 0 a singular `G` is damped instead, and the
             energies are those of the damped moment.
 
     Raises:
@@ -59,12 +61,37 @@ def kfac(
         NotPositiveDefiniteError: `G` stays singular under the largest damping.
     """
     W = weight(W, name=name)
-    C = shrunk(statistic(moments, "C", W.shape[1], name=name), shrink_in) / tokens_of(moments)
-    G = statistic(output, "G", W.shape[0], name=name)
-    if not G.any():
+    C = statistic(moments, "C", W.shape[1], name=name) / tokens_of(moments)
+    root = output_root(W, C, output, shrink_out, name=name)
+    if root is None:
         # No gradient reaches this target: every answer costs nothing, the input decides.
-        return projected(W, C, name=name, rank=rank, scale=0.0)
-    G = shrunk(G, shrink_out) / tokens_of(output)
-    L, damping = cholesky_damped(G, name=name)
-    inner = projected(L.mT @ W, C, name=name, rank=rank, scale=0.5, damping=damping)
+        seen = shrunk(C, shrink_in, W.square().sum(0))
+        return projected(W, seen, name=name, rank=rank, scale=0.0)
+    L, damping = root
+    V = L.mT @ W
+    C = shrunk(C, shrink_in, V.square().sum(0))
+    inner = projected(V, C, name=name, rank=rank, scale=0.5, damping=damping)
     return replace(inner, up=torch.linalg.solve_triangular(L.mT, inner.up, upper=True))
+
+
+def output_root(
+    W: Tensor, C: Tensor, output: OutputMoments | None, share: float, *, name: str
+) -> tuple[Tensor, float] | None:
+    """`L` with `L Lᵀ` the shrunk mean of `G`, and the damping it needed; None without gradients.
+
+    Args:
+        W: weight in fp64, (out, in).
+        C: second moment of the inputs, (in, in).
+        output: must hold `G`.
+        share: of the prior in `G`.
+        name: the target, for messages.
+
+    Raises:
+        InputError: `G` was not collected.
+        NotPositiveDefiniteError: `G` stays singular under the largest damping.
+    """
+    G = statistic(output, "G", W.shape[0], name=name) / tokens_of(output)
+    if not G.any():
+        return None
+    energies = ((W @ C) * W).sum(1).clamp(min=0)
+    return cholesky_damped(shrunk(G, share, energies), name=name, sizes=energies)

@@ -64,11 +64,13 @@ OBJECTIVES: Mapping[str, ObjectiveSpec] = MappingProxyType(
         "activation": _spec(activation, ("absolute",), ("alpha",), "squared scaled weight"),
         "whitened": _spec(whitened, ("C",), ("shrink_in",), _OUTPUT),
         "shifted": _spec(shifted, ("shifted",), ("shrink_in",), _OUTPUT),
-        "anchored": _spec(anchored, ("C", "shifted", "cross"), ("blend", "ridge"), _OUTPUT),
+        "anchored": _spec(
+            anchored, ("C", "shifted", "cross"), ("blend", "ridge", "shrink_in"), _OUTPUT
+        ),
         "anchored_kfac": _spec(
             anchored_kfac,
             ("C", "shifted", "cross", "G"),
-            ("blend", "shrink_out"),
+            ("blend", "ridge", "shrink_in", "shrink_out"),
             "nats per token",
         ),
         "kfac": _spec(kfac, ("C", "G"), ("shrink_in", "shrink_out"), "nats per token"),

@@ -36,12 +36,12 @@ def whitened(
         output: unused.
         name: the target, for messages.
         rank: components to hold, all by default.
-        shrink_in: share of the identity in `C`; energies are then those of the shrunk moment.
+        shrink_in: share of the prior in `C`; energies are then those of the shrunk moment.
 
     Raises:
         InputError: `C` was not collected.
         NonFiniteError: `W` or `C` is not finite.
     """
     W = weight(W, name=name)
-    C = shrunk(statistic(moments, "C", W.shape[1], name=name), shrink_in)
+    C = shrunk(statistic(moments, "C", W.shape[1], name=name), shrink_in, W.square().sum(0))
     return projected(W, C, name=name, rank=rank)

@@ -26,6 +26,7 @@ from spectrim.tolerances import (
 
 __all__ = [
     "PsdRoot",
+    "channel_prior",
     "cholesky_damped",
     "finite",
     "psd_eigh",
@@ -135,19 +136,47 @@ def psd_root(C: Tensor, *, name: str, cutoff: float | None = None) -> PsdRoot:
     return PsdRoot(vectors * scale, (vectors / scale).mT)
 
 
-def shrunk(C: Tensor, share: float) -> Tensor:
-    """`(1 - a) C + a · mean(diag C) · I`, shrinkage toward the identity that keeps the trace."""
+def channel_prior(C: Tensor, sizes: Tensor) -> Tensor:
+    """Diagonal of the moment under which every channel is worth the same, as large as `C` is.
+
+    With `sizes_j` what the layer makes of one unit in channel j (the squared norm of the column
+    that reads it), `C_jj sizes_j` is what channel j is worth; the prior gives each channel the
+    mean of that, `mean_i(C_ii sizes_i) / sizes_j`. Multiply a channel by d and divide its column
+    by d: the entry is multiplied by d², as `C_jj` is, so that nothing depends on how a function
+    is written. With equal sizes it is the mean diagonal.
+
+    Args:
+        C: symmetric positive semi-definite, (n, n).
+        sizes: not negative, (n,); where nothing is read, nothing is expected.
+
+    Returns:
+        (n,), in the dtype of `C`.
+    """
+    sizes = sizes.to(C)
+    read = sizes > 0
+    worth = (C.diagonal() * sizes).mean()
+    return torch.where(read, worth / torch.where(read, sizes, 1.0), 0.0)
+
+
+def shrunk(C: Tensor, share: float, sizes: Tensor) -> Tensor:
+    """`(1 - a) C + a · diag(channel_prior(C, sizes))`.
+
+    Raises:
+        ValueError: the share is outside 0..1.
+    """
     if not 0 <= share <= 1:
         raise ValueError(f"shrinkage {share} is outside 0..1")
     if share == 0:
         return C
     result = (1 - share) * C
-    result.diagonal().add_(share * C.diagonal().mean())
+    result.diagonal().add_(share * channel_prior(C, sizes))
     return result
 
 
-def cholesky_damped(C: Tensor, *, name: str, ridge: float = 0.0) -> tuple[Tensor, float]:
-    """Lower Cholesky factor of `C + d · mean(diag C) · I` for the smallest `d` that works.
+def cholesky_damped(
+    C: Tensor, *, name: str, ridge: float = 0.0, sizes: Tensor | None = None
+) -> tuple[Tensor, float]:
+    """Lower Cholesky factor of `C + d · diag(prior)` for the smallest `d` that works.
 
     A factorisation also counts as failed if a pivot vanishes against its own diagonal entry:
     such a factor exists by luck of rounding only, and a solve with it returns noise.
@@ -156,6 +185,7 @@ def cholesky_damped(C: Tensor, *, name: str, ridge: float = 0.0) -> tuple[Tensor
         C: symmetric positive semi-definite, (n, n).
         name: whose matrix this is, for messages.
         ridge: first `d` to try; damping escalates from there.
+        sizes: of the channels, for `channel_prior`; None for the mean diagonal of `C`.
 
     Returns:
         The factor `L` (n, n) in fp64, and the relative damping `d`.
@@ -167,10 +197,13 @@ def cholesky_damped(C: Tensor, *, name: str, ridge: float = 0.0) -> tuple[Tensor
     C = symmetrized(C, name=name)
     scale = float(C.diagonal().mean())
     damping = ridge
+    prior = torch.full_like(C[0], scale) if sizes is None else channel_prior(C, sizes)
+    # What nobody reads needs a pivot all the same; its size is of no consequence.
+    prior = torch.where(prior > 0, prior, scale)
     if scale > 0:
         for damping in _dampings(ridge):
             damped = C.clone()
-            damped.diagonal().add_(damping * scale)
+            damped.diagonal().add_(damping * prior)
             L, info = torch.linalg.cholesky_ex(damped)
             if int(info) == 0 and _pivots_hold(L, damped):
                 return L, damping

@@ -117,4 +117,6 @@ def replace_target(
         "damping": decomposition.damping,
         "seconds": time.perf_counter() - started,
     }
+    if decomposition.ridge is not None:
+        facts["ridge"] = decomposition.ridge
     return layer, facts
