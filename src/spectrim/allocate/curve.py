@@ -54,6 +54,8 @@ class Curve:
         score: signed first-order change of the loss when a component is dropped, (r,), nats.
         loss: predicted loss at rank 0..r, (r + 1,), nats.
         reference: (rank, KL in nats) measured with only this target cut to that rank.
+        lossless: rank of the weight itself where it is less than min(m, n): there nothing is lost
+            and beyond it nothing is gained.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Curve:
     score: Values | None = None
     loss: Values | None = None
     reference: tuple[int, float] | None = None
+    lossless: int | None = None
 
     @property
     def rank(self) -> int:
@@ -87,6 +90,14 @@ def loss_by_rank(curve: Curve, score: Score) -> np.ndarray:
         InputError: if the curve lacks what the score needs.
         NonFiniteError: if what it needs is not finite.
     """
+    losses = _predicted(curve, score)
+    if curve.lossless is not None:
+        losses = np.where(np.arange(losses.size) < curve.lossless, losses, 0.0)
+    return losses
+
+
+def _predicted(curve: Curve, score: Score) -> np.ndarray:
+    """`loss_by_rank` of a matrix of full rank."""
     if score == "first_order":
         dropped = curve_values(curve, "score")
         sums = np.concatenate([np.abs(np.cumsum(dropped[::-1])), [0.0]])

@@ -86,6 +86,13 @@ class Ladder:
         return self.bytes.size - 1
 
     @property
+    def enough(self) -> int:
+        """The lowest level at which nothing of the weight is lost."""
+        if self.curve.lossless is None:
+            return self.top
+        return int(np.searchsorted(self.ranks, self.curve.lossless))
+
+    @property
     def dense_bytes(self) -> int:
         """Bytes of the dense layer."""
         return int(self.bytes[-1])
@@ -99,8 +106,8 @@ class Ladder:
         return "native" if level == self.top else self.limits.weights
 
     def level_within(self, budget: int) -> int:
-        """Highest level of at most `budget` bytes, -1 if there is none."""
-        return int(np.searchsorted(self.bytes, budget, side="right")) - 1
+        """Highest level worth having of at most `budget` bytes, -1 if there is none."""
+        return min(int(np.searchsorted(self.bytes, budget, side="right")) - 1, self.enough)
 
     def levels_by_rank(self) -> np.ndarray:
         """For k = 0..r components kept: the lowest level that holds them, int64 (r + 1,)."""
@@ -166,7 +173,8 @@ def spend(
         raised = []
         for i in waiting:
             ladder, level = ladders[i], int(levels[i])
-            step = int(ladder.bytes[level + 1] - ladder.bytes[level]) if level < ladder.top else -1
+            worth = level < ladder.enough
+            step = int(ladder.bytes[level + 1] - ladder.bytes[level]) if worth else -1
             if 0 <= step <= left:
                 levels[i] += 1
                 left -= step
@@ -184,9 +192,13 @@ def plan_from_levels(
     losses: Sequence[np.ndarray] | None = None,
     notes: Sequence[str] = (),
 ) -> Plan:
-    """The plan for these levels; `losses` are predicted losses by rank, dense costs nothing."""
+    """The plan for these levels; `losses` are predicted losses by rank, dense costs nothing.
+
+    No target gets more than what is enough for it.
+    """
     entries = []
-    for i, (ladder, level) in enumerate(zip(ladders, levels, strict=True)):
+    for i, (ladder, wanted) in enumerate(zip(ladders, levels, strict=True)):
+        level = min(int(wanted), ladder.enough)
         dense = level == ladder.top
         rank = None if dense else int(ladder.ranks[level])
         loss = None if losses is None else float(losses[i][rank]) if rank is not None else 0.0

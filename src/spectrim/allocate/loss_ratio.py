@@ -83,11 +83,21 @@ def water_fill(pull: np.ndarray, caps: np.ndarray, sizes: np.ndarray, goal: floa
 
 
 def _type_shares(ladders: Sequence[Ladder], keep: float) -> np.ndarray:
-    """Kept share of every target of one projection type."""
+    """Kept share of every target of one projection type.
+
+    A target of low rank that the uniform share holds without loss gets what it takes, no less and
+    no more; the published rule, which sees no error there, would take most of it away.
+    """
     sizes = np.array([x.dense_bytes for x in ladders], dtype=np.float64)
     caps = np.array([min(LARGEST_REMOVAL, 1 - x.bytes[0] / x.dense_bytes) for x in ladders])
-    errors = np.array([_truncation_error(x, keep) for x in ladders])
-    removed = water_fill(1 / np.log(np.e + errors), caps, sizes, (1 - keep) * float(sizes.sum()))
+    whole = np.array([1 - x.bytes[x.enough] / x.dense_bytes for x in ladders])
+    fits = np.array([removed > 0 and removed >= 1 - keep for removed in whole])
+    removed = np.where(fits, whole, 0.0)
+    goal = (1 - keep) * float(sizes.sum()) - float((removed * sizes).sum())
+    others = [i for i, fit in enumerate(fits) if not fit]
+    if others and goal > 0:
+        errors = np.array([_truncation_error(ladders[i], keep) for i in others])
+        removed[others] = water_fill(1 / np.log(np.e + errors), caps[others], sizes[others], goal)
     return 1 - removed
 
 

@@ -85,7 +85,7 @@ def largest_remainders(
 
     def claim(i: int) -> tuple[float, str]:
         ladder, level = ladders[i], int(levels[i])
-        if level == ladder.top:
+        if level >= ladder.enough:
             return (0.0, ladder.curve.name)
         step = float(ladder.bytes[level + 1] - ladder.bytes[level])
         unspent = float(shares[i]) * ladder.dense_bytes - float(ladder.bytes[level])

@@ -107,7 +107,7 @@ def projected(
     """
     held = checked_rank(W, rank, name=name)
     if sizes is None:
-        sizes = W.square().sum(0) if C is not None else torch.ones_like(W[0])
+        sizes = W.square().sum(0) if C is not None else W.new_ones(W.shape[1])
     space = column_space(W)
     U, A, energy = _ordered_directions(space.core, C, sizes, name=name)
     energy = scale * energy

@@ -68,7 +68,7 @@ def least_squares_map(
     """
     start = finite(start, name=name, what="the starting map")
     residual = finite(cross, name=name, what="the cross moment") - start @ C.to(torch.float64)
-    scale = torch.ones_like(start[0]) if sizes is None else sizes.to(start).sqrt()
+    scale = start.new_ones(start.shape[1]) if sizes is None else sizes.to(start).sqrt()
     S = scale[:, None] * C * scale
     if not S.any():
         return start, 0.0

@@ -29,6 +29,7 @@ __all__ = [
     "channel_prior",
     "cholesky_damped",
     "finite",
+    "pivots_hold",
     "psd_eigh",
     "psd_root",
     "shrunk",
@@ -197,7 +198,7 @@ def cholesky_damped(
     C = symmetrized(C, name=name)
     scale = float(C.diagonal().mean())
     damping = ridge
-    prior = torch.full_like(C[0], scale) if sizes is None else channel_prior(C, sizes)
+    prior = C.new_full((len(C),), scale) if sizes is None else channel_prior(C, sizes)
     # What nobody reads needs a pivot all the same; its size is of no consequence.
     prior = torch.where(prior > 0, prior, scale)
     if scale > 0:
@@ -205,7 +206,7 @@ def cholesky_damped(
             damped = C.clone()
             damped.diagonal().add_(damping * prior)
             L, info = torch.linalg.cholesky_ex(damped)
-            if int(info) == 0 and _pivots_hold(L, damped):
+            if int(info) == 0 and pivots_hold(L, damped):
                 return L, damping
     raise NotPositiveDefiniteError(
         f"{name}: a {C.shape[0]} x {C.shape[0]} moment matrix with mean diagonal {scale:.3g} is "
@@ -223,6 +224,7 @@ def _dampings(ridge: float) -> Iterator[float]:
             yield damping
 
 
-def _pivots_hold(L: Tensor, C: Tensor) -> bool:
+def pivots_hold(L: Tensor, C: Tensor) -> bool:
+    """Whether no pivot of `C = L Lᵀ` has vanished against its own diagonal entry."""
     share = L.diagonal().square() / C.diagonal()
     return bool((share > RANK_CUTOFF_FP64).all())

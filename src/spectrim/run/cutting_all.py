@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from spectrim.allocate.curve import Curve
 from spectrim.allocate.plan import Plan
+from spectrim.linalg.exact_rank import exact_rank
+from spectrim.model.weights import get_module, read_weight
 from spectrim.recipe import ProjectedGradientRefinement, Recipe
 from spectrim.run.cut.from_survey import cut_from_survey, holds
 from spectrim.run.cut.one_shot import CUT, cut_one_shot
@@ -47,7 +50,10 @@ def choose(job: Job, *, plan: Plan | None = None, survey: Survey | None = None) 
         survey = make_survey(job)
         job.log.notes.extend(survey.notes)
     made = plan or make_plan(
-        recipe, dtype_bytes=job.dtype_bytes, curves=shape_curves(job.anatomy), survey=survey
+        recipe,
+        dtype_bytes=job.dtype_bytes,
+        curves=_curves(job) if survey is None else None,
+        survey=survey,
     )
     cut_from = survey is not None and recipe.flow == "one-shot" and _same_objective(recipe, survey)
     made = check_plan(
@@ -64,6 +70,17 @@ def choose(job: Job, *, plan: Plan | None = None, survey: Survey | None = None) 
 def _same_objective(recipe: Recipe, survey: Survey | None) -> bool:
     """Whether the survey's components are those that the recipe would make."""
     return survey is not None and surveyed_choice(recipe.decompose) == recipe.decompose
+
+
+def _curves(job: Job) -> list[Curve]:
+    """The targets' shapes, and the ranks of those that have less than full rank."""
+    curves = {c.name: c for c in shape_curves(job.anatomy)}
+    for block in job.anatomy.blocks:
+        with job.keeper.at_hand(block):
+            for name in (t.name for t in block.targets):
+                rank = exact_rank(read_weight(get_module(job.model, name)), name=name)
+                curves[name] = replace(curves[name], lossless=rank)
+    return list(curves.values())
 
 
 def cut_targets(job: Job, choice: Choice) -> Plan:

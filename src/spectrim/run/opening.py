@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from spectrim.data.windows import Windows
+from spectrim.data.windows import Windows, longest_window
 from spectrim.decompose import OBJECTIVES
 from spectrim.distributed.team import Team
 from spectrim.errors import InputError
@@ -25,6 +25,7 @@ from spectrim.run.keeping import Keeper
 from spectrim.run.loading import LoadedModel
 from spectrim.run.survey.planning import keep_of_size, shape_curves
 from spectrim.run.texts import UserText, gather_windows, vocabulary_size
+from spectrim.run.thinness import thin_notes
 from spectrim.storage.shared_work import Work
 
 __all__ = ["open_job", "other_bytes"]
@@ -97,6 +98,7 @@ def open_job(
                 "more"
             )
         _check_shared(windows, team)
+        log.notes.extend(thin_notes(windows, anatomy, longest_window(model.config)))
     if work is not None:
         work.begin(
             run_identity(

@@ -68,6 +68,7 @@ class TargetRecord(Strict):
     total: Loss
     irreducible: Loss
     reference: tuple[Annotated[int, Field(ge=0)], Finite] | None = None
+    lossless: Annotated[int, Field(ge=0)] | None = None
 
 
 class Facts(Strict, extra="allow"):
@@ -254,6 +255,7 @@ def _target_record(curve: Curve) -> TargetRecord:
         total=curve.total,
         irreducible=curve.irreducible,
         reference=curve.reference,
+        lossless=curve.lossless,
     )
 
 
@@ -290,6 +292,7 @@ def _curve(target: TargetRecord, arrays: dict[str, np.ndarray], folder: Path) ->
         irreducible=target.irreducible,
         score=score,
         reference=target.reference,
+        lossless=target.lossless,
     )
 
 

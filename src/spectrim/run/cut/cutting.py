@@ -13,6 +13,7 @@ from spectrim.decompose import OBJECTIVES, decompose
 from spectrim.decompose.balance import balanced
 from spectrim.decompose.decomposition import Decomposition
 from spectrim.layers.lowrank import LowRankLinear
+from spectrim.linalg.exact_rank import exact_rank
 from spectrim.model.anatomy import Target
 from spectrim.model.weights import is_transposed, read_bias, read_weight
 from spectrim.moments.moments import Moments, OutputMoments
@@ -109,6 +110,10 @@ def replace_target(
         return original, {"predicted_error": 0.0, "measured_error": 0.0, "seconds": 0.0}
     started = time.perf_counter()
     W = read_weight(original).detach().to(torch.float64)
+    exact = exact_rank(W, name=target.name)
+    if exact is not None and exact <= entry.rank:
+        # Nothing has to be lost, so nothing is weighed: like a dense target it stays as it is.
+        choice = Decompose(objective="plain")
     decomposition = decompose_target(target, W, choice, moments, output, rank=entry.rank)
     layer = cut_layer(original, decomposition, entry.rank, balance=balance)
     facts = {

@@ -75,4 +75,6 @@ def _cut_target(job: Job, rank: int | None, survey: Survey, curve: Curve) -> Non
 def _weight_error(original: nn.Module, layer: LowRankLinear) -> float:
     """Relative squared error of the stored weight."""
     W = read_weight(original).double()
-    return float((W - layer.dense_weight().to(W)).square().sum() / W.square().sum())
+    size = float(W.square().sum())
+    left = float((W - layer.dense_weight().to(W)).square().sum())
+    return left / size if size > 0 else 0.0

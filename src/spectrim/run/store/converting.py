@@ -6,7 +6,9 @@ computes there, `‖E X‖ / ‖W X‖` on the moments' inputs or in Frobenius n
 What a kind stores, and how it rounds one part after the other, is its layer class's `stored`.
 
 A packed layer that rounds more than `PACKED_ERROR_SHARE` of what the cut cost is compared with the
-factored layer of the same bytes, which has a smaller rank; the better of the two is stored.
+factored layer of the same bytes, which has a smaller rank; the better of the two is stored. There
+the moments get one token of the prior for every channel: few tokens alone say that a smaller rank
+costs nothing, because the cut was fitted to them, and all other tokens would pay for it.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from spectrim.decompose import decompose
 from spectrim.layers.layout import layout_of
 from spectrim.layers.quantized import wide_weight
 from spectrim.layers.source import Source
+from spectrim.linalg.psd import shrunk
 from spectrim.model.weights import read_bias, read_weight
 from spectrim.moments.moments import Moments
 from spectrim.tolerances import PACKED_ERROR_SHARE
@@ -95,9 +98,11 @@ class Converter:
 
     def _or_factored(self, source: Source, packed: Conversion) -> Conversion:
         """The packed layer, or the factored one of its bytes where that rounds less."""
-        entry, error = self.entry, packed.error
-        if self.truncation is not None and error <= PACKED_ERROR_SHARE * self.truncation:
+        entry = self.entry
+        if self.truncation is not None and packed.error <= PACKED_ERROR_SHARE * self.truncation:
             return packed
+        source = replace(source, C=self._with_prior(source))
+        error = source.relative_error(packed.layer.dense_weight())
         other = self._of_same_bytes(source)
         cost = "an unknown" if self.truncation is None else f"{self.truncation:.1e} of"
         adds = f"packing at rank {entry.rank} adds {error:.1e} to {cost} truncation error"
@@ -107,6 +112,14 @@ class Converter:
         if other.error < error:
             return replace(other, note=f"stored factored: {adds}; {compared}")
         return replace(packed, note=f"stored packed: {adds}; {compared}")
+
+    def _with_prior(self, source: Source) -> Tensor | None:
+        """Second moment of the inputs, (in, in), as if one token more had come for each channel."""
+        if self.moments is None or source.C is None:
+            return None
+        channels = len(source.C)
+        share = channels / (channels + self.moments.tokens)
+        return shrunk(source.C.double(), share, source.W.square().sum(0))
 
     def _of_same_bytes(self, source: Source) -> Conversion | None:
         """The best factored layer of at most the planned bytes, None if none fits."""
@@ -120,6 +133,7 @@ class Converter:
         if not fitting.size:
             return None
         rank = int(fitting[-1])
-        objective = "plain" if self.C is None else "whitened"
-        best = decompose(objective, source.W, self.moments, name=self.entry.name, rank=rank)
+        moments = None if source.C is None else Moments(1, source.C)
+        objective = "plain" if moments is None else "whitened"
+        best = decompose(objective, source.W, moments, name=self.entry.name, rank=rank)
         return self._stored(replace(source, factors=best.cut(rank)), "factored", rank)

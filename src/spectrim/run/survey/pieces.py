@@ -63,6 +63,7 @@ def save_piece(keeper: Keeper, stage: str, block: Block, found: Found) -> None:
         facts[name] = {
             "total": curve.total,
             "irreducible": curve.irreducible,
+            "lossless": curve.lossless,
             "damping": found.damping.get(name),
         }
     keeper.save(piece_name(stage, block), tensors, facts)
@@ -85,6 +86,7 @@ def take_piece(
             energy=file.read(f"{name}/energy").numpy(),
             total=said["total"],
             irreducible=said["irreducible"],
+            lossless=said["lossless"],
         )
         found.curves.append(curve)
         up, down = (file.read(f"{name}/{part}").to(device) for part in ("up", "down"))

@@ -29,6 +29,7 @@ class Spectrum:
         total: the objective at rank 0.
         irreducible: the objective at full rank.
         damping: relative.
+        lossless: see `Curve`.
     """
 
     up: Tensor
@@ -38,10 +39,16 @@ class Spectrum:
     total: float
     irreducible: float
     damping: float
+    lossless: int | None = None
 
 
 def spectrum_of(
-    whole: Decomposition, rank: int, moments: Moments | None, *, spread: bool
+    whole: Decomposition,
+    rank: int,
+    moments: Moments | None,
+    *,
+    spread: bool,
+    lossless: int | None,
 ) -> Spectrum:
     """The first `rank` components of a decomposition, cast to fp32, and all of its numbers."""
     up, down = whole.cut(min(rank, whole.rank))
@@ -57,6 +64,7 @@ def spectrum_of(
         total=whole.total,
         irreducible=whole.irreducible,
         damping=whole.damping,
+        lossless=lossless,
     )
 
 
@@ -96,6 +104,7 @@ def _facts(one: Spectrum) -> dict:
         "components": len(one.energy),
         "spread": one.spread is not None,
         "numbers": [one.total, one.irreducible, one.damping],
+        "lossless": one.lossless,
     }
 
 
@@ -112,4 +121,5 @@ def _room(facts: dict, device: torch.device) -> Spectrum:
         total=total,
         irreducible=irreducible,
         damping=damping,
+        lossless=facts["lossless"],
     )

@@ -20,6 +20,7 @@ from torch import Tensor
 from spectrim.allocate.curve import Curve
 from spectrim.allocate.ladder import Limits
 from spectrim.decompose import OBJECTIVES
+from spectrim.linalg.exact_rank import exact_rank
 from spectrim.model.anatomy import Block, Target
 from spectrim.model.weights import get_module, read_weight
 from spectrim.moments.moments import Moments, OutputMoments
@@ -208,7 +209,8 @@ def _decompose_all(
                 of = moments[target.name]
                 whole = decompose_target(target, W, choice, of, outputs.get(target.name))
                 full = whole.rank if found.full else largest_rank(shapes[target.name].shape, limits)
-                return spectrum_of(whole, full, of, spread="kfac" in found.wanted)
+                exact = exact_rank(W, name=target.name)
+                return spectrum_of(whole, full, of, spread="kfac" in found.wanted, lossless=exact)
 
             waiting = [b for b in span if not job.keeper.has(piece_name(stage, b))]
             targets = [target for block in waiting for target in block.targets]
@@ -244,6 +246,7 @@ def _keep(found: Found, bare: Curve, whole: Spectrum) -> None:
             energy=whole.energy.double().cpu().numpy(),
             total=whole.total,
             irreducible=whole.irreducible,
+            lossless=whole.lossless,
         )
     )
 
