@@ -9,12 +9,9 @@ from torch import Tensor
 
 from spectrim.errors import NonFiniteError
 from spectrim.moments.moments import Moments
+from spectrim.moments.symmetric import ROWS_PER_PRODUCT, SymmetricSum
 
-__all__ = ["MomentAccumulator"]
-
-
-ROWS_PER_PRODUCT = 4096
-"""Tokens per fp32 product; longer sums of products are taken in fp64."""
+__all__ = ["MomentAccumulator", "reduction_dtype"]
 
 
 def reduction_dtype(x: Tensor) -> torch.dtype:
@@ -32,13 +29,16 @@ class MomentAccumulator:
     Args:
         name: the group's name in error messages.
         needs: which of `C`, `shifted`, `cross`, `absolute` to accumulate.
+        dtype: of the symmetric sums; fp64 inputs are always summed in fp64.
     """
 
-    def __init__(self, name: str, needs: Collection[str]):
+    def __init__(self, name: str, needs: Collection[str], dtype: torch.dtype = torch.float64):
         self.name = name
         self.needs = frozenset(needs)
+        self.dtype = dtype
         self.tokens = 0
         self.sums: dict[str, Tensor] = {}
+        self.squares: dict[str, SymmetricSum] = {}
 
     def add(self, x: Tensor | None, shifted: Tensor | None = None) -> None:
         """Add one batch of inputs, (tokens, in) or (..., in); both streams hold the same tokens.
@@ -52,11 +52,19 @@ class MomentAccumulator:
         if reference is None:
             raise ValueError("a batch needs at least one stream")
         self.tokens += reference.shape[0]
-        self._products("C", x, x)
-        self._products("shifted", shifted, shifted)
+        self._square("C", x)
+        self._square("shifted", shifted)
         self._products("cross", x, shifted)
         if x is not None and "absolute" in self.needs:
             self._accumulate("absolute", x.abs().sum(0))
+
+    def _square(self, key: str, rows: Tensor | None) -> None:
+        if key not in self.needs or rows is None:
+            return
+        if key not in self.squares:
+            wide = torch.promote_types(self.dtype, rows.dtype)
+            self.squares[key] = SymmetricSum(rows.shape[1], wide, rows.device)
+        self.squares[key].add(rows)
 
     def _products(self, key: str, left: Tensor | None, right: Tensor | None) -> None:
         if key not in self.needs or left is None or right is None:
@@ -84,10 +92,11 @@ class MomentAccumulator:
 
     def moments(self) -> Moments:
         """The sums so far."""
+        squares = {key: found.whole() for key, found in self.squares.items()}
         return Moments(
             tokens=self.tokens,
-            C=self.sums.get("C"),
-            shifted=self.sums.get("shifted"),
+            C=squares.get("C"),
+            shifted=squares.get("shifted"),
             cross=self.sums.get("cross"),
             absolute=self.sums.get("absolute"),
         )

@@ -88,7 +88,9 @@ def gradient_pass(
     team = team or Team()
     mine = team.share(ids.shape[0])
     device = model.get_input_embeddings().weight.device
-    sums = PassSums(tuple(anatomy.groups()), needs, input_needs, factors, clip, device, mine.start)
+    folded = torch.promote_types(model.get_input_embeddings().weight.dtype, torch.float32)
+    groups = tuple(anatomy.groups())
+    sums = PassSums(groups, needs, input_needs, factors, clip, device, mine.start, folded)
     loss, chunk = 0.0, ids[:0]
     with (
         _only_activations_need_gradients(model),

@@ -7,7 +7,7 @@ of the size of the model is kept unless the whole gradient is asked for: output 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,7 +20,9 @@ from spectrim.errors import NonFiniteError
 from spectrim.model.anatomy import Block, Group, Target
 from spectrim.model.capture import first_tensor
 from spectrim.moments.accumulate import MomentAccumulator, reduction_dtype
+from spectrim.moments.folded import Folded
 from spectrim.moments.moments import Moments, OutputMoments, reduced
+from spectrim.moments.symmetric import SymmetricSum
 
 __all__ = ["ComponentScores", "ComponentsOf", "GradientPass", "PassSums"]
 
@@ -60,18 +62,20 @@ class GradientPass:
         tokens: predicted tokens behind it.
     """
 
-    outputs: dict[str, OutputMoments]
-    inputs: dict[str, Moments] = field(default_factory=dict)
+    outputs: Mapping[str, OutputMoments]
+    inputs: Mapping[str, Moments] = field(default_factory=dict)
     scores: dict[str, ComponentScores] = field(default_factory=dict)
     loss: float = 0.0
     tokens: int = 0
 
     def of(self, block: Block) -> GradientPass:
         """What there is of one block."""
-        names = {target.name for target in block.targets}
+        names = [target.name for target in block.targets]
 
-        def own(found: dict) -> dict:
-            return {name: value for name, value in found.items() if name in names}
+        def own(found: Any) -> Any:
+            if isinstance(found, Folded):
+                return found.only(names)
+            return {name: found[name] for name in names if name in found}
 
         return replace(
             self, outputs=own(self.outputs), inputs=own(self.inputs), scores=own(self.scores)
@@ -88,17 +92,17 @@ class _TargetSums:
         clip: float | None,
         factors,
         device,
-        first: int = 0,
+        first: int,
+        dtype: torch.dtype,
     ):
         self.target, self.needs, self.clip = target, frozenset(needs), clip
         self.first = first
         m, n = target.out_features, target.in_features
-        dtype = torch.float64
 
         def zeros(*shape: int) -> Tensor:
-            return torch.zeros(*shape, dtype=dtype, device=device)
+            return torch.zeros(*shape, dtype=torch.float64, device=device)
 
-        self.G = zeros(m, m) if "G" in needs else None
+        self.G = SymmetricSum(m, dtype, device) if "G" in needs else None
         self.fisher_in = zeros(n) if "fisher" in needs else None
         self.fisher_out = zeros(m) if "fisher" in needs else None
         self.gradient = zeros(m, n) if "gradient" in needs else None
@@ -112,50 +116,53 @@ class _TargetSums:
 
     def add(self, x: Tensor, g: Tensor) -> None:
         """Add one batch: inputs x (B, T, in) and gradients g (B, T, out) of the summed loss."""
-        for b in range(x.shape[0]):
-            self._add_window(x[b], g[b])
-
-    def _add_window(self, x: Tensor, g: Tensor) -> None:
         work = reduction_dtype(x)
         x, g = x.to(work), g.to(work)
         if self.G is not None:
-            clipped = _clip_tokens(g, self.clip)
-            self.G += (clipped.mT @ clipped).double()
-            self.tokens += g.shape[0]
+            self.G.add(_clip_tokens(g, self.clip).flatten(0, 1))
+            self.tokens += g.shape[0] * g.shape[1]
         if self.fisher_in is not None or self.gradient is not None:
-            whole = g.mT @ x
-            if self.fisher_in is not None and self.fisher_out is not None:
-                squares = whole.double().square()
-                self.fisher_in += squares.sum(0)
-                self.fisher_out += squares.sum(1)
-            if self.gradient is not None:
-                self.gradient += whole.double()
+            for one_x, one_g in zip(x, g, strict=True):  # a window's gradient is a weight's size
+                self._add_gradient(one_g.mT @ one_x)
         if self.factors is not None and self.halves is not None and self.squares is not None:
             up, down = (f.to(work) for f in self.factors)
-            change = -((g @ up) * (x @ down.mT)).sum(0).double()
-            self.halves[(self.first + self.windows) % 2] += change
-            self.squares += change.square()
-        self.windows += 1
+            change = -((g @ up) * (x @ down.mT)).sum(1).double()  # (B, r)
+            halves = (self.first + self.windows + torch.arange(len(x))) % 2
+            self.halves.index_add_(0, halves.to(change.device), change)
+            self.squares += change.square().sum(0)
+        self.windows += x.shape[0]
+
+    def _add_gradient(self, whole: Tensor) -> None:
+        """Add one window's gradient of the weight, (out, in)."""
+        if self.fisher_in is not None and self.fisher_out is not None:
+            squares = whole.double().square()
+            self.fisher_in += squares.sum(0)
+            self.fisher_out += squares.sum(1)
+        if self.gradient is not None:
+            self.gradient += whole
 
     def reduce(self, team: Team) -> None:
         """Add the sums of all ranks."""
-        kept = (self.G, self.fisher_in, self.fisher_out, self.gradient, self.halves, self.squares)
+        kept = (self.fisher_in, self.fisher_out, self.gradient, self.halves, self.squares)
         numbers = torch.tensor([self.tokens, self.windows])
-        team.sum_([*(s for s in kept if s is not None), numbers])
+        panels = [] if self.G is None else self.G.panels
+        team.sum_([*panels, *(s for s in kept if s is not None), numbers])
         self.tokens, self.windows = (int(n) for n in numbers)
 
     def check(self) -> None:
         """Refuse sums that a NaN or infinite gradient has entered; once, since it never leaves."""
-        sums = (self.G, self.fisher_in, self.gradient, self.squares)
-        if not all(bool(torch.isfinite(s).all()) for s in sums if s is not None):
+        panels = [] if self.G is None else self.G.panels
+        sums = (*panels, self.fisher_in, self.gradient, self.squares)
+        if not all(bool(torch.isfinite(s.sum())) for s in sums if s is not None):
             raise NonFiniteError(
                 f"non-finite gradient at {self.target.name}: lower the window length or use "
                 "--dtype float32"
             )
 
     def outputs(self) -> OutputMoments:
+        G = None if self.G is None else self.G.whole()
         return OutputMoments(
-            self.tokens, self.windows, self.G, self.fisher_in, self.fisher_out, self.gradient
+            self.tokens, self.windows, G, self.fisher_in, self.fisher_out, self.gradient
         )
 
     def scores(self, tokens: int) -> ComponentScores:
@@ -170,11 +177,11 @@ class _TargetSums:
 
 
 def _clip_tokens(g: Tensor, clip: float | None) -> Tensor:
-    """Clip each token's gradient norm to `clip` times the window's mean norm."""
+    """Clip each token's gradient norm, (B, T, out), to `clip` times its window's mean norm."""
     if clip is None:
         return g
-    norms = g.norm(dim=1, keepdim=True)
-    limit = clip * norms.mean()
+    norms = g.norm(dim=2, keepdim=True)
+    limit = clip * norms.mean(1, keepdim=True)
     return torch.where(norms > limit, g * (limit / norms.clamp_min(limit)), g)
 
 
@@ -189,6 +196,8 @@ class PassSums:
         clip: token gradients in `G` are clipped to this multiple of the window's mean norm.
         device: where the sums are.
         first: number of the first window, of all processes' windows.
+        folded: sum symmetric matrices in this dtype and keep them folded (`folded.py`), for passes
+            over all blocks at once; None for fp64 matrices.
     """
 
     def __init__(
@@ -200,14 +209,18 @@ class PassSums:
         clip: float | None,
         device: torch.device,
         first: int,
+        folded: torch.dtype | None = None,
     ):
+        self._folded, dtype = folded, folded or torch.float64
         self._sums = {
-            t.name: _TargetSums(t, needs, clip, factors(t.name) if factors else None, device, first)
+            t.name: _TargetSums(
+                t, needs, clip, factors(t.name) if factors else None, device, first, dtype
+            )
             for group in groups
             for t in group.targets
         }
         self._inputs = {
-            group.targets[0].name: MomentAccumulator(group.targets[0].name, input_needs)
+            group.targets[0].name: MomentAccumulator(group.targets[0].name, input_needs, dtype)
             for group in (groups if input_needs else ())
         }
 
@@ -256,10 +269,23 @@ class PassSums:
         for one in self._sums.values():
             one.reduce(team)
             one.check()
-        return GradientPass(
-            outputs={name: s.outputs() for name, s in self._sums.items()},
-            inputs={name: reduced(a.moments(), team) for name, a in self._inputs.items()},
+        found = GradientPass(
+            outputs={} if self._folded is None else Folded(self._folded),
+            inputs={} if self._folded is None else Folded(self._folded),
             scores={n: s.scores(tokens) for n, s in self._sums.items() if s.factors},
             loss=loss,
             tokens=tokens,
         )
+        # One after the other, so that no two copies of all sums exist.
+        for name in list(self._sums):
+            _keep(found.outputs, name, self._sums.pop(name).outputs())
+        for name in list(self._inputs):
+            _keep(found.inputs, name, reduced(self._inputs.pop(name).moments(), team))
+        return found
+
+
+def _keep(found: Any, name: str, record: OutputMoments | Moments) -> None:
+    if isinstance(found, Folded):
+        found.put(name, record)
+    else:
+        found[name] = record
