@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import re
 import subprocess
@@ -101,7 +102,9 @@ def read_part(folder: Path, part: str) -> str:
     """A part of WikiText-2, detokenised; ends the script if it is another text."""
     found = [p for p in sorted(folder.iterdir()) if re.search(rf"{part}\.tokens(\.txt)?$", p.name)]
     if not found:
-        sys.exit(f"no wiki.{part}.tokens in {folder}: give the folder of WikiText-2, word-tokenised")
+        sys.exit(
+            f"no wiki.{part}.tokens in {folder}: give the folder of WikiText-2, word-tokenised"
+        )
     content = found[0].read_bytes()
     if hashlib.sha256(content).hexdigest() != PARTS[part]:
         sys.exit(f"{found[0]} is another text than this protocol's (SHA-256 {PARTS[part]})")
@@ -224,8 +227,8 @@ def _key(row: dict[str, Any]) -> tuple:
 def measure(arguments: argparse.Namespace) -> None:
     """Run what is missing, one process per row, and write the results after each."""
     build_model(arguments.model)
-    wanted = [("dense", 1.0, "-")]
-    wanted += [(r, k, s) for s in arguments.settings for k in arguments.keeps for r in arguments.recipes]
+    wanted: list[tuple[str, float, str]] = [("dense", 1.0, "-")]
+    wanted += itertools.product(arguments.recipes, arguments.keeps, arguments.settings)
     for name, keep, setting in wanted:
         known = read_results(arguments.output)
         row: dict[str, Any] = {"recipe": name, "keep": keep, "setting": setting}
@@ -253,8 +256,9 @@ def measure(arguments: argparse.Namespace) -> None:
 
 def show(rows: list[dict[str, Any]], known: list[dict[str, Any]]) -> None:
     """Rows as a Markdown table, gaps against the dense model of the same results."""
-    print("| recipe | keep | setting | kept | perplexity | gap | other gap | CPU s | in F | peak GB | predicted |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    heads = ["recipe", "keep", "setting", "kept", "perplexity", "gap", "other gap", "CPU s"]
+    heads += ["in F", "peak GB", "predicted"]
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for r in rows:
         dense = next(
             (d for d in known if d["recipe"] == "dense" and d["eval_windows"] == r["eval_windows"]),

@@ -9,6 +9,7 @@ from spectrim.allocate.ladder import Limits
 from spectrim.learn.gated import GatedLinear, Lora
 from spectrim.learn.lessons import Lessons, seeded
 from spectrim.learn.pruning import Gated
+from spectrim.model.tail import Tail
 from spectrim.model.weights import read_bias, read_weight, replace_module
 from storage_cases import linear_names
 
@@ -41,14 +42,16 @@ def gated_model(name="llama", *, rank=0, deviation=False, dtype=torch.float32, d
 
 def lessons_of(model, *, n=8, batch=4, seed=0, teacher=None, accumulate=1):
     ids = windows(n)
-    logits = None
+    names = [f"model.layers.{i}" for i in range(len(model.model.layers))]
+    tail, states = Tail.find(model, names, ids), None
     if teacher is not None:
         with torch.no_grad():
-            logits = teacher(ids).logits
+            states = Tail.find(teacher, names, ids).states(ids)
     return Lessons(
         ids=ids,
-        student=lambda x: model(x, use_cache=False).logits,
-        teacher=None if logits is None else lambda rows: logits[rows],
+        student=tail.states,
+        teacher=None if states is None else lambda rows: states[rows],
+        tail=tail,
         device=torch.device("cpu"),
         batch=batch,
         accumulate=accumulate,

@@ -15,6 +15,7 @@ __all__ = [
     "RANK_CUTOFF_FP32",
     "RANK_CUTOFF_FP64",
     "ROUNDING_DAMPING",
+    "SAME_LOGITS",
     "STEP_COUNT",
     "SYMMETRY",
 ]
@@ -43,6 +44,10 @@ count as the same. Rounding to half precision stays below; a missing rotation or
 
 ROUNDING_DAMPING = 1e-2
 """Rounding with feedback trusts a moment matrix less than its own diagonal by this share."""
+
+SAME_LOGITS = 2e-2
+"""Largest difference, as a share of the largest logit, between a model's own logits and those found
+piece by piece. Products of other shapes round differently, in half precision by up to 1 %."""
 
 STEP_COUNT = 1e-9
 """Share by which a span of sizes may miss a whole number of steps and still count it."""

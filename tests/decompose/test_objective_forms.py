@@ -229,3 +229,20 @@ def test_shrinkage_blends_toward_channels_of_equal_worth(make, objective):
     expected = decompose("whitened", layer.W, Moments(60, mixed), name="layer")
     d = layer.decompose(objective, shrink_in=0.2, **options)
     assert torch.allclose(d.energy, expected.energy, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(7, 12), (13, 8)])
+@pytest.mark.parametrize(
+    ("objective", "options"),
+    [("plain", {}), ("activation", {}), ("whitened", {}), ("kfac", {"shrink_in": 0.1})],
+)
+@pytest.mark.parametrize("tokens", [60, 5])
+def test_a_spectrum_has_the_energies_without_the_vectors(make, shape, objective, options, tokens):
+    layer = make(*shape, tokens)
+    whole = layer.decompose(objective, **options)
+    spectrum = layer.decompose(objective, rank=0, **options)
+    assert spectrum.rank == 0
+    scale = float(whole.energy[0])
+    assert torch.allclose(spectrum.energy, whole.energy, rtol=1e-9, atol=1e-12 * scale)
+    assert spectrum.total == pytest.approx(whole.total)
+    assert torch.allclose(spectrum.errors()[:-1], whole.errors()[:-1], atol=1e-12 * scale)

@@ -16,6 +16,7 @@ from spectrim.errors import InputError, NonFiniteError, TextError
 from spectrim.evaluate import forward
 from spectrim.evaluate.bootstrap import perplexity_difference
 from spectrim.evaluate.perplexity import perplexity
+from spectrim.model import tail
 
 CONFIG = LlamaConfig(
     vocab_size=61,
@@ -67,13 +68,12 @@ def test_the_batch_does_not_matter(batch):
     assert perplexity(model, ids, batch=batch).nll == pytest.approx(whole.nll, rel=1e-6)
 
 
-def test_chunks_of_positions_do_not_matter(monkeypatch):
+def test_pieces_do_not_matter(monkeypatch):
     model, ids = tiny(), token_windows()
     whole = perplexity(model, ids)
-    monkeypatch.setattr(forward, "_CHUNK_ENTRIES", 61 * 7 * 4)
+    monkeypatch.setattr(tail, "LOGITS_AT_ONCE", 61 * 4)
+    monkeypatch.setattr(forward, "WHOLE_LOGITS", 0)
     assert torch.allclose(perplexity(model, ids).per_window_nll, whole.per_window_nll, rtol=1e-6)
-    parts = list(forward.position_chunks(torch.empty(7, 11, 61)))
-    assert [(p.start, p.stop) for p in parts] == [(0, 4), (4, 8), (8, 11)]
 
 
 def test_a_low_precision_model_is_scored_in_fp32():

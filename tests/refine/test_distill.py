@@ -10,7 +10,7 @@ from architectures import tiny, windows
 from jobs import logits, make_job, same_state, uniform_plan
 from spectrim.data.self_text import sample_windows
 from spectrim.errors import NonFiniteError
-from spectrim.refine.distill import kl_per_token
+from spectrim.model.losses import kl_per_token
 from spectrim.run.cut.one_shot import cut_one_shot
 from spectrim.run.train.whole_network import carry_out, prepare
 

@@ -14,7 +14,7 @@ from spectrim.data.windows import given_windows
 from spectrim.errors import MissingExtraError, NonFiniteError
 from spectrim.layers.lowrank import LowRankLinear
 from spectrim.model.weights import get_module
-from spectrim.refine.lora import LoraTraining, next_token_loss, require_peft
+from spectrim.refine.lora import LoraTraining, require_peft
 from spectrim.run.cut.one_shot import cut_one_shot
 from spectrim.run.train.whole_network import carry_out, prepare
 
@@ -54,12 +54,6 @@ def test_warmup_is_capped_and_epochs_are_judged():
     assert settings.warmup == pytest.approx(100 / settings.steps)
     few = LoraTraining(batch=8).settings(32)
     assert (few.steps, few.judge_every, few.warmup) == (8, 4, 0.1)
-
-
-def test_loss_is_of_the_next_token():
-    ids = torch.tensor([[1, 2, 3]])
-    sure = F.one_hot(torch.tensor([[2, 3, 0]]), 5) * 100.0
-    assert float(next_token_loss(sure, ids)) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_a_missing_package_names_the_extra_before_anything_is_cut(monkeypatch):

@@ -17,6 +17,7 @@ from spectrim.moments.gradients import gradient_pass
 from spectrim.run.cut.from_survey import cut_from_survey, holds
 from spectrim.run.cut.one_shot import cut_one_shot
 from spectrim.run.loading import load_model
+from spectrim.run.survey.planning import make_plan
 from spectrim.run.survey.survey import make_survey
 from spectrim.run.survey.survey_key import survey_key
 from spectrim.run.survey.surveying import survey_model
@@ -219,3 +220,16 @@ def test_other_windows_have_another_key():
     one = survey_model(loaded, job.recipe, text=job.ids, scores=())
     two = survey_model(loaded, job.recipe, text=windows(6, seed=9), scores=())
     assert one.key.differences(two.key) == ["windows"]
+
+
+@pytest.mark.parametrize("objective", ["whitened", "kfac"])
+def test_ranks_need_no_vectors(objective):
+    """A survey of spectra alone gives the plan that one with factors gives."""
+    score = {"whitened": "energy", "kfac": "kfac"}[objective]
+    job = job_for(objective, rule="knapsack", score=score)
+    whole, spectra = make_survey(job), make_survey(job, vectors=False)
+    assert spectra.factors is None
+    plans = [make_plan(job.recipe, dtype_bytes=4, survey=survey) for survey in (whole, spectra)]
+    assert plans[0].entries and [e.rank for e in plans[0].entries] == [
+        e.rank for e in plans[1].entries
+    ]

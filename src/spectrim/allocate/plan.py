@@ -41,6 +41,11 @@ class PlanEntry:
         """Stored bytes of this target over its dense bytes."""
         return self.bytes / self.dense_bytes
 
+    @property
+    def converts(self) -> bool:
+        """Whether the finished target takes another form to be stored in."""
+        return self.storage == "packed" or self.weights != "native"
+
 
 @dataclass(frozen=True)
 class Plan:

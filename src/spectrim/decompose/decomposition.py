@@ -21,7 +21,8 @@ class Decomposition:
         up: `B`, shape (out, r).
         down: `A`, shape (r, in).
         energy: squared error that each component removes, shape (r,), descending, in the units
-            of the objective (a sum over calibration tokens where the objective has inputs).
+            of the objective (a sum over calibration tokens where the objective has inputs). A
+            spectrum, which holds no component, has the energies of all min(out, in).
         total: the objective's value for the zero matrix (rank 0).
         irreducible: the value that remains at full rank; zero except for anchored objectives.
         damping: relative damping that the decomposition needed, 0.0 if none.

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from spectrim.decompose.decomposition import Decomposition
-from spectrim.linalg.psd import symmetric_eigh
-from spectrim.linalg.truncated import column_space
+from spectrim.linalg.psd import symmetric_eigh, symmetric_eigvals
+from spectrim.linalg.truncated import column_space, core_of
 from spectrim.tolerances import RANK_CUTOFF_FP64
 
 __all__ = ["checked_rank", "projected", "weighed"]
@@ -95,16 +95,19 @@ def projected(
         W: weight in fp64, (out, in).
         C: second moment (in, in), its diagonal (in,), or None for the identity.
         name: the target, for messages.
-        rank: components to hold, min(out, in) by default; the numbers cover all of them.
+        rank: components to hold, min(out, in) by default; the numbers cover all of them. With 0
+            no vector is computed, and the energies are eigenvalues.
         sizes: of the channels, as `channel_prior` takes them, (in,); by default the squared
             norms of the columns of `W`, or ones where `C` is None.
         scale: factor that turns the trace into the objective's units.
         damping: recorded in the result.
 
     Raises:
-        ValueError: `rank` is outside 1..min(out, in).
+        ValueError: `rank` is outside 0..min(out, in).
         NumericalError: the eigenproblem did not converge.
     """
+    if rank == 0:
+        return _spectrum(W, C, name=name, scale=scale, damping=damping)
     held = checked_rank(W, rank, name=name)
     if sizes is None:
         sizes = W.square().sum(0) if C is not None else W.new_ones(W.shape[1])
@@ -118,4 +121,23 @@ def projected(
         total=float(energy.sum()),
         damping=damping,
         tail=float(energy[held:].sum()),
+    )
+
+
+def _spectrum(
+    W: Tensor, C: Tensor | None, *, name: str, scale: float, damping: float
+) -> Decomposition:
+    """The energies of `projected` without its vectors: the same numbers but for rounding."""
+    core = core_of(W)
+    S = weighed(core, C) @ core.mT
+    values = symmetric_eigvals((S + S.mT) / 2, name=name)
+    seen = int((values > RANK_CUTOFF_FP64 * values[0].clamp(min=0)).sum())
+    energy = torch.cat([values[:seen], _level(values[seen:], values[:seen])]).clamp(min=0) * scale
+    return Decomposition(
+        up=W.new_empty(W.shape[0], 0),
+        down=W.new_empty(0, W.shape[1]),
+        energy=energy,
+        total=float(energy.sum()),
+        damping=damping,
+        tail=0.0,
     )

@@ -8,6 +8,7 @@ the same. Both are kept per position, since errors of early positions feed the l
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -19,13 +20,13 @@ from torch import Tensor
 from spectrim.data.windows import Windows
 from spectrim.errors import ModelError, NonFiniteError
 from spectrim.evaluate.forward import (
+    Predictions,
     as_windows,
     check_fits,
     evaluation_mode,
-    logits_of,
-    position_chunks,
     window_batches,
 )
+from spectrim.model.tail import pieces
 
 __all__ = ["Agreement", "agreement"]
 
@@ -116,17 +117,12 @@ def agreement(
     windows = as_windows(windows)
     for model in (dense, compressed):
         check_fits(model, windows)
+    vocabulary = max(m.get_input_embeddings().weight.shape[0] for m in (dense, compressed))
     divergences, matches = [], []
     with evaluation_mode(dense, compressed):
+        both = [Predictions(model, windows, batch, device) for model in (dense, compressed)]
         for start, ids in window_batches(windows, batch):
-            reference = logits_of(dense, ids, device)
-            candidate = logits_of(compressed, ids, device).to(reference.device)
-            if reference.shape != candidate.shape:
-                raise ModelError(
-                    f"the dense model predicts {reference.shape[-1]} tokens, the compressed one "
-                    f"{candidate.shape[-1]}; compare models of one vocabulary"
-                )
-            kl, match = _compare(reference, candidate)
+            kl, match = _compare(*(predictions.of(ids) for predictions in both), ids, vocabulary)
             _check_finite(kl, windows, start)
             divergences.append(kl)
             matches.append(match)
@@ -146,17 +142,28 @@ def agreement(
     )
 
 
-def _compare(reference: Tensor, candidate: Tensor) -> tuple[Tensor, Tensor]:
+def _compare(
+    reference: Callable[[slice, slice], Tensor],
+    candidate: Callable[[slice, slice], Tensor],
+    ids: Tensor,
+    vocabulary: int,
+) -> tuple[Tensor, Tensor]:
     """Divergence in nats and agreement (0 or 1) per position, both (windows, T) fp64, CPU."""
-    kls, matches = [], []
-    for part in position_chunks(reference):
-        p, q = reference[:, part].float(), candidate[:, part].float()
+    kls, matches = torch.empty(2, *ids.shape, dtype=torch.float64)
+    for part in pieces(*ids.shape, vocabulary):
+        p = reference(*part).float()
+        q = candidate(*part).to(p)
+        if p.shape != q.shape:
+            raise ModelError(
+                f"the dense model predicts {p.shape[-1]} tokens, the compressed one "
+                f"{q.shape[-1]}; compare models of one vocabulary"
+            )
         log_p, log_q = F.log_softmax(p, -1), F.log_softmax(q, -1)
         # Zero probability contributes zero, also where a model masks a token with -inf.
         terms = torch.where(log_p.isneginf(), 0.0, log_p.exp() * (log_p - log_q))
-        kls.append(terms.sum(-1).cpu().double())
-        matches.append((p.argmax(-1) == q.argmax(-1)).cpu().double())
-    return torch.cat(kls, dim=1), torch.cat(matches, dim=1)
+        kls[part] = terms.sum(-1).cpu().double()
+        matches[part] = (p.argmax(-1) == q.argmax(-1)).cpu().double()
+    return kls, matches
 
 
 def _check_finite(kl: Tensor, windows: Windows, start: int) -> None:

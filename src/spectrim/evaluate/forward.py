@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,18 +11,18 @@ from torch import Tensor
 
 from spectrim.data.windows import Windows, given_windows, longest_window
 from spectrim.errors import TextError
+from spectrim.model.tail import LOGITS_AT_ONCE, PROBED_TOKENS, Tail, blocks_in_sequence
 
 __all__ = [
+    "Predictions",
     "as_windows",
     "check_fits",
     "evaluation_mode",
-    "logits_of",
-    "position_chunks",
     "window_batches",
 ]
 
-_CHUNK_ENTRIES = 2**24
-"""fp32 logits that are worked on at a time: 64 MiB, however large the vocabulary is."""
+WHOLE_LOGITS = 4 * LOGITS_AT_ONCE
+"""A batch with fewer logits gives them at once."""
 
 
 def as_windows(windows: Windows | Tensor) -> Windows:
@@ -62,23 +62,37 @@ def window_batches(windows: Windows, batch: int) -> Iterator[tuple[int, Tensor]]
         yield start, windows.ids[start : start + batch]
 
 
-@torch.no_grad()
-def logits_of(model: Any, ids: Tensor, device: torch.device | str | None) -> Tensor:
-    """Logits (windows, T, vocabulary) in the model's dtype on the model's device.
+class Predictions:
+    """A model's logits for windows, a few tokens at a time, however large the vocabulary is.
 
-    `device` is where the ids go, None for wherever the model's embeddings are.
+    Args:
+        model: in evaluation mode.
+        windows: what will be predicted.
+        batch: windows per forward pass.
+        device: where the ids go, None for wherever the model's embeddings are.
     """
-    target = model.get_input_embeddings().weight.device if device is None else device
-    return model(input_ids=ids.to(target), use_cache=False).logits
 
+    def __init__(self, model: Any, windows: Windows, batch: int, device: torch.device | str | None):
+        embeddings = model.get_input_embeddings().weight
+        self._model, self._tail = model, None
+        self._device = embeddings.device if device is None else device
+        if batch * windows.length * embeddings.shape[0] > WHOLE_LOGITS:
+            probe = windows.ids[:1, :PROBED_TOKENS].to(self._device)
+            names = blocks_in_sequence(model, probe)
+            tail = Tail.find(model, names, probe) if names else None
+            # A model whose head works otherwise gives all logits of a batch at once.
+            self._tail = tail if tail is not None and tail.by_token else None
 
-def position_chunks(logits: Tensor) -> Iterator[slice]:
-    """Slices of the position axis that keep an fp32 copy of the logits small.
+    @torch.no_grad()
+    def of(self, ids: Tensor) -> Callable[[slice, slice], Tensor]:
+        """A batch (B, T), read; windows and positions -> logits (b, t, vocabulary) of that part.
 
-    Log-softmax needs fp32 whatever the model's dtype; a whole fp32 copy of long windows over a
-    large vocabulary would take several times the memory of the model.
-    """
-    count, length, vocabulary = logits.shape
-    step = max(1, _CHUNK_ENTRIES // (count * vocabulary))
-    for start in range(0, length, step):
-        yield slice(start, min(start + step, length))
+        They are in the model's dtype and on its device.
+        """
+        ids = ids.to(self._device)
+        tail = self._tail
+        if tail is None:
+            logits = self._model(input_ids=ids, use_cache=False).logits
+            return lambda rows, positions: logits[rows, positions]
+        hidden = tail.states(ids)
+        return torch.no_grad()(lambda rows, positions: tail.logits(hidden[rows, positions]))

@@ -9,23 +9,24 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from spectrim.data.windows import Windows
 from spectrim.errors import NonFiniteError
 from spectrim.evaluate.forward import (
+    Predictions,
     as_windows,
     check_fits,
     evaluation_mode,
-    logits_of,
-    position_chunks,
     window_batches,
 )
+from spectrim.model.losses import token_losses
+from spectrim.model.tail import pieces
 
 __all__ = ["Perplexity", "perplexity"]
 
@@ -96,10 +97,12 @@ def perplexity(
     """
     windows = as_windows(windows)
     check_fits(model, windows)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
     sums = []
     with evaluation_mode(model):
+        predictions = Predictions(model, windows, batch, device)
         for start, ids in window_batches(windows, batch):
-            losses = _token_losses(logits_of(model, ids, device), ids)  # (batch, T-1)
+            losses = _token_losses(predictions.of(ids), ids, vocabulary)  # (batch, T-1)
             _check_finite(losses, windows, start)
             sums.append(losses.sum(1))
     per_window = torch.cat(sums)
@@ -120,15 +123,14 @@ def perplexity(
     )
 
 
-def _token_losses(logits: Tensor, ids: Tensor) -> Tensor:
+def _token_losses(logits: Callable[[slice, slice], Tensor], ids: Tensor, vocabulary: int) -> Tensor:
     """Nats per predicted token, (windows, T-1) fp64 on the CPU."""
-    logits = logits[:, :-1]  # the last position predicts a token that is not in the window
-    targets = ids[:, 1:].to(logits.device)
-    losses = [
-        F.cross_entropy(logits[:, part].float().mT, targets[:, part], reduction="none")
-        for part in position_chunks(logits)
-    ]
-    return torch.cat(losses, dim=1).cpu().double()
+    targets = ids[:, 1:]  # the last position predicts a token that is not in the window
+    losses = torch.empty(targets.shape, dtype=torch.float64)
+    for rows, positions in pieces(*targets.shape, vocabulary):
+        part = token_losses(logits(rows, positions), targets[rows, positions])
+        losses[rows, positions] = part.cpu().double()
+    return losses
 
 
 def _check_finite(losses: Tensor, windows: Windows, start: int) -> None:

@@ -14,10 +14,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from spectrim.errors import NonFiniteError
-from spectrim.refine.distill import kl_per_token
+from spectrim.model.losses import divergence, next_token
+from spectrim.model.tail import Tail
 
 __all__ = ["Guard", "Lessons", "Objective", "Report", "mixed_seed", "seeded"]
 
@@ -48,8 +48,9 @@ class Lessons:
 
     Attributes:
         ids: windows, (N, T), int64, on the CPU.
-        student: ids (B, T) -> logits (B, T, vocabulary) of the gated model.
-        teacher: window indices (B,) -> logits of the original model; None without one.
+        student: ids (B, T) -> hidden states behind the gated model's last block, (B, T, d).
+        teacher: window indices (B,) -> those of the original model; None without one.
+        tail: what both do behind their last block.
         device: where to train.
         batch: windows per forward pass.
         accumulate: forward passes per step.
@@ -60,6 +61,7 @@ class Lessons:
     ids: Tensor
     student: Callable[[Tensor], Tensor]
     teacher: Callable[[Tensor], Tensor] | None
+    tail: Tail
     device: torch.device
     batch: int
     accumulate: int = 1
@@ -85,15 +87,14 @@ class Lessons:
         """Mean loss per token of some windows, fp32."""
         ids = self.ids[rows].to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            logits = self.student(ids)
-        if objective == "kl":
+            hidden = self.student(ids)
+            if objective == "cross_entropy":
+                return self.tail.total(hidden[:, :-1], next_token(ids)) / ids[:, 1:].numel()
             if self.teacher is None:
                 raise ValueError("the objective kl needs a teacher")
             with torch.no_grad():
-                expected = self.teacher(rows)
-            return kl_per_token(expected, logits).mean()
-        predicted = logits[:, :-1].float().flatten(0, 1)
-        return F.cross_entropy(predicted, ids[:, 1:].flatten())
+                expected = divergence(self.tail, self.teacher(rows))
+            return self.tail.total(hidden, expected) / ids.numel()
 
     def backward(self, step: int, objective: Objective, prepare: Callable[[int], None]) -> float:
         """Add the gradients of one step.

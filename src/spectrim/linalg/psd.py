@@ -34,6 +34,7 @@ __all__ = [
     "psd_root",
     "shrunk",
     "symmetric_eigh",
+    "symmetric_eigvals",
     "symmetrized",
 ]
 
@@ -99,15 +100,31 @@ def symmetric_eigh(C: Tensor, *, name: str) -> tuple[Tensor, Tensor]:
     try:
         values, vectors = torch.linalg.eigh(C)
     except torch.linalg.LinAlgError as error:
-        raise NumericalError(
-            f"{name}: the eigenvalues of a {C.shape[0]} x {C.shape[0]} matrix did not converge "
-            f"({error}). Check its statistics for extreme values."
-        ) from error
+        raise _not_converged(C, error, name) from error
     values, vectors = values.flip(0), vectors.flip(1)
     if vectors.numel():
         peaks = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
         vectors = vectors * torch.where(peaks < 0, -1.0, 1.0).to(vectors)
     return values, vectors
+
+
+def symmetric_eigvals(C: Tensor, *, name: str) -> Tensor:
+    """All eigenvalues, descending, of a symmetric fp64 matrix, at a third of the price.
+
+    Raises:
+        NumericalError: the eigenvalue solver did not converge.
+    """
+    try:
+        return torch.linalg.eigvalsh(C).flip(0)
+    except torch.linalg.LinAlgError as error:
+        raise _not_converged(C, error, name) from error
+
+
+def _not_converged(C: Tensor, error: Exception, name: str) -> NumericalError:
+    return NumericalError(
+        f"{name}: the eigenvalues of a {C.shape[0]} x {C.shape[0]} matrix did not converge "
+        f"({error}). Check its statistics for extreme values."
+    )
 
 
 def psd_eigh(C: Tensor, *, name: str, cutoff: float | None = None) -> tuple[Tensor, Tensor]:

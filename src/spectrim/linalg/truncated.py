@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spectrim.linalg.psd import finite, symmetric_eigh
 
-__all__ = ["ColumnSpace", "column_space", "leading_eigenvectors", "truncated_svd"]
+__all__ = ["ColumnSpace", "column_space", "core_of", "leading_eigenvectors", "truncated_svd"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,11 @@ def column_space(W: Tensor) -> ColumnSpace:
         return ColumnSpace(W, None)
     basis, core = torch.linalg.qr(W)
     return ColumnSpace(core, basis)
+
+
+def core_of(W: Tensor) -> Tensor:
+    """The core of `column_space` alone, (min(out, in), in): all that a spectrum depends on."""
+    return W if W.shape[0] <= W.shape[1] else torch.linalg.qr(W, mode="r").R
 
 
 def leading_eigenvectors(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spectrim.errors import ModelError
 
-__all__ = ["BlockCall", "arguments_differ", "move_arguments", "split_hidden"]
+__all__ = ["BlockCall", "arguments_differ", "dressed", "move_arguments", "split_hidden"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,12 @@ class BlockCall:
 
     def dress(self, hidden: Tensor) -> Any:
         """Hidden states in the form in which the model expects them from this block."""
-        return hidden if self.extras is None else (hidden, *([None] * self.extras))
+        return dressed(hidden, self.extras)
+
+
+def dressed(hidden: Tensor, extras: int | None) -> Any:
+    """Hidden states as a block returns them: alone, or in a tuple with so many more elements."""
+    return hidden if extras is None else (hidden, *([None] * extras))
 
 
 def split_hidden(args: tuple, kwargs: dict, name: str) -> tuple[Tensor, tuple, dict, str | None]:

@@ -24,10 +24,10 @@ from spectrim.model.forward import (
     evaluating,
     forwards_replaced,
     hidden_of,
-    home_device,
     run_window,
 )
 from spectrim.model.stream import Stream
+from spectrim.model.tail import PROBED_TOKENS, Tail
 from spectrim.model.tracing import trace
 from spectrim.model.weights import get_module
 
@@ -61,12 +61,14 @@ class Replay:
         names: module paths of the blocks.
         calls: how each block is called; tensors are on the device given to `record`.
         stream: hidden states of all windows entering block 0.
+        tail: norm and head.
     """
 
     model: nn.Module
     names: tuple[str, ...]
     calls: tuple[BlockCall, ...]
     stream: Stream
+    tail: Tail
 
     def block(self, index: int) -> nn.Module:
         """The module that stands in the model as block `index` now."""
@@ -102,16 +104,8 @@ class Replay:
                 stream.write(rows, self.run(block_index, module, stream.read(rows, device)))
 
     def finish(self, hidden: Tensor) -> Tensor:
-        """Logits (B, T, vocabulary) from the states after the last block.
-
-        The model itself runs with its blocks bypassed, so that final norm, output projection,
-        soft-capping and scaling are whatever the architecture does. Gradients flow if enabled.
-        """
-        home = hidden.to(home_device(self.model))
-        ids = torch.zeros(hidden.shape[:2], dtype=torch.int64)
-        blocks = [self.block(i) for i in range(len(self.names))]
-        with forwards_replaced(blocks, lambda i: lambda *_, **__: self.calls[i].dress(home)):
-            return run_window(self.model, ids).logits
+        """Logits (B, T, vocabulary) from the states after the last block, all at once."""
+        return self.tail.logits(hidden)
 
 
 @dataclass
@@ -133,8 +127,11 @@ def _visit(args: tuple, kwargs: dict, name: str) -> tuple[Tensor, _Visit]:
     return hidden, _Visit(rest, named, keyword)
 
 
-def _observe(model: nn.Module, names: Sequence[str], window: Tensor) -> list[_Visit]:
-    """A real forward pass of one window (1, T) that notes every block's arguments."""
+def _observe(model: nn.Module, names: Sequence[str], window: Tensor) -> tuple[list[_Visit], Tail]:
+    """A real forward pass of one window (1, T) that notes every block's arguments.
+
+    Its logits are taken of the first tokens only, where the head is a module.
+    """
     visits: list[_Visit] = []
     unchained: list[int] = []
     handles = []
@@ -167,7 +164,10 @@ def _observe(model: nn.Module, names: Sequence[str], window: Tensor) -> list[_Vi
                 )
             )
             handles.append(block.register_forward_hook(lambda _m, _a, o, i=i: leave(i, o)))
-        run_window(model, window)
+        head: Any = model.get_output_embeddings()  # type: ignore[operator]
+        if head is not None:
+            handles.append(head.register_forward_pre_hook(lambda _m, a: (a[0][:, :PROBED_TOKENS],)))
+        logits = run_window(model, window).logits
     finally:
         for handle in handles:
             handle.remove()
@@ -177,7 +177,9 @@ def _observe(model: nn.Module, names: Sequence[str], window: Tensor) -> list[_Vi
             f"the model changes the hidden states between {names[i - 1]!r} and {names[i]!r}; "
             "spectrim can only follow models whose blocks are chained directly"
         )
-    return visits
+    tokens = slice(PROBED_TOKENS)
+    extras = [visit.extras for visit in visits]
+    return visits, Tail(model, names, extras, latest["output"][:, tokens], logits[:, tokens])
 
 
 def _check_token_independent(
@@ -269,7 +271,7 @@ def record(
     anatomy = anatomy or trace(model, windows[:1, :8])  # only the blocks' names are needed
     names = tuple(block.name for block in anatomy.blocks)
     with evaluating(model):
-        visits = _observe(model, names, windows[:1])
+        visits, tail = _observe(model, names, windows[:1])
         _check_token_independent(model, names, visits, windows[:1])
         stream = _fill_stream(model, names[0], windows, batch, folder)
     memo: dict[int, Tensor] = {}
@@ -282,4 +284,4 @@ def record(
         )
         for v in visits
     )
-    return Replay(model, names, calls, stream)
+    return Replay(model, names, calls, stream, tail)

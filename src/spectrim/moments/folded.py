@@ -43,6 +43,14 @@ class Folded(Mapping[str, Record]):
         }
         self._records[name] = replace(record, **dict.fromkeys(panels, None)), panels
 
+    def take(self, records: Mapping[str, Record]) -> None:
+        """Keep records under their names; those that are folded already are shared."""
+        if isinstance(records, Folded):
+            self._records |= records._records
+        else:
+            for name, record in records.items():
+                self.put(name, record)
+
     def only(self, names: Iterable[str]) -> Folded[Record]:
         """Some of the records, in the same memory."""
         chosen = Folded[Record](self._dtype)

@@ -10,11 +10,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spectrim.distributed.team import Team
 from spectrim.errors import NonFiniteError
 from spectrim.model.anatomy import Anatomy
+from spectrim.model.losses import next_token
+from spectrim.model.tail import Tail
 from spectrim.moments.target_sums import ComponentsOf, GradientPass, PassSums
 
 __all__ = ["gradient_pass", "summed_loss"]
@@ -39,15 +41,18 @@ def _only_activations_need_gradients(model: Any) -> Iterator[None]:
             p.requires_grad_(flags[name])
 
 
-def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def summed_loss(tail: Tail, hidden: Tensor, ids: Tensor) -> Tensor:
     """Summed next-token cross-entropy in nats, fp32 or better: t predicts t + 1, once.
+
+    Args:
+        tail: of the model.
+        hidden: states behind its last block, (B, T, d); differentiable in them.
+        ids: the windows (B, T), on any device.
 
     Raises:
         NonFiniteError: it is NaN or infinite.
     """
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    flat = logits[:, :-1].to(wide).reshape(-1, logits.shape[-1])
-    loss = nn.functional.cross_entropy(flat, labels[:, 1:].reshape(-1), reduction="sum")
+    loss = tail.total(hidden[:, :-1], next_token(ids))
     if not bool(torch.isfinite(loss)):
         raise NonFiniteError("the loss of a batch of windows is not finite; try --dtype float32")
     return loss
@@ -90,6 +95,7 @@ def gradient_pass(
     device = model.get_input_embeddings().weight.device
     folded = torch.promote_types(model.get_input_embeddings().weight.dtype, torch.float32)
     groups = tuple(anatomy.groups())
+    tail = Tail.find(model, [block.name for block in anatomy.blocks], ids)
     sums = PassSums(groups, needs, input_needs, factors, clip, device, mine.start, folded)
     loss, chunk = 0.0, ids[:0]
     with (
@@ -99,7 +105,7 @@ def gradient_pass(
     ):
         for i in range(mine.start, mine.stop, batch):
             chunk = ids[i : min(i + batch, mine.stop)].to(device)
-            found = summed_loss(model(input_ids=chunk, use_cache=False).logits, chunk)
+            found = summed_loss(tail, tail.states(chunk), chunk)
             found.backward()
             loss += float(found.detach())
             on_batch(chunk.shape[0])

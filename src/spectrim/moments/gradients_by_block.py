@@ -26,10 +26,7 @@ from spectrim.model.stream import Stream
 from spectrim.moments.gradients import summed_loss
 from spectrim.moments.target_sums import ComponentsOf, GradientPass, PassSums
 
-__all__ = ["LOGITS_AT_ONCE", "gradients_by_block", "spacing", "streams_held"]
-
-LOGITS_AT_ONCE = 2**28
-"""Windows whose loss is taken together have at most so many logits, 1 GiB in fp32, or are one."""
+__all__ = ["gradients_by_block", "spacing", "streams_held"]
 
 
 def spacing(blocks: int) -> int:
@@ -127,13 +124,10 @@ def _gradients_of_loss(
 ) -> tuple[float, Stream]:
     """The summed loss, and its gradients in the place of the states behind the last block."""
     loss = 0.0
-    vocabulary = replay.model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
-    together = LOGITS_AT_ONCE // (vocabulary * last.shape[1])
-    for rows in last.batches(min(batch, max(1, together))):
+    for rows in last.batches(batch):
         with evaluating(replay.model), torch.enable_grad():
             hidden = last.read(rows, device).requires_grad_()
-            logits = replay.finish(hidden)
-            found = summed_loss(logits, ids[rows].to(logits.device))
+            found = summed_loss(replay.tail, hidden, ids[rows])
             (gradient,) = torch.autograd.grad(found, hidden)
         last.write(rows, gradient)
         loss += float(found.detach())

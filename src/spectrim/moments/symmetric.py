@@ -11,13 +11,18 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["ROWS_PER_PRODUCT", "SymmetricSum"]
+__all__ = ["ROWS_PER_PRODUCT", "SymmetricSum", "panel_numbers"]
 
 ROWS_PER_PRODUCT = 4096
 """Tokens per fp32 product; longer sums of products are taken in the sum's own dtype."""
 
 _PANEL = 384
 """Rows of a panel: narrower ones save products, wider ones multiply faster."""
+
+
+def panel_numbers(size: int) -> int:
+    """How many numbers a sum of this size keeps."""
+    return sum(min(_PANEL, size - start) * (size - start) for start in range(0, size, _PANEL))
 
 
 class SymmetricSum:

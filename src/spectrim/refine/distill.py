@@ -12,26 +12,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from spectrim.distributed.pool import Pool
 from spectrim.distributed.team import Team
+from spectrim.model.losses import divergence
+from spectrim.model.tail import Tail
 from spectrim.refine.block import HiddenStates
 from spectrim.refine.fitting import FitResult, FitSettings, fit
 from spectrim.refine.masters import master_weights
 
-__all__ = ["Teaching", "distill", "kl_per_token"]
-
-
-def kl_per_token(teacher: Tensor, student: Tensor) -> Tensor:
-    """`KL(softmax(teacher) ‖ softmax(student))` in nats; (..., vocabulary) -> (...).
-
-    In fp32, or fp64 where the student's logits are.
-    """
-    wide = torch.promote_types(student.dtype, torch.float32)
-    log_p = F.log_softmax(teacher.to(wide), -1)
-    log_q = F.log_softmax(student.to(wide), -1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+__all__ = ["Teaching", "distill"]
 
 
 @dataclass(frozen=True)
@@ -42,14 +32,14 @@ class Teaching:
         student: indices of windows (len,) -> the compressed network's hidden states after its
             last block, (len, T, d).
         teacher: the original network's hidden states there, (N, T, d).
-        head: such hidden states -> logits, (B, T, vocabulary); shared and untouched.
+        tail: such hidden states -> logits, (B, T, vocabulary); shared and untouched.
         train: indices of the windows to train on.
         held: indices of the windows that choose the step; empty keeps the last step.
     """
 
     student: Callable[[Tensor], Tensor]
     teacher: HiddenStates
-    head: Callable[[Tensor], Tensor]
+    tail: Tail
     train: Tensor
     held: Tensor
 
@@ -85,11 +75,11 @@ def distill(
     pool = pool or Pool(Team(), teaching.teacher.shape[0], ())
 
     def loss_of(rows: Tensor) -> Tensor:
-        with torch.no_grad():
-            expected = teaching.head(teaching.teacher.read(rows, device))
+        expected = teaching.teacher.read(rows, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            logits = teaching.head(teaching.student(rows))
-        return kl_per_token(expected, logits).mean()
+            hidden = teaching.student(rows)
+            total = teaching.tail.total(hidden, divergence(teaching.tail, expected))
+        return total / (hidden.shape[0] * hidden.shape[1])
 
     with master_weights(parameters) as as_stored:
 

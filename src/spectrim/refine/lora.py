@@ -17,14 +17,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from spectrim.errors import MissingExtraError
 from spectrim.layers.lowrank import LowRankLinear
+from spectrim.model.losses import next_token
+from spectrim.model.tail import Tail
 from spectrim.refine.fitting import FitResult, FitSettings, fit
 from spectrim.refine.masters import frozen
 
-__all__ = ["LoraTraining", "next_token_loss", "recover", "require_peft"]
+__all__ = ["LoraTraining", "recover", "require_peft"]
 
 LARGEST_WARMUP = 0.1
 """Warm-up steps are at most this share of all steps."""
@@ -76,13 +77,6 @@ def require_peft() -> Any:
     return peft
 
 
-def next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
-    """Mean cross-entropy in nats of tokens 1..T-1: logits (B, T, vocabulary), ids (B, T)."""
-    predicted = logits[:, :-1].flatten(0, 1)
-    wide = torch.promote_types(predicted.dtype, torch.float32)
-    return F.cross_entropy(predicted.to(wide), ids[:, 1:].flatten())
-
-
 @contextmanager
 def _adapted(
     layers: Sequence[LowRankLinear], factor: Literal["down", "up"], training: LoraTraining
@@ -110,7 +104,7 @@ def _adapted(
 
 
 def recover(
-    model: nn.Module,
+    tail: Tail,
     layers: Sequence[LowRankLinear],
     factor: Literal["down", "up"],
     ids: Tensor,
@@ -123,7 +117,7 @@ def recover(
     """One stage: train adapters on one factor of all layers and merge them, in place.
 
     Args:
-        model: token ids -> an object with `logits`; holds the layers.
+        tail: of the model that holds the layers.
         layers: the factored layers of the model.
         factor: which of their factors gets adapters.
         ids: windows, (N, T).
@@ -143,11 +137,11 @@ def recover(
 
     def loss_of(rows: Tensor) -> Tensor:
         chunk = ids[rows].to(device)
-        return next_token_loss(model(input_ids=chunk, use_cache=False).logits, chunk)
+        return tail.total(tail.states(chunk)[:, :-1], next_token(chunk)) / chunk[:, 1:].numel()
 
     # Initial values and dropout draw from the global generators, which are put back afterwards.
     own = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=own), frozen(model.parameters()):
+    with torch.random.fork_rng(devices=own), frozen(tail.model.parameters()):
         torch.manual_seed(training.seed)
         with _adapted(layers, factor, training) as adapters:
             trained = [p for a in adapters for p in a.parameters() if p.requires_grad]

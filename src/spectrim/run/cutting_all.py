@@ -47,7 +47,8 @@ def choose(job: Job, *, plan: Plan | None = None, survey: Survey | None = None) 
     """
     recipe = job.recipe
     if plan is None and survey is None and recipe.allocate.rule != "uniform":
-        survey = make_survey(job)
+        # A sequential flow makes factors anew: all that it takes from a survey are the ranks.
+        survey = make_survey(job, vectors=recipe.flow != "sequential")
         job.log.notes.extend(survey.notes)
     made = plan or make_plan(
         recipe,

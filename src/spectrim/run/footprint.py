@@ -19,8 +19,9 @@ from torch import nn
 from spectrim.decompose import OBJECTIVES
 from spectrim.model.onload import unit_names
 from spectrim.model.recompute import LARGE
+from spectrim.model.tail import LOGITS_AT_ONCE
 from spectrim.model.weights import get_module, is_linear
-from spectrim.moments.gradients_by_block import LOGITS_AT_ONCE, streams_held
+from spectrim.moments.gradients_by_block import streams_held
 from spectrim.recipe import ClosedFormRefinement, Recipe
 from spectrim.run.survey.planning import needed_scores
 
@@ -167,10 +168,7 @@ def _gradients(recipe: Recipe, setting: Setting, sizes: Sizes, *, by_block: bool
     tokens = min(recipe.calibration.batch, setting.windows) * setting.window_length
     running = 1 if by_block else sizes.blocks
     held = 4 * sizes.width + sum(m + n for m, n in sizes.linears)
-    logits = tokens * sizes.vocabulary
-    if by_block:
-        one = setting.window_length * sizes.vocabulary
-        logits = min(logits, max(one, LOGITS_AT_ONCE))
+    logits = min(LOGITS_AT_ONCE, tokens * sizes.vocabulary)
     parts = {
         "activations": tokens * held * running * setting.working.itemsize,
         "logits": 4 * 4 * logits,  # as computed, in fp32, their softmax and its gradient

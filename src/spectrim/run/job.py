@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from spectrim.data.windows import Windows
 from spectrim.distributed.team import Team
 from spectrim.model.anatomy import Anatomy
-from spectrim.moments.moments import OutputMoments
+from spectrim.moments.moments import Moments, OutputMoments
 from spectrim.recipe import Recipe
 from spectrim.run.keeping import Keeper
+from spectrim.run.kept_moments import FinishedInputs
 from spectrim.run.log import RunLog
 
 __all__ = ["Job", "Progress", "RunLog", "Silent"]
@@ -62,9 +63,11 @@ class Job:
         offload_streams: folder for memory-mapped streams, None for memory.
         on_failure: `error` or `keep-unrefined`.
         outputs: gradient moments of the original model, once a pass has gathered them.
+        inputs: second moments of its inputs on all windows, where that pass gathered them too.
         dtype_bytes: of one number as stored, for budgets.
         keeper: brings blocks to hand and keeps what is finished; by default a model in memory, of
             which nothing is kept.
+        finished_inputs: of the compressed network, where the pass that cuts it meets them.
         surveys: how many surveys this run has begun: each keeps its pieces under its own name.
         team: the processes that share the run; each has the whole model and its own windows.
     """
@@ -79,14 +82,18 @@ class Job:
     offload_streams: Path | None = None
     on_failure: str = "error"
     outputs: Mapping[str, OutputMoments] | None = None
+    inputs: Mapping[str, Moments] | None = None
     dtype_bytes: int = 2
     keeper: Keeper = None  # type: ignore[assignment]
+    finished_inputs: FinishedInputs = None  # type: ignore[assignment]
     surveys: int = 0
     team: Team = field(default_factory=Team)
 
     def __post_init__(self) -> None:
         if self.keeper is None:
             self.keeper = Keeper(self.model, self.log)
+        if self.finished_inputs is None:
+            self.finished_inputs = FinishedInputs(self.keeper, self.device)
 
     @property
     def ids(self) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -71,7 +72,10 @@ class _Pass:
             needs |= {"C", "shifted"}
         if self.closed_step is not None:
             needs.add("shifted")
-        self.needs = frozenset(needs)
+        self.closes = not self.trains and "shifted" in needs
+        self.seen = job.inputs or {}
+        # What the gradient pass has summed over the original inputs is not summed again.
+        self.needs = frozenset(needs - {"C"} if self.seen else needs)
         self.replay: Replay = recorded(job, job.ids)
         self.original: Stream = self.replay.stream
         self.shifted: Stream = self.original.duplicate(job.offload_streams)
@@ -111,7 +115,9 @@ def _gather_group(state: _Pass, group: Group, original: Flow, compressed: Flow |
         x = original.input_of(group.index, rows)
         x_shifted = None if compressed is None else compressed.input_of(group.index, rows)
         accumulator.add(x, x_shifted)
-    return reduced(accumulator.moments(), state.job.team)
+    moments = reduced(accumulator.moments(), state.job.team)
+    known = state.seen.get(accumulator.name)
+    return moments if known is None else replace(moments, C=known.C)
 
 
 def _updated(
@@ -155,6 +161,7 @@ def _make(
 def _cut_block(state: _Pass, plan: Plan, block: Block) -> tuple[nn.Module, Stream]:
     """Replace the block's targets in a copy; returns the copy and the original block's outputs."""
     job = state.job
+    inputs: dict[str, Moments] = {}
     module = get_module(job.model, block.name)
     compressed = copy.deepcopy(module)
     outputs = Stream.empty(*state.original.shape, state.original.dtype, job.offload_streams)
@@ -176,10 +183,13 @@ def _cut_block(state: _Pass, plan: Plan, block: Block) -> tuple[nn.Module, Strea
             )
             for target in group.targets:
                 second.replace(target, layers[target.name])
+            inputs[group.targets[0].name] = moments
         for rows in state.batches():
             outputs.write(rows, original_flow.output(rows))
             if shifted_flow is not None and state.block_step is None:
                 state.shifted.write(rows, shifted_flow.output(rows))
+    if state.closes and any(entry.converts for entry in plan.entries):
+        job.finished_inputs.keep(block, inputs)
     return compressed, outputs
 
 

@@ -19,7 +19,7 @@ from spectrim.errors import RecipeError
 from spectrim.learn.gated import GatedLinear, Lora
 from spectrim.learn.lessons import Lessons, seeded
 from spectrim.learn.pruning import Gated
-from spectrim.model.forward import evaluating, run_window
+from spectrim.model.forward import evaluating
 from spectrim.model.recompute import recomputed
 from spectrim.model.replay import Replay
 from spectrim.model.weights import get_module, read_bias, read_weight, replace_module
@@ -119,14 +119,11 @@ def gates_in_place(job: Job, gated: Gated, *, recompute: bool = False) -> Iterat
 
 def lessons_for(job: Job, replay: Replay, *, batch: int, accumulate: int, teacher: bool) -> Lessons:
     """What to train on: the calibration windows, the model itself, the original's last states."""
-
-    def head(rows: Tensor) -> Tensor:
-        return replay.finish(replay.stream.read(rows, job.device))
-
     return Lessons(
         ids=job.ids,
-        student=lambda ids: run_window(job.model, ids).logits,
-        teacher=head if teacher else None,
+        student=replay.tail.states,
+        teacher=(lambda rows: replay.stream.read(rows, job.device)) if teacher else None,
+        tail=replay.tail,
         device=job.device,
         batch=batch,
         accumulate=accumulate,

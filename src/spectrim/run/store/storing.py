@@ -2,7 +2,8 @@
 
 Targets are factored while they are cut and refined, because that is what can be trained. Here
 packed targets are packed and integer formats are rounded, block by block, with the second moments
-of the inputs that the finished network really has (one more pass over the calibration windows).
+of the inputs that the finished network really has: a sequential pass without training after it has
+met them on its way, otherwise they take one more pass over the calibration windows.
 What becomes of a target is in the plan that is returned, with its true bytes, and in the report.
 """
 
@@ -78,23 +79,19 @@ def store(job: Job, plan: Plan, dtype: torch.dtype) -> Plan:
     Raises:
         NumericalError: a matrix cannot be packed or solved for; names the target.
     """
-    waiting = {e.name: e for e in plan.entries if _must_convert(e)}
+    waiting = {e.name: e for e in plan.entries if e.converts}
     if not waiting:
         return plan
     found: dict[str, Conversion] = {}
     job.progress.start(STAGE, len(job.anatomy.blocks))
     with job.log.timed(STAGE):
-        replay = None if job.keeper.all_finished(STAGE, job.anatomy.blocks) else _replay(job)
+        replay = _replay(job)
         for block in job.anatomy.blocks:
             with job.keeper.at_hand(block):
                 if job.keeper.is_finished(STAGE, block):
                     found.update(_taken_over(job, block, waiting, replay))
                 else:
-                    moments: Sequence[Moments | None] = (
-                        [None] * len(block.groups)
-                        if replay is None
-                        else block_moments(job, replay, block, frozenset({"C"}))
-                    )
+                    moments = _inputs(job, block, replay)
                     found.update(_convert_block(job, block, waiting, moments, dtype))
                     job.keeper.finish(STAGE, block)
             job.progress.advance(STAGE, block.name)
@@ -104,14 +101,22 @@ def store(job: Job, plan: Plan, dtype: torch.dtype) -> Plan:
     return stored
 
 
-def _must_convert(entry: PlanEntry) -> bool:
-    return entry.storage == "packed" or entry.weights != "native"
-
-
 def _replay(job: Job) -> Replay | None:
-    if job.windows is None:
-        return None
-    return recorded(job, job.ids)
+    """The calibration windows on their way through the network, where some block needs them."""
+    blocks = job.anatomy.blocks
+    known = all(job.keeper.is_finished(STAGE, b) or job.finished_inputs.has(b) for b in blocks)
+    return None if job.windows is None or known else recorded(job, job.ids)
+
+
+def _inputs(job: Job, block: Block, replay: Replay | None) -> Sequence[Moments | None]:
+    """Moments of a block's groups in the finished network; None each without data."""
+    if job.finished_inputs.has(block):
+        if replay is not None:
+            advance(job, replay, block)
+        return job.finished_inputs.of(block)
+    if replay is None:
+        return [None] * len(block.groups)
+    return block_moments(job, replay, block, frozenset({"C"}))
 
 
 def _convert_block(

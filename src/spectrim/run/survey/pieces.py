@@ -22,11 +22,13 @@ class Found:
     """What the survey knows so far.
 
     `spread` holds `a_i C̄ a_iᵀ` per component, the mean squared size of each component's
-    intermediate value, for K-FAC losses of any decomposition.
+    intermediate value, for K-FAC losses of any decomposition. `full` holds every component,
+    `vectors` any at all.
     """
 
     wanted: frozenset[str]
     full: bool
+    vectors: bool = True
     curves: list[Curve] = field(default_factory=list)
     factors: dict[str, Factors] = field(default_factory=dict)
     spread: dict[str, Tensor] = field(default_factory=dict)
@@ -54,10 +56,11 @@ def save_piece(keeper: Keeper, stage: str, block: Block, found: Found) -> None:
     tensors: dict[str, Tensor] = {}
     facts = {}
     for name in (t.name for t in block.targets):
-        curve, factors = curves[name], found.factors[name]
+        curve, factors = curves[name], found.factors.get(name)
         assert curve.energy is not None
         tensors[f"{name}/energy"] = torch.from_numpy(np.array(curve.energy))
-        tensors |= {f"{name}/up": factors.up, f"{name}/down": factors.down}
+        if factors is not None:
+            tensors |= {f"{name}/up": factors.up, f"{name}/down": factors.down}
         if name in found.spread:
             tensors[f"{name}/spread"] = found.spread[name]
         facts[name] = {
@@ -89,8 +92,9 @@ def take_piece(
             lossless=said["lossless"],
         )
         found.curves.append(curve)
-        up, down = (file.read(f"{name}/{part}").to(device) for part in ("up", "down"))
-        found.factors[name] = Factors(up, down)
+        if f"{name}/up" in file.entries:
+            up, down = (file.read(f"{name}/{part}").to(device) for part in ("up", "down"))
+            found.factors[name] = Factors(up, down)
         if f"{name}/spread" in file.entries:
             found.spread[name] = file.read(f"{name}/spread").to(device)
         if said["damping"]:

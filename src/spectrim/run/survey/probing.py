@@ -12,11 +12,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectrim.model.anatomy import Target
+from spectrim.model.losses import divergence, next_token
 from spectrim.model.replay import Replay
+from spectrim.model.tail import Loss
 from spectrim.model.weights import get_module, replace_module
 from spectrim.run.cut.cutting import cut_layer
 from spectrim.run.job import Job
@@ -33,20 +34,19 @@ def measured_divergences(
 ) -> dict[str, float]:
     """Mean `KL(original || one target cut)` per token, nats, at one rank per target.
 
-    The original's log-probabilities of these windows are held in memory, in fp32.
+    The original's last hidden states are held, and its distribution follows from them.
     """
     replay = recorded(job, ids)
-    reference = {
-        rows.start: _log_probabilities(logits).cpu() for rows, logits in _outputs(job, replay)
-    }
+    reference = replay.stream.duplicate(job.offload_streams)
+    with torch.no_grad():
+        for index in range(len(replay.names)):
+            replay.advance(index, reference, job.batch, job.device)
 
-    def divergence(rows: slice, logits: Tensor) -> float:
-        log_p = reference[rows.start].to(logits.device)
-        log_q = _log_probabilities(logits)
-        return float(F.kl_div(log_q, log_p, reduction="sum", log_target=True))
+    def loss(rows: slice) -> Loss:
+        return divergence(replay.tail, reference.read(rows, job.device))
 
     probes = {name: [(None, rank)] for name, rank in ranks.items()}
-    sums = _probe(job, recorded(job, ids), factors, probes, divergence, "measure KL")
+    sums = _probe(job, replay, factors, probes, loss, "measure KL")
     return {name: total / ids.numel() for (name, _), total in sums.items()}
 
 
@@ -63,10 +63,8 @@ def measured_perplexities(
     ids = job.ids[: job.recipe.allocate.sensitivity_windows]
     own_ids = ids[job.team.share(len(ids))]
 
-    def loss(rows: slice, logits: Tensor) -> float:
-        labels = own_ids[rows].to(logits.device)[:, 1:].reshape(-1)
-        flat = logits[:, :-1].float().flatten(0, 1)
-        return float(F.cross_entropy(flat, labels, reduction="sum"))
+    def loss(rows: slice) -> Loss:
+        return next_token(own_ids[rows])
 
     probes = {name: list(ranks.items()) for name, ranks in candidates.items()}
     sums = _probe(job, recorded(job, ids), factors, probes, loss, "measure perplexity")
@@ -75,23 +73,12 @@ def measured_perplexities(
     return {key: math.exp(total / predicted) for key, total in sums.items()}
 
 
-def _log_probabilities(logits: Tensor) -> Tensor:
-    return logits.float().log_softmax(-1)
-
-
-@torch.no_grad()
-def _outputs(job: Job, replay: Replay) -> Iterator[tuple[slice, Tensor]]:
-    """Logits of the original network, batch by batch."""
-    for rows in replay.stream.batches(job.batch):
-        yield rows, _rest(job, replay, 0, rows)
-
-
 def _rest(job: Job, replay: Replay, first: int, rows: slice) -> Tensor:
-    """Logits from the states that enter block `first`, through the blocks as they are now."""
+    """Last states from those that enter block `first`, through the blocks as they are now."""
     hidden = replay.stream.read(rows, job.device)
     for index in range(first, len(replay.names)):
         hidden = replay.run(index, replay.block(index), hidden)
-    return replay.finish(hidden)
+    return hidden
 
 
 @torch.no_grad()
@@ -100,10 +87,10 @@ def _probe(
     replay: Replay,
     factors: Mapping[str, Factors],
     probes: Mapping[str, list[tuple[Any, int]]],
-    read: Callable[[slice, Tensor], float],
+    loss_of: Callable[[slice], Loss],
     stage: str,
 ) -> dict[tuple[str, Any], float]:
-    """Sum of `read` over the windows for every (target, key), each with only that target cut."""
+    """Summed loss of the windows for every (target, key), each with only that target cut."""
     sums: dict[tuple[str, Any], float] = {}
     job.progress.start(stage, len(job.anatomy.blocks))
     with job.log.timed(stage):
@@ -112,7 +99,7 @@ def _probe(
                 for key, rank in probes.get(target.name, ()):
                     with _cut(job.model, target, factors[target.name], rank):
                         sums[target.name, key] = sum(
-                            read(rows, _rest(job, replay, block.index, rows))
+                            _loss(replay, _rest(job, replay, block.index, rows), loss_of(rows))
                             for rows in replay.stream.batches(job.batch)
                         )
             replay.advance(block.index, replay.stream, job.batch, job.device)
@@ -121,6 +108,10 @@ def _probe(
         job.team.sum_([totals])
     job.progress.finish(stage)
     return dict(zip(sums, totals.tolist(), strict=True))
+
+
+def _loss(replay: Replay, hidden: Tensor, loss: Loss) -> float:
+    return float(replay.tail.total(hidden, loss))
 
 
 @contextmanager

@@ -51,7 +51,7 @@ def spectrum_of(
     lossless: int | None,
 ) -> Spectrum:
     """The first `rank` components of a decomposition, cast to fp32, and all of its numbers."""
-    up, down = whole.cut(min(rank, whole.rank))
+    up, down = whole.up[:, :rank], whole.down[:rank]
     sizes = None
     if spread and moments is not None and moments.C is not None:
         means = moments.C.to(whole.down) / moments.tokens
@@ -91,7 +91,8 @@ def shared_spectra(
         found |= {n: _room(f, device) for n, f in facts.items() if n not in found}
     for target in targets:
         one = found[target.name]
-        parts = [one.up, one.down, one.energy, *([] if one.spread is None else [one.spread])]
+        parts = [one.energy, *([] if one.spread is None else [one.spread])]
+        parts += [one.up, one.down] if one.up.numel() else []
         team.broadcast_(parts, owned[target.name])
     return found
 

@@ -74,6 +74,7 @@ def make_survey(
     scores: Collection[str] | None = None,
     weight_of: Callable[[Target], Tensor] | None = None,
     complete: bool = False,
+    vectors: bool = True,
 ) -> Survey:
     """Survey the model as it is now; nothing in it changes.
 
@@ -84,6 +85,8 @@ def make_survey(
             sensitivities.
         weight_of: exact weights to decompose where the modules hold rounded ones.
         complete: hold every component, also those that no plan can use.
+        vectors: False where ranks are all that is wanted: no factors are computed unless a score
+            needs them, which costs a third.
 
     Returns:
         A survey without key, with factors up to the largest rank that a plan can use.
@@ -95,7 +98,8 @@ def make_survey(
     choice = surveyed_choice(job.recipe.decompose)
     # Energies of the objective kfac are K-FAC losses already: no component is scored for them.
     scored = wanted & COMPONENT_SCORES - ({"kfac"} if choice.objective == "kfac" else set())
-    found = Found(wanted, full=bool(scored))
+    vectors = vectors or bool(scored or wanted & {"measured", TABLE})
+    found = Found(wanted, full=bool(scored), vectors=vectors)
     if choice.objective != job.recipe.decompose.objective:
         found.notes.append(
             f"the survey used the objective {choice.objective}, which is "
@@ -106,13 +110,13 @@ def make_survey(
     with job.log.timed("survey"):
         _decompose_all(job, stage, choice, found, weight_of)
     factors: Mapping[str, Factors] = found.factors
-    if job.keeper.onloader is not None:
+    if vectors and job.keeper.onloader is not None:
         factors = KeptFactors(job.keeper, stage, job.anatomy.blocks, job.device)
     if scored:
         with job.log.timed("scores"):
             score_components(job, choice, found, factors)
     limits = _limits(job)
-    if not complete:
+    if vectors and not complete:
         held = {c.name: min(largest_rank(c.shape, limits), c.rank) for c in found.curves}
         if job.keeper.onloader is not None:
             factors = KeptFactors(job.keeper, stage, job.anatomy.blocks, job.device, held)
@@ -135,7 +139,7 @@ def make_survey(
         facts=_facts(job, found),
         table=table,
         notes=tuple(found.notes),
-        factors=factors,
+        factors=factors if vectors else None,
     )
 
 
@@ -163,6 +167,7 @@ def _blocks(
     if OBJECTIVES[choice.objective].needs & {"G", "fisher"}:
         outputs, inputs = gathered_moments(job, choice, input_needs=input_needs, stage=stage)
         job.outputs = outputs
+        job.inputs = inputs if "C" in input_needs else None
     elif input_needs and not all(finished):
         replay = recorded(job, job.ids)
     for block, done in zip(blocks, finished, strict=True):
@@ -207,10 +212,18 @@ def _decompose_all(
                 module = get_module(job.model, target.name)
                 W = read_weight(module) if weight_of is None else weight_of(target)
                 of = moments[target.name]
-                whole = decompose_target(target, W, choice, of, outputs.get(target.name))
+                whole = decompose_target(
+                    target,
+                    W,
+                    choice,
+                    of,
+                    outputs.get(target.name),
+                    rank=None if found.vectors else 0,
+                )
                 full = whole.rank if found.full else largest_rank(shapes[target.name].shape, limits)
                 exact = exact_rank(W, name=target.name)
-                return spectrum_of(whole, full, of, spread="kfac" in found.wanted, lossless=exact)
+                weighed = "kfac" in found.wanted and choice.objective != "kfac"
+                return spectrum_of(whole, full, of, spread=weighed, lossless=exact)
 
             waiting = [b for b in span if not job.keeper.has(piece_name(stage, b))]
             targets = [target for block in waiting for target in block.targets]
@@ -225,7 +238,7 @@ def _decompose_all(
                 if job.keeper.onloader is not None:
                     # Read again when they are cut: together they can be larger than the model.
                     for target in block.targets:
-                        del found.factors[target.name]
+                        found.factors.pop(target.name, None)
                 job.progress.advance("survey", block.name)
     job.progress.finish("survey")
     if "kfac" in found.wanted and choice.objective == "kfac":
@@ -235,7 +248,8 @@ def _decompose_all(
 
 def _keep(found: Found, bare: Curve, whole: Spectrum) -> None:
     """Note one target's spectrum and as many of its components as are still needed."""
-    found.factors[bare.name] = Factors(whole.up, whole.down)
+    if found.vectors:
+        found.factors[bare.name] = Factors(whole.up, whole.down)
     if whole.spread is not None:
         found.spread[bare.name] = whole.spread
     if whole.damping:

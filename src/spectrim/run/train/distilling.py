@@ -101,11 +101,8 @@ def distill_network(job: Job, step: DistillRefinement, teacher: Teacher) -> str:
         hidden = entering.read(rows, job.device).to(wide)
         for index, module in enumerate(modules):
             hidden = replay.run(index, module, hidden)
-        return hidden
-
-    def head(hidden: Tensor) -> Tensor:
         # Norm and output projection keep their dtype, while the blocks have fp32 masters.
-        return replay.finish(hidden.to(teacher.hidden.dtype))
+        return hidden.to(teacher.hidden.dtype)
 
     settings = FitSettings(
         steps=step.steps,
@@ -123,7 +120,7 @@ def distill_network(job: Job, step: DistillRefinement, teacher: Teacher) -> str:
     with frozen(others):
         loss = distill(
             parameters,
-            Teaching(student, leaving, head, teacher.train, teacher.held),
+            Teaching(student, leaving, replay.tail, teacher.train, teacher.held),
             settings,
             device=job.device,
             autocast=job.device.type != "cpu",

@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 from spectrim.layers.lowrank import LowRankLinear
 from spectrim.layers.swap import compressed_layers
+from spectrim.model.tail import Tail
 from spectrim.recipe import LoraRefinement
 from spectrim.refine.fitting import hold_out
 from spectrim.refine.lora import LoraTraining, recover
@@ -39,6 +40,7 @@ def recover_network(job: Job, step: LoraRefinement) -> None:
 def _train(job: Job, step: LoraRefinement, layers: list[LowRankLinear]) -> float:
     """All stages, on this process."""
     train, held = hold_out(len(job.ids), step.held_out)
+    tail = Tail.find(job.model, [block.name for block in job.anatomy.blocks], job.ids)
     for number, factor in enumerate(step.order):
         training = LoraTraining(
             seed=job.recipe.seed + number,
@@ -46,7 +48,7 @@ def _train(job: Job, step: LoraRefinement, layers: list[LowRankLinear]) -> float
             **step.model_dump(exclude={"step", "order", "held_out"}),
         )
         loss = recover(
-            job.model,
+            tail,
             layers,
             factor,
             job.ids,

@@ -1,0 +1,137 @@
+"""Moments of many blocks between the pass that gathers them and the one that uses them.
+
+They lie in the work folder as pieces, one per block, or folded in memory (`moments/folded.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectrim.model.anatomy import Block
+from spectrim.moments.folded import Folded
+from spectrim.moments.moments import Moments, Record
+from spectrim.run.keeping import Keeper
+from spectrim.storage.shared_work import Piece
+
+__all__ = ["FinishedInputs", "KeptMoments", "flattened", "restored"]
+
+
+class KeptMoments(Mapping[str, Record]):
+    """Moments in the work folder, by target; read when one is asked for.
+
+    Its names are those of all targets (inputs: of every group's first), gathered or not.
+
+    Args:
+        keeper: has the pieces.
+        device: where moments are wanted.
+        pieces: block -> its piece.
+        kind: `out` or `in`.
+        record: what they are.
+    """
+
+    def __init__(
+        self,
+        keeper: Keeper,
+        device: torch.device,
+        pieces: Mapping[Block, str],
+        kind: str,
+        record: type[Record],
+    ):
+        self._keeper, self._device = keeper, device
+        self._kind, self._record = kind, record
+        self._pieces = {
+            target.name: piece
+            for block, piece in pieces.items()
+            for group in block.groups
+            for target in (group.targets if kind == "out" else group.targets[:1])
+        }
+
+    def __getitem__(self, name: str) -> Record:
+        file, numbers = self._keeper.load(self._pieces[name])
+        found = restored(file, numbers, self._kind, self._record, self._device, only=name)
+        return found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._pieces)
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+
+def flattened(records: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Tensor], dict]:
+    """Tensors by `kind/name/field`, and the numbers beside them."""
+    tensors, numbers = {}, {}
+    for kind, found in records.items():
+        for name, record in found.items():
+            for field in fields(record):
+                value = getattr(record, field.name)
+                where = f"{kind}/{name}/{field.name}"
+                if isinstance(value, Tensor):
+                    tensors[where] = value
+                else:
+                    numbers[where] = value
+    return tensors, numbers
+
+
+def restored(
+    file: Piece,
+    numbers: Mapping[str, Any],
+    kind: str,
+    record: type[Record],
+    device: torch.device,
+    *,
+    only: str | None = None,
+) -> dict[str, Record]:
+    """Records of a piece as `flattened` took them apart; all of them or one."""
+    values: dict[str, dict[str, Any]] = {}
+    for where in (*file.entries, *numbers):
+        found, name, field = where.split("/")
+        if found == kind and only in (None, name):
+            value = numbers[where] if where in numbers else file.read(where).to(device)
+            values.setdefault(name, {})[field] = value
+    return {name: record(**given) for name, given in values.items()}
+
+
+class FinishedInputs:
+    """Second moments of the inputs that the finished network has, one block after the other.
+
+    A sequential pass meets them on its way, so that storing needs no pass of its own. They are
+    kept in fp32: in the work folder, from which a run goes on, or in memory.
+    """
+
+    def __init__(self, keeper: Keeper, device: torch.device):
+        self._keeper, self._device = keeper, device
+        self._here = Folded[Moments]()
+
+    def keep(self, block: Block, found: Mapping[str, Moments]) -> None:
+        """Keep a block's moments, by a group's first target; what they hold is `shifted`."""
+        inputs = {
+            name: Moments(one.tokens, None if one.shifted is None else one.shifted.float())
+            for name, one in found.items()
+        }
+        if self._keeper.work is None:
+            self._here.take(inputs)
+        elif not self._keeper.has(_inputs_key(block)):
+            self._keeper.save(_inputs_key(block), *flattened({"in": inputs}))
+
+    def has(self, block: Block) -> bool:
+        """Whether a block's moments were kept, by this run or an earlier one."""
+        return self._keeper.has(_inputs_key(block)) or block.targets[0].name in self._here
+
+    def of(self, block: Block) -> list[Moments]:
+        """A block's moments, group by group, fp64."""
+        found: Mapping[str, Moments] = self._here
+        if self._keeper.has(_inputs_key(block)):
+            piece, numbers = self._keeper.load(_inputs_key(block))
+            found = restored(piece, numbers, "in", Moments, self._device)
+        kept = [found[group.targets[0].name] for group in block.groups]
+        return [replace(one, C=None if one.C is None else one.C.double()) for one in kept]
+
+
+def _inputs_key(block: Block) -> str:
+    return f"finished-inputs-{block.index:03d}"
