@@ -9,7 +9,7 @@ from spectrim.allocate.ladder import Limits
 from spectrim.learn.gated import GatedLinear, Lora
 from spectrim.learn.lessons import Lessons, seeded
 from spectrim.learn.pruning import Gated
-from spectrim.model.tail import Tail
+from spectrim.model.tail import Tail, blocks_in_sequence
 from spectrim.model.weights import read_bias, read_weight, replace_module
 from storage_cases import linear_names
 
@@ -42,7 +42,7 @@ def gated_model(name="llama", *, rank=0, deviation=False, dtype=torch.float32, d
 
 def lessons_of(model, *, n=8, batch=4, seed=0, teacher=None, accumulate=1):
     ids = windows(n)
-    names = [f"model.layers.{i}" for i in range(len(model.model.layers))]
+    names = blocks_in_sequence(model, ids[:1])
     tail, states = Tail.find(model, names, ids), None
     if teacher is not None:
         with torch.no_grad():

@@ -55,7 +55,9 @@ class Calibration(Section):
     bos: Literal["none", "each", "half"] = Field(
         default="none", description="BOS at the start of no window, of each, or of every second one"
     )
-    batch: int = Field(default=8, ge=1, description="windows per forward pass")
+    batch: int | None = Field(
+        default=None, ge=1, description="windows per forward pass; None follows the memory"
+    )
 
 
 Objective = Literal[

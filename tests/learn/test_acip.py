@@ -60,10 +60,7 @@ def run(
     **changes,
 ):
     model, gated = gated_model(rank=1, dropout=0.1, dtype=dtype)
-    with torch.no_grad():
-        expected = model(windows(8)).logits
-    lessons = lessons_of(model)
-    lessons.teacher = lambda rows: expected[rows]
+    lessons = lessons_of(model, teacher=model)
     settings = PruningSettings(**{**PRUNING, **changes})
     pruned = prune(gated, lessons, settings, checkpoint=checkpoint, report=report)
     masked = None

@@ -49,8 +49,7 @@ def prepared(name="llama", **options):
     model, gated = gated_model(name, **options)
     with torch.no_grad():
         expected = model(windows(8)).logits
-    lessons = lessons_of(model)
-    lessons.teacher = lambda rows: expected[rows]
+    lessons = lessons_of(model, teacher=model)
     return model, gated, lessons, expected
 
 

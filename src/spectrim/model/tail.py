@@ -88,10 +88,11 @@ def pieces(
         whole: leave windows in one piece, however many logits they have.
     """
     together = max(1, LOGITS_AT_ONCE // vocabulary)
-    rows, positions = max(1, together // max(1, length)), min(length, together)
+    rows, positions = max(1, together // max(1, length)), length if whole else together
     for first in range(0, count, rows):
-        for start in range(0, length, length if whole else positions):
-            yield slice(first, first + rows), slice(start, start + (length if whole else positions))
+        for start in range(0, length, positions):
+            stop = min(start + positions, length)
+            yield slice(first, min(first + rows, count)), slice(start, stop)
 
 
 def blocks_in_sequence(model: nn.Module, ids: Tensor) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from spectrim.model.losses import next_token
 from spectrim.model.tail import Tail
 from spectrim.moments.target_sums import ComponentsOf, GradientPass, PassSums
 
-__all__ = ["gradient_pass", "summed_loss"]
+__all__ = ["folded_dtype", "gradient_pass", "summed_loss"]
 
 
 @contextmanager
@@ -39,6 +39,11 @@ def _only_activations_need_gradients(model: Any) -> Iterator[None]:
         model.train(was_training)
         for name, p in model.named_parameters():
             p.requires_grad_(flags[name])
+
+
+def folded_dtype(model: Any) -> torch.dtype:
+    """Of symmetric sums over all blocks at once: fp32, or fp64 where the model is."""
+    return torch.promote_types(model.get_input_embeddings().weight.dtype, torch.float32)
 
 
 def summed_loss(tail: Tail, hidden: Tensor, ids: Tensor) -> Tensor:
@@ -93,10 +98,9 @@ def gradient_pass(
     team = team or Team()
     mine = team.share(ids.shape[0])
     device = model.get_input_embeddings().weight.device
-    folded = torch.promote_types(model.get_input_embeddings().weight.dtype, torch.float32)
-    groups = tuple(anatomy.groups())
+    groups, dtype = tuple(anatomy.groups()), folded_dtype(model)
     tail = Tail.find(model, [block.name for block in anatomy.blocks], ids)
-    sums = PassSums(groups, needs, input_needs, factors, clip, device, mine.start, folded)
+    sums = PassSums(groups, needs, input_needs, factors, clip, device, mine.start, dtype)
     loss, chunk = 0.0, ids[:0]
     with (
         _only_activations_need_gradients(model),

@@ -24,6 +24,7 @@ from spectrim.model.forward import evaluating
 from spectrim.model.replay import Replay
 from spectrim.model.stream import Stream
 from spectrim.moments.gradients import summed_loss
+from spectrim.moments.gradients_recomputed import pulled_back
 from spectrim.moments.target_sums import ComponentsOf, GradientPass, PassSums
 
 __all__ = ["gradients_by_block", "spacing", "streams_held"]
@@ -149,8 +150,6 @@ def _step_back(
     watched = sums.watching(replay.model.get_submodule, lambda: hidden.shape[0])
     with evaluating(module), watched, torch.enable_grad():
         for rows in entered.batches(batch):
-            hidden = entered.read(rows, device).requires_grad_()
-            output = replay.run(block.index, module, hidden)
-            # Asked for the states' gradient only: no parameter's is computed.
-            (gradient,) = torch.autograd.grad(output, hidden, gradients.read(rows, device))
-            gradients.write(rows, gradient)
+            hidden = entered.read(rows, device)
+            behind = gradients.read(rows, device)
+            gradients.write(rows, pulled_back(replay, block.index, module, hidden, behind))

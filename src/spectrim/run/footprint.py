@@ -11,21 +11,36 @@ with coefficients measured on this library's decompositions of matrices of sever
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from spectrim.decompose import OBJECTIVES
 from spectrim.model.onload import unit_names
-from spectrim.model.recompute import LARGE
 from spectrim.model.tail import LOGITS_AT_ONCE
 from spectrim.model.weights import get_module, is_linear
 from spectrim.moments.gradients_by_block import streams_held
-from spectrim.recipe import ClosedFormRefinement, Recipe
+from spectrim.moments.symmetric import panel_numbers
+from spectrim.recipe import BlockRefinement, ClosedFormRefinement, Recipe
 from spectrim.run.survey.planning import needed_scores
 
-__all__ = ["Phase", "Setting", "Sizes", "phases", "read_sizes", "weight_parts"]
+__all__ = [
+    "Phase",
+    "Room",
+    "Setting",
+    "Sizes",
+    "cut_phase",
+    "gradient_phase",
+    "has_gradients",
+    "read_sizes",
+    "sizes_of",
+    "weight_parts",
+]
+
+Backward = Literal["whole", "recomputed", "by block"]
+"""How a gradient pass goes: the graph of all blocks at once; the states in front of every block
+kept and a block's graph at a time; or block by block, where not even all sums fit."""
 
 _WORKSPACE = {"plain": (0.0, 6.0, 0.0), "whitened": (1.0, 5.6, 1.1), "anchored": (9.5, 5.0, 5.5)}
 """Coefficients (a, b, c) by family of objectives."""
@@ -44,6 +59,23 @@ class Setting:
     offloaded: bool
     windows: int
     window_length: int
+
+
+@dataclass(frozen=True)
+class Room:
+    """How a run is made to fit: what changes rounding, time and memory, but no result.
+
+    Attributes:
+        batch: windows per forward pass.
+        graph: windows per backward pass.
+        backward: how gradients are taken.
+        restarts: begin a block's forwards anew at every group instead of pausing them.
+    """
+
+    batch: int
+    graph: int
+    backward: Backward = "whole"
+    restarts: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,6 +117,11 @@ def read_sizes(config: Any, trust_remote_code: bool) -> Sizes:
         skeleton: Any = AutoModelForCausalLM.from_config(
             config, trust_remote_code=trust_remote_code
         )
+    return sizes_of(skeleton)
+
+
+def sizes_of(skeleton: Any) -> Sizes:
+    """Sizes of a model, in memory or not."""
     blocks = [get_module(skeleton, name) for name in unit_names(skeleton)]
     largest = max(blocks, key=_parameters)
     linears, inputs = [], []
@@ -134,61 +171,81 @@ def weight_parts(setting: Setting, sizes: Sizes) -> dict[str, int]:
     }
 
 
-def phases(recipe: Recipe, setting: Setting, sizes: Sizes, *, planned: bool) -> list[Phase]:
-    """Phases of a run: the gradient pass where there is one, and the cut.
+def has_gradients(recipe: Recipe, *, planned: bool) -> tuple[bool, bool]:
+    """Whether a recipe gathers gradient moments, and whether it takes gradients at all.
 
     Args:
         recipe: resolved.
-        setting: where and how it runs.
-        sizes: of the model.
         planned: whether the ranks are given, so that nothing is scored.
     """
-    cut = _cut(recipe, setting, sizes)
-    gathered = OBJECTIVES[recipe.decompose.objective].needs & {"G", "fisher"}
+    gathered = bool(OBJECTIVES[recipe.decompose.objective].needs & {"G", "fisher"})
     scored = not planned and needed_scores(recipe.allocate) & {"first_order", "second_order"}
-    if not gathered and not scored:
-        return [cut]
-    by_block = setting.out_of_core or sizes.blocks * sizes.block + sizes.other >= LARGE
-    gradients = _gradients(recipe, setting, sizes, by_block=by_block)
-    if gathered:
-        # Of a large model one block's moments at a time: the others lie in the work folder.
-        own = sum(m * m for m, _ in sizes.linears) + sum(n * n for n in sizes.inputs)
-        gradients.parts["gradient moments"] = 8 * own * (1 if by_block else sizes.blocks)
-        if not by_block:
-            cut.parts["gradient moments"] = 8 * own * sizes.blocks
-    return [gradients, cut]
+    return gathered, bool(gathered or scored)
 
 
 def _stream(setting: Setting, sizes: Sizes) -> int:
     return setting.windows * setting.window_length * sizes.width * setting.working.itemsize
 
 
-def _gradients(recipe: Recipe, setting: Setting, sizes: Sizes, *, by_block: bool) -> Phase:
-    """The backward pass: activations of one block or of all, and the loss's logits."""
-    tokens = min(recipe.calibration.batch, setting.windows) * setting.window_length
-    running = 1 if by_block else sizes.blocks
-    held = 4 * sizes.width + sum(m + n for m, n in sizes.linears)
-    logits = min(LOGITS_AT_ONCE, tokens * sizes.vocabulary)
+def _own(sizes: Sizes, *, folded: bool) -> int:
+    """Numbers in one block's gradient moments `G` and its input moments `C`."""
+    count = panel_numbers if folded else (lambda n: n * n)
+    return sum(count(m) for m, _ in sizes.linears) + sum(count(n) for n in sizes.inputs)
+
+
+GRAPH_NUMBERS = 1.25
+"""Numbers of a block's graph per token, in its widths: the states four times, and every linear's
+input and output. Measured on blocks of several architectures."""
+
+
+def gradient_phase(recipe: Recipe, setting: Setting, sizes: Sizes, room: Room) -> Phase:
+    """The backward pass: activations of one block or of all, and a piece of the logits."""
+    working = setting.working.itemsize
+    tokens = min(room.graph, setting.windows) * setting.window_length
+    graph = GRAPH_NUMBERS * (4 * sizes.width + sum(m + n for m, n in sizes.linears))
+    running = sizes.blocks if room.backward == "whole" else 1
     parts = {
-        "activations": tokens * held * running * setting.working.itemsize,
-        "logits": 4 * 4 * logits,  # as computed, in fp32, their softmax and its gradient
+        "activations": int(tokens * graph * running * working),
+        "logits": 4 * 4 * min(LOGITS_AT_ONCE, tokens * sizes.vocabulary),
     }
-    return Phase(streams_held(sizes.blocks) * _stream(setting, sizes) if by_block else 0, parts)
+    if room.backward == "recomputed":
+        parts["states"] = tokens * sizes.width * sizes.blocks * working
+    gathered, _ = has_gradients(recipe, planned=False)
+    if gathered:
+        by_block = room.backward == "by block"
+        held = 8 * _own(sizes, folded=False) if by_block else _folded(setting, sizes)
+        parts["gradient moments"] = held
+    if needed_scores(recipe.allocate) & {"first_order", "second_order"}:
+        parts["components"] = _components(sizes)
+    if room.backward != "by block":
+        return Phase(0, parts)
+    return Phase(streams_held(sizes.blocks) * _stream(setting, sizes), parts)
+
+
+def _components(sizes: Sizes) -> int:
+    """All components of all targets, fp32."""
+    return 4 * sizes.blocks * sum(min(m, n) * (m + n) for m, n in sizes.linears)
+
+
+def _folded(setting: Setting, sizes: Sizes) -> int:
+    """Gradient and input moments of all blocks, as they are held in memory."""
+    return 4 * sizes.blocks * _own(sizes, folded=True)
 
 
 def _streams(recipe: Recipe) -> int:
     """Streams that exist at the same time."""
     if recipe.flow == "sequential":
-        return 3  # original, shifted, and the original behind the block
+        # Original and shifted; what a block is trained towards is a third one.
+        return 2 + any(isinstance(s, BlockRefinement) for s in recipe.refine)
     return 1 if OBJECTIVES[recipe.decompose.objective].needs & {"C", "absolute"} else 0
 
 
-def _cut(recipe: Recipe, setting: Setting, sizes: Sizes) -> Phase:
-    """Moments and decomposition of a block's targets."""
+def cut_phase(recipe: Recipe, setting: Setting, sizes: Sizes, room: Room) -> Phase:
+    """Moments and decomposition of a block's targets, beside what other blocks wait for."""
     working = setting.working.itemsize
     objective = recipe.decompose.objective
     needs = OBJECTIVES[objective].needs
-    tokens = min(recipe.calibration.batch, setting.windows) * setting.window_length
+    tokens = min(room.batch, setting.windows) * setting.window_length
     if not needs & {"C", "shifted", "cross", "absolute"}:
         tokens = 0
     family = _FAMILY.get(objective, objective)
@@ -207,9 +264,13 @@ def _cut(recipe: Recipe, setting: Setting, sizes: Sizes) -> Phase:
         )
         matrices = 8 * kinds * max(sizes.inputs) ** 2
         parts["copy of the block"] = sizes.block * working
-        if not setting.offloaded:
+        if not setting.offloaded and not room.restarts:
             held = 2 * sizes.width + sizes.widest
             paused = setting.windows * setting.window_length * held * working
             parts["paused forwards"] = 2 * paused
+    elif needed_scores(recipe.allocate):
+        parts["components"] = _components(sizes)
     parts["moments"] = matrices
+    if has_gradients(recipe, planned=True)[0] and room.backward != "by block":
+        parts["gradient moments"] = _folded(setting, sizes)
     return Phase(_streams(recipe) * _stream(setting, sizes), parts)

@@ -15,6 +15,7 @@ from spectrim.distributed.team import Team
 from spectrim.model.anatomy import Anatomy
 from spectrim.moments.moments import Moments, OutputMoments
 from spectrim.recipe import Recipe
+from spectrim.run.footprint import Room
 from spectrim.run.keeping import Keeper
 from spectrim.run.kept_moments import FinishedInputs
 from spectrim.run.log import RunLog
@@ -68,6 +69,7 @@ class Job:
         keeper: brings blocks to hand and keeps what is finished; by default a model in memory, of
             which nothing is kept.
         finished_inputs: of the compressed network, where the pass that cuts it meets them.
+        room: how the run is made to fit; by default whatever the recipe's batch needs.
         surveys: how many surveys this run has begun: each keeps its pieces under its own name.
         team: the processes that share the run; each has the whole model and its own windows.
     """
@@ -86,12 +88,17 @@ class Job:
     dtype_bytes: int = 2
     keeper: Keeper = None  # type: ignore[assignment]
     finished_inputs: FinishedInputs = None  # type: ignore[assignment]
+    room: Room = None  # type: ignore[assignment]
     surveys: int = 0
     team: Team = field(default_factory=Team)
 
     def __post_init__(self) -> None:
         if self.keeper is None:
             self.keeper = Keeper(self.model, self.log)
+        if self.room is None:
+            batch = self.recipe.calibration.batch or 8
+            apart = self.keeper.onloader is not None
+            self.room = Room(batch, batch, "by block" if apart else "whole")
         if self.finished_inputs is None:
             self.finished_inputs = FinishedInputs(self.keeper, self.device)
 
@@ -105,4 +112,4 @@ class Job:
     @property
     def batch(self) -> int:
         """Windows per forward pass."""
-        return self.recipe.calibration.batch
+        return self.room.batch

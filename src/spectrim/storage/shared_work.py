@@ -56,8 +56,11 @@ class Work(Protocol):
         """Keys of the finished pieces."""
         ...
 
-    def begin(self, identity: Mapping[str, Any]) -> None:
-        """Say whose work this is; earlier work is verified and goes on."""
+    def begin(
+        self, identity: Mapping[str, Any], chosen: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Say whose work this is; earlier work is verified and goes on. Returns what was chosen."""
+        ...
 
     def write(self, key: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Finish a piece."""
@@ -113,13 +116,17 @@ class SharedWork:
         """Keys of the finished pieces."""
         return self._finished.keys()
 
-    def begin(self, identity: Mapping[str, Any]) -> None:
+    def begin(
+        self, identity: Mapping[str, Any], chosen: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
         """Say whose work this is; earlier work is verified, by the leader, and goes on."""
-        found: list[str] = []
+        found: list[Any] = [[], {}]
         if self._folder is not None:
-            self._folder.begin(identity)
-            found = list(self._folder.finished)
-        self._finished = dict.fromkeys(self._team.gather(found)[0])
+            decided = self._folder.begin(identity, chosen)
+            found = [list(self._folder.finished), decided]
+        finished, decided = self._team.gather(found)[0]
+        self._finished = dict.fromkeys(finished)
+        return decided
 
     def write(self, key: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Finish a piece, which is the same everywhere; without copies only the leader writes."""

@@ -77,25 +77,32 @@ class WorkFolder:
         """Keys of the finished pieces."""
         return () if self._manifest is None else self._manifest.files.keys()
 
-    def begin(self, identity: Mapping[str, Any]) -> None:
+    def begin(
+        self, identity: Mapping[str, Any], chosen: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
         """Say whose work this is; earlier work is verified and goes on.
 
         Args:
             identity: flat plain data: everything that the pieces depend on.
+            chosen: the same of what this machine suggests and the first run decides.
+
+        Returns:
+            What was chosen when the work began.
 
         Raises:
             InputError: the folder holds the work of another run; names what differs.
             ArtifactError: the manifest or a finished file is damaged.
             OutputError: the folder cannot be written.
         """
-        plain = json.loads(json.dumps(dict(identity)))
+        plain, decided = (json.loads(json.dumps(dict(x))) for x in (identity, chosen or {}))
         path = self.path / MANIFEST
         if not path.exists():
-            self._manifest = _Manifest(identity=plain)
+            self._manifest = _Manifest(identity=plain | decided)
             self._save()
-            return
+            return decided
         found = _read_manifest(path)
-        self._compare(found, plain)
+        decided |= {key: found.identity[key] for key in decided if key in found.identity}
+        self._compare(found, plain | decided)
         self._manifest = found
         gone = [key for key in found.files if not self._path(key).exists()]
         for key in gone:
@@ -105,6 +112,7 @@ class WorkFolder:
             self._verify(key, file)
         if found.files:
             logger.info("%s: going on after %d finished pieces", self.path, len(found.files))
+        return decided
 
     def begin_anew(self) -> None:
         """Forget what lies here, and hold the copy of another folder's work.

@@ -81,14 +81,14 @@ def paused_bytes(block: Block, stream: Stream) -> int:
 
 
 def must_restart(job: Job, stream: Stream, *, streams: int) -> bool:
-    """Whether pausing would take too much memory: streams on disk say so, an accelerator is asked.
+    """Whether pausing would take too much memory: the run's room, streams on disk, an accelerator.
 
     Args:
         job: the run.
         stream: one of the streams, before the first block.
         streams: how many pause at the same time.
     """
-    if job.offload_streams is not None:
+    if job.room.restarts or job.offload_streams is not None:
         return True
     if job.device.type != "cuda":
         return False

@@ -164,7 +164,10 @@ def _cut_block(state: _Pass, plan: Plan, block: Block) -> tuple[nn.Module, Strea
     inputs: dict[str, Moments] = {}
     module = get_module(job.model, block.name)
     compressed = copy.deepcopy(module)
-    outputs = Stream.empty(*state.original.shape, state.original.dtype, job.offload_streams)
+    # Without training nothing asks for the original inputs again: outputs take their place.
+    outputs = state.original
+    if state.block_step is not None:
+        outputs = Stream.empty(*outputs.shape, outputs.dtype, job.offload_streams)
     with ExitStack() as stack:
         first = stack.enter_context(Staged(module, block.groups))
         second = stack.enter_context(Staged(compressed, block.groups))

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-import torch
-
 from spectrim.decompose import OBJECTIVES
 from spectrim.model.anatomy import Block
-from spectrim.model.recompute import is_large
 from spectrim.moments.folded import Folded
-from spectrim.moments.gradients import gradient_pass
+from spectrim.moments.gradients import folded_dtype, gradient_pass
 from spectrim.moments.gradients_by_block import gradients_by_block
+from spectrim.moments.gradients_recomputed import gradients_recomputed
 from spectrim.moments.moments import Moments, OutputMoments
 from spectrim.moments.target_sums import ComponentsOf, GradientPass
 from spectrim.recipe import Decompose
@@ -33,8 +31,9 @@ def backward_pass(
 ) -> Iterator[tuple[Block, GradientPass]]:
     """Gradients of the first windows, block by block, all targets of a block at once.
 
-    Small models in memory take one forward and one backward for all blocks; others go block by
-    block from the last to the first, with as much in memory as one block needs.
+    The run's room says how: one forward and one backward for all blocks, the same with a block's
+    graph at a time, or block by block from the last to the first, with as much in memory as one
+    block needs.
 
     Args:
         job: the run; its model is left as it is.
@@ -57,7 +56,7 @@ def backward_pass(
         "input_needs": input_needs,
         "factors": factors,
         "clip": choice.clip,
-        "batch": job.batch,
+        "batch": job.room.graph,
         "team": job.team,
     }
     if by_block(job):
@@ -80,15 +79,25 @@ def backward_pass(
             for _ in range(done):
                 job.progress.advance(stage)
 
-        whole = gradient_pass(job.model, job.anatomy, ids, on_batch=advance, **options)
+        if job.room.backward == "recomputed":
+            whole = gradients_recomputed(
+                recorded(job, ids),
+                job.anatomy,
+                ids,
+                device=job.device,
+                on_batch=advance,
+                **options,
+            )
+        else:
+            whole = gradient_pass(job.model, job.anatomy, ids, on_batch=advance, **options)
         for block in job.anatomy.blocks:
             yield block, whole.of(block)
     job.progress.finish(stage)
 
 
 def by_block(job: Job) -> bool:
-    """Whether gradients are taken one block at a time: the model is large or not in memory."""
-    return job.keeper.onloader is not None or is_large(job.model)
+    """Whether gradients are taken one block at a time: not even all sums fit into memory."""
+    return job.room.backward == "by block"
 
 
 def gathered_moments(
@@ -112,7 +121,7 @@ def gathered_moments(
     blocks, keeper = job.anatomy.blocks, job.keeper
     names = {block: f"{stage}-gradients-{block.index:03d}" for block in blocks}
     lies = by_block(job) and keeper.work is not None
-    dtype = torch.promote_types(job.model.get_input_embeddings().weight.dtype, torch.float32)
+    dtype = folded_dtype(job.model)
     outputs, inputs = Folded[OutputMoments](dtype), Folded[Moments](dtype)
     if not all(keeper.has(name) for name in names.values()):
         for block, found in backward_pass(job, choice, input_needs=input_needs):
