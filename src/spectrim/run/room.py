@@ -1,0 +1,160 @@
+"""How a run is made to fit into a machine: chosen before it begins, from sizes alone.
+
+Of all ways to run, the fastest is taken whose predicted peak stays under half of the memory that
+the machine has in all; what other programs leave free at the moment plays no part, so that the
+same command does the same again. What does not even fit in the thriftiest way is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from spectrim.errors import InputError
+from spectrim.recipe import Recipe
+from spectrim.run.footprint import (
+    Phase,
+    Room,
+    Setting,
+    Sizes,
+    cut_phase,
+    gradient_phase,
+    has_gradients,
+    weight_parts,
+)
+
+__all__ = ["BASE", "check_fits", "choose_room", "limit_of", "peak_parts"]
+
+BASE = 350 * 2**20
+"""What interpreter and libraries take, and buffers that are loaded only when a run uses them."""
+
+SHARE_OF_MEMORY = 0.5
+"""A run may take this share of a machine's memory."""
+
+SHARE_OF_GRAPH = 0.25
+"""The graph of all blocks may take this share of what a run may take: recomputing costs little."""
+
+TOKENS = {"cpu": 2048}
+TOKENS_ELSEWHERE = 16384
+"""Tokens per forward pass from which products are no faster with more."""
+
+
+def limit_of(total: int | None) -> int | None:
+    """Bytes that a run may take of a machine's, None where that is not known."""
+    return None if total is None else int(total * SHARE_OF_MEMORY)
+
+
+def choose_room(
+    recipe: Recipe,
+    setting: Setting,
+    sizes: Sizes,
+    *,
+    planned: bool,
+    limit: int | None,
+    batch: int | None = None,
+) -> Room:
+    """The fastest way that fits, or the thriftiest one if none does.
+
+    Args:
+        recipe: resolved.
+        setting: where it runs, and on which windows.
+        sizes: of the model.
+        planned: whether the ranks are given.
+        limit: bytes that the run may take, None for as many as it likes.
+        batch: windows per pass, where the user has said so.
+    """
+    fixed = sum(weight_parts(setting, sizes).values()) + _base(setting)
+    gathers, backward = has_gradients(recipe, planned=planned)
+    most = TOKENS.get(setting.device.type, TOKENS_ELSEWHERE)
+    choice = Room(batch or 1, batch or 1)
+    for room in _rooms(setting, most, batch):
+        if _fits(fixed, cut_phase(recipe, setting, sizes, room), limit, setting):
+            choice = room
+            break
+    else:
+        choice = room
+    if not backward:
+        return choice
+    for room in _backward_rooms(setting, choice, most, batch, by_block=gathers):
+        phase = gradient_phase(recipe, setting, sizes, room)
+        graph = phase.parts["activations"]
+        if room.backward == "whole" and limit is not None and graph > SHARE_OF_GRAPH * limit:
+            continue
+        if _fits(fixed, phase, limit, setting):
+            return room
+    return room
+
+
+def _base(setting: Setting) -> int:
+    return BASE if setting.device.type == "cpu" else 0
+
+
+def _fits(fixed: int, phase: Phase, limit: int | None, setting: Setting) -> bool:
+    streams = phase.streams if setting.device.type == "cpu" and not setting.offloaded else 0
+    return limit is None or fixed + streams + sum(phase.parts.values()) <= limit
+
+
+def _sizes_of_batch(setting: Setting, tokens: int, batch: int | None) -> Iterator[int]:
+    """Numbers of windows, the largest first."""
+    if batch is not None:
+        yield batch
+        return
+    size = max(1, min(setting.windows, tokens // setting.window_length))
+    while size >= 1:
+        yield size
+        size //= 2
+
+
+def _rooms(setting: Setting, tokens: int, batch: int | None) -> Iterator[Room]:
+    for restarts in (setting.offloaded, True):
+        for size in _sizes_of_batch(setting, tokens, batch):
+            yield Room(size, size, restarts=restarts)
+
+
+def _backward_rooms(
+    setting: Setting, room: Room, tokens: int, batch: int | None, *, by_block: bool
+) -> Iterator[Room]:
+    # The graph of all blocks is held at once: a quarter of the tokens is as fast.
+    if not setting.out_of_core:
+        for size in _sizes_of_batch(setting, tokens // 4, batch):
+            yield Room(room.batch, size, "whole", room.restarts)
+        for size in _sizes_of_batch(setting, tokens, batch):
+            yield Room(room.batch, size, "recomputed", room.restarts)
+    if setting.out_of_core or by_block:
+        for size in _sizes_of_batch(setting, tokens, batch):
+            yield Room(room.batch, size, "by block", room.restarts)
+
+
+def peak_parts(
+    recipe: Recipe, setting: Setting, sizes: Sizes, room: Room, *, planned: bool
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes by what takes them at the peak, on the host and on the accelerator."""
+    held = [cut_phase(recipe, setting, sizes, room)]
+    if has_gradients(recipe, planned=planned)[1]:
+        held.append(gradient_phase(recipe, setting, sizes, room))
+    weights = weight_parts(setting, sizes)
+    if setting.device.type == "cpu":
+        parts = [{"streams": phase.streams} | phase.parts for phase in held]
+        if setting.offloaded:  # mapped files make room when it is needed
+            parts = [part | {"streams": 0} for part in parts]
+        largest = max(parts, key=lambda part: sum(part.values()))
+        return {"process": BASE} | weights | largest, {}
+    streams = 0 if setting.offloaded else max(phase.streams for phase in held)
+    largest = max((p.parts for p in held), key=lambda part: sum(part.values()))
+    return {"process": BASE, "streams": streams}, weights | largest
+
+
+def check_fits(parts: dict[str, int], total: int | None, *, where: str) -> None:
+    """Refuse what cannot run before it begins.
+
+    Raises:
+        InputError: more memory is needed than there is, in the thriftiest way.
+    """
+    needed = sum(parts.values())
+    if total is None or needed <= total:
+        return
+    largest = max(parts, key=lambda name: parts[name])
+    raise InputError(
+        f"this run needs about {needed / 1e9:.1f} GB on the {where}, which has "
+        f"{total / 1e9:.1f} GB; most of it is for {largest} ({parts[largest] / 1e9:.1f} GB): use "
+        "fewer or shorter windows, --out-of-core, or --offload-streams DIR"
+    )
