@@ -8,6 +8,7 @@ from spectrim.model.tracing import trace
 from spectrim.model.weights import get_module
 from spectrim.moments.gradients import gradient_pass
 from spectrim.moments.gradients_by_block import gradients_by_block
+from spectrim.moments.gradients_recomputed import gradients_recomputed
 
 T = 12
 FP32_ONLY = {"mixtral"}  # torch multiplies groups of experts in no wider dtype
@@ -33,6 +34,13 @@ def by_block(model, anatomy, ids, **options):
     return gradients_by_block(
         replay, anatomy, ids, at_hand=lambda b: _at_hand(model, b), batch=3, **options
     )
+
+
+def recomputed(model, anatomy, ids, **options):
+    """The same with a block's graph at a time."""
+    replay = record(model, ids, batch=3, device="cpu", anatomy=anatomy)
+    found = gradients_recomputed(replay, anatomy, ids, batch=3, **options)
+    return [(block, found.of(block)) for block in anatomy.blocks]
 
 
 def at_once(model, anatomy, ids, **options):

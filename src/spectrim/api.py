@@ -76,6 +76,7 @@ def compress(
     text: UserText = None,
     windows: int | None = None,
     window_length: int | None = None,
+    batch: int | None = None,
     seed: int | None = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
@@ -108,6 +109,7 @@ def compress(
             or a token tensor (N, T) whose rows are the windows. None for the recipe's.
         windows: number of calibration windows.
         window_length: tokens per window.
+        batch: windows per pass; None follows the machine's memory.
         seed: of everything random in the run.
         device: `auto`, or a torch device.
         dtype: to work in; `auto` is fp32 on a CPU and the checkpoint's elsewhere. The result is
@@ -151,6 +153,7 @@ def compress(
         text=text,
         windows=windows,
         window_length=window_length,
+        batch=batch,
         storage=storage,
         weights=weights,
         effort=effort,
@@ -231,6 +234,7 @@ def survey(
     text: UserText = None,
     windows: int | None = None,
     window_length: int | None = None,
+    batch: int | None = None,
     scores: Collection[str] | None = None,
     seed: int | None = None,
     device: str | torch.device = "auto",
@@ -252,6 +256,7 @@ def survey(
         text: calibration text, as for `compress`.
         windows: number of calibration windows.
         window_length: tokens per window.
+        batch: windows per pass; None follows the machine's memory.
         scores: any of `first_order`, `second_order`, `kfac`, `measured`, and `table` for measured
             sensitivities; by default the first two and what the recipe's rule needs.
         seed: of everything random.
@@ -270,7 +275,7 @@ def survey(
     """
     team = team or Team()
     resolved = resolve_recipe(
-        recipe, seed=seed, text=text, windows=windows, window_length=window_length
+        recipe, seed=seed, text=text, windows=windows, window_length=window_length, batch=batch
     )
     check_path(output=output, offload_streams=offload_streams)
     check_brought(model)

@@ -50,8 +50,12 @@ class Calibration(Section):
     """
 
     text: str | tuple[str, ...] = "self"
-    windows: int = Field(default=256, ge=1, lt=2**31)
-    window_length: int = Field(default=2048, ge=2, lt=2**31)
+    windows: int | None = Field(
+        default=None, ge=1, lt=2**31, description="None follows the model and the machine"
+    )
+    window_length: int | None = Field(
+        default=None, ge=2, lt=2**31, description="tokens; None is 2048, or 512 where there are few"
+    )
     bos: Literal["none", "each", "half"] = Field(
         default="none", description="BOS at the start of no window, of each, or of every second one"
     )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gradient_cases import T, at_once, by_block, prepared
+from gradient_cases import T, at_once, by_block, prepared, recomputed
 from spectrim.errors import NonFiniteError
 from spectrim.model.weights import get_module, read_weight, write_weight
 from spectrim.moments.gradients import gradient_pass
@@ -141,7 +141,7 @@ def test_halves_and_squares_are_those_of_the_windows():
     assert 0 <= scores.sign_stability <= 1
 
 
-@pytest.mark.parametrize("run", [at_once, by_block])
+@pytest.mark.parametrize("run", [at_once, by_block, recomputed])
 def test_the_model_is_left_as_it_was(run):
     model, anatomy, ids = prepared(count=2)
     model.train()
@@ -156,7 +156,7 @@ def test_the_model_is_left_as_it_was(run):
     assert [len(m._forward_hooks) for m in model.modules()] == hooks
 
 
-@pytest.mark.parametrize("run", [at_once, by_block])
+@pytest.mark.parametrize("run", [at_once, by_block, recomputed])
 def test_a_gradient_that_is_not_finite_is_refused_by_name(run):
     model, anatomy, ids = prepared(count=2)
     name = anatomy.targets[1].name

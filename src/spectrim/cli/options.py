@@ -13,6 +13,7 @@ import typer
 __all__ = [
     "Against",
     "AsJson",
+    "Batch",
     "Device",
     "Dtype",
     "Keep",
@@ -72,6 +73,10 @@ Windows = Annotated[
 ]
 WindowLength = Annotated[
     int | None, typer.Option("--window-length", metavar="TOKENS", help="Tokens per window.")
+]
+Batch = Annotated[
+    int | None,
+    typer.Option("--batch", metavar="N", help="Windows per pass; by default it follows memory."),
 ]
 Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="Seed of all randomness.")]
 Device = Annotated[

@@ -1,14 +1,15 @@
 """Progress of long runs: bars with time left on a terminal, plain lines otherwise.
 
 The library calls whatever it is handed: `start(stage, total)`, `advance(stage, note)`,
-`finish(stage)`. It never knows which of the three kinds below it talks to.
+`finish(stage)`, and once `expect(seconds)` with what its stages are predicted to take. It never
+knows which of the three kinds below it talks to.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TextIO
 
@@ -16,7 +17,14 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import TaskID
 
-__all__ = ["BarProgress", "LineProgress", "Progress", "SilentProgress", "format_seconds"]
+__all__ = [
+    "BarProgress",
+    "Forecast",
+    "LineProgress",
+    "Progress",
+    "SilentProgress",
+    "format_seconds",
+]
 
 SECONDS_BETWEEN_LINES = 5.0
 WIDTH_FOR_NOTES = 70
@@ -24,6 +32,9 @@ WIDTH_FOR_NOTES = 70
 
 class Progress(Protocol):
     """What the library calls. A stage is a short phrase such as `moments`; totals are steps."""
+
+    def expect(self, seconds: Mapping[str, float]) -> None:
+        """What the stages of this run are predicted to take, in their order."""
 
     def start(self, stage: str, total: int) -> None:
         """A stage of `total` steps begins; starting it again counts from zero."""
@@ -48,8 +59,58 @@ class Stage:
     done: int = 0
 
 
+class Forecast:
+    """Time left of a whole run: first as predicted, then corrected by what its stages took."""
+
+    TRUSTED = 0.1
+    """From this share of a run on its own pace alone counts."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
+        self.expected: dict[str, float] = {}
+        self.shares: dict[str, float] = {}
+        self.began = clock()
+
+    def expect(self, seconds: Mapping[str, float]) -> None:
+        """Begin anew with these stages."""
+        self.expected = {stage: max(value, 0.0) for stage, value in seconds.items()}
+        self.shares, self.began = {}, self.clock()
+
+    def note(self, stage: str, share: float) -> None:
+        """So much of a stage is done; the stages before it are over."""
+        if stage in self.expected:
+            self.shares[stage] = share
+
+    @property
+    def total(self) -> float:
+        """Predicted seconds of all stages."""
+        return sum(self.expected.values())
+
+    @property
+    def done(self) -> float:
+        """Predicted seconds of what is done."""
+        return sum(self.expected[stage] * share for stage, share in self.shares.items())
+
+    def left(self) -> float:
+        """Seconds until the run is over."""
+        if not self.done:
+            return self.total
+        pace = (self.clock() - self.began) / self.done
+        trust = min(1.0, self.done / (self.TRUSTED * self.total))
+        return (self.total - self.done) * (trust * pace + 1 - trust)
+
+    def place(self, stage: str) -> str:
+        """Which stage of how many, in words; empty for one that nobody expected."""
+        if stage not in self.expected:
+            return ""
+        return f" ({list(self.expected).index(stage) + 1} of {len(self.expected)})"
+
+
 class SilentProgress:
     """For `--quiet` and for output that a program reads."""
+
+    def expect(self, seconds: Mapping[str, float]) -> None:
+        """Say nothing."""
 
     def start(self, stage: str, total: int) -> None:
         """Say nothing."""
@@ -73,6 +134,12 @@ class LineProgress:
         self.stream = stream or sys.stderr
         self.clock = clock
         self.stages: dict[str, Stage] = {}
+        self.forecast = Forecast(clock)
+
+    def expect(self, seconds: Mapping[str, float]) -> None:
+        """Say how long the run will take by the prediction."""
+        self.forecast.expect(seconds)
+        self.write(f"about {format_seconds(self.forecast.total)} in {len(seconds)} stages")
 
     def start(self, stage: str, total: int) -> None:
         """Remember when the stage began; a short stage gets only its last line."""
@@ -83,19 +150,25 @@ class LineProgress:
         """Count a step; speak if the last line is long enough ago."""
         state = self.stages[stage]
         state.done += 1
+        self.forecast.note(stage, state.done / max(state.total, 1))
         now = self.clock()
         # The last step speaks through `finish`.
         if now - state.spoke < SECONDS_BETWEEN_LINES or state.done >= state.total:
             return
         state.spoke = now
-        elapsed = now - state.began
-        left = elapsed / state.done * max(state.total - state.done, 0)
-        line = f"{stage}: {state.done}/{state.total}, {format_seconds(left)} left"
+        if stage in self.forecast.expected:
+            left = f"{format_seconds(self.forecast.left())} of the run left"
+        else:
+            elapsed = now - state.began
+            left = elapsed / state.done * max(state.total - state.done, 0)
+            left = f"{format_seconds(left)} left"
+        line = f"{stage}{self.forecast.place(stage)}: {state.done}/{state.total}, {left}"
         self.write(f"{line}, {note}" if note else line)
 
     def finish(self, stage: str) -> None:
         """Say how long the stage took."""
         state = self.stages.pop(stage)
+        self.forecast.note(stage, 1.0)
         self.write(f"{stage}: done in {format_seconds(self.clock() - state.began)}")
 
     def close(self) -> None:
@@ -123,6 +196,27 @@ class BarProgress:
         self.bars = rich_progress.Progress(*columns, console=console, transient=True, expand=True)
         self.tasks: dict[str, TaskID] = {}
         self.began: dict[str, float] = {}
+        self.totals: dict[str, Stage] = {}
+        self.forecast = Forecast(time.monotonic)
+        self.whole: TaskID | None = None
+
+    def expect(self, seconds: Mapping[str, float]) -> None:
+        """Add a bar for the whole run."""
+        self.forecast.expect(seconds)
+        self.bars.start()
+        self.whole = self.bars.add_task("whole run", total=len(seconds), note="")
+        self.show_left()
+
+    def show_left(self) -> None:
+        """Move the bar of the whole run."""
+        if self.whole is not None and self.forecast.total:
+            share = self.forecast.done / self.forecast.total
+            left = format_seconds(self.forecast.left())
+            self.bars.update(
+                self.whole,
+                completed=share * len(self.forecast.expected),
+                description=f"whole run, {left} left",
+            )
 
     def start(self, stage: str, total: int) -> None:
         """Add a bar; the display itself starts with the first one."""
@@ -130,15 +224,21 @@ class BarProgress:
         self.bars.start()
         self.tasks[stage] = self.bars.add_task(stage, total=total, note="")
         self.began[stage] = time.monotonic()
+        self.totals[stage] = Stage(total, began=0.0, spoke=0.0)
 
     def advance(self, stage: str, note: str = "") -> None:
         """Move the stage's bar by one step."""
         self.bars.update(self.tasks[stage], advance=1, note=note)
+        self.totals[stage].done += 1
+        self.forecast.note(stage, self.totals[stage].done / max(self.totals[stage].total, 1))
+        self.show_left()
 
     def finish(self, stage: str) -> None:
         """Replace the bar by a line."""
         elapsed = format_seconds(time.monotonic() - self.began[stage])
         self.remove(stage)
+        self.forecast.note(stage, 1.0)
+        self.show_left()
         self.bars.console.print(f"{stage}: done in {elapsed}", markup=False, highlight=False)
 
     def remove(self, stage: str) -> None:

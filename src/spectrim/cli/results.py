@@ -63,8 +63,14 @@ def print_estimate(record: dict[str, Any]) -> None:
         {
             "checkpoint": format_bytes(record["checkpoint_bytes"]),
             "blocks": "read one at a time" if record["out_of_core"] else "all in memory",
-            "windows": f"{windows} of {length} tokens",
+            "windows": f"{windows} of {length} tokens"
+            + (f", {record['windows_because']}" if record["windows_because"] else ""),
+            "passes": record["passes"],
             "time": f"{format_seconds(sum(seconds.values()))} without training",
+            "with all of 256 x 2048": None
+            if record["more"] is None
+            else f"{format_seconds(record['more']['seconds'])}, "
+            f"{format_bytes(record['more']['host_bytes'])}",
             "peak host memory": format_bytes(record["host_bytes"]),
             "peak device memory": format_bytes(record["device_bytes"])
             if record["device_bytes"]

@@ -18,6 +18,7 @@ def survey(
     text: options.Text = None,
     windows: options.Windows = None,
     window_length: options.WindowLength = None,
+    batch: options.Batch = None,
     scores: Annotated[
         str | None,
         typer.Option(
@@ -60,6 +61,7 @@ def survey(
                 text=text,
                 windows=windows,
                 window_length=window_length,
+                batch=batch,
                 scores=None if scores is None else [s.strip() for s in scores.split(",")],
                 seed=seed,
                 device=device,

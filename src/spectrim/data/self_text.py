@@ -23,6 +23,9 @@ from spectrim.errors import TextError
 
 __all__ = ["sample_windows", "write_self_text"]
 
+CACHE_BYTES = 2**31
+"""Keys and values of windows that are sampled side by side."""
+
 
 def sample_windows(
     model: Any,
@@ -30,7 +33,7 @@ def sample_windows(
     windows: int,
     window_length: int,
     seed: int = 0,
-    batch: int = 64,
+    batch: int | None = None,
     temperature: float = 1.0,
     tokenizer: Any = None,
     team: Team | None = None,
@@ -46,7 +49,8 @@ def sample_windows(
         windows: how many, N.
         window_length: tokens per window, T, the first one included.
         seed: of the generator behind every draw.
-        batch: windows sampled side by side.
+        batch: windows sampled side by side; None is 64, or as many whose keys and values take
+            2 GiB.
         temperature: 1 samples the model's own distribution.
         tokenizer: only hashed into the record; may be None.
         team: processes that sample a part each, whole batches, so that every logit is rounded as
@@ -56,6 +60,7 @@ def sample_windows(
         TextError: sizes or a temperature that cannot be, or windows longer than the model's.
         NonFiniteError: the model's logits are not finite.
     """
+    batch = _side_by_side(model, window_length) if batch is None else batch
     _check_sizes(model, windows, window_length, batch)
     generator = torch.Generator().manual_seed(seed)
     bos = _bos_of(model)
@@ -103,7 +108,7 @@ def write_self_text(
     windows: int,
     window_length: int,
     seed: int = 0,
-    batch: int = 64,
+    batch: int | None = None,
     temperature: float = 1.0,
     separator: str = DOCUMENT_SEPARATOR,
 ) -> str:
@@ -128,6 +133,16 @@ def write_self_text(
     content = content.replace("\ufffd", "")
     Path(path).write_bytes(content.encode())
     return content
+
+
+def _side_by_side(model: Any, length: int) -> int:
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", 1)
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    numbers = 2 * config.num_hidden_layers * width
+    numbers *= getattr(config, "num_key_value_heads", None) or heads
+    fitting = CACHE_BYTES // (numbers * length * model.dtype.itemsize)
+    return min(64, 2 ** (max(1, fitting).bit_length() - 1))
 
 
 def _check_sizes(model: Any, windows: int, window_length: int, batch: int) -> None:

@@ -16,6 +16,7 @@ from spectrim.evaluate.curve import CurvePoint
 from spectrim.measure.measuring import PointStore, Reference
 from spectrim.measure.running import run_and_measure
 from spectrim.recipe import Recipe
+from spectrim.run.cost import LONG
 from spectrim.run.job import Progress, Silent
 from spectrim.run.reporting import environment
 from spectrim.run.texts import UserText
@@ -107,7 +108,8 @@ def study_calibration(
     """
     store, progress = store or PointStore(None), progress or Silent()
     first = recipes[0]
-    study = CalibrationStudy(reference.dense_record(), first.keep, first.calibration.window_length)
+    length = first.calibration.window_length or LONG
+    study = CalibrationStudy(reference.dense_record(), first.keep, length)
     progress.start(STAGE, len(recipes) * len(windows) * len(seeds))
     for recipe in recipes:
         for count in windows:

@@ -19,6 +19,7 @@ from spectrim.run.learned.learned import learn
 from spectrim.run.loading import LoadedModel
 from spectrim.run.opening import open_job, other_bytes
 from spectrim.run.reporting import build_report
+from spectrim.run.room import said
 from spectrim.run.store.storing import cast_parameters, check_storage, store
 from spectrim.run.survey.survey_key import survey_key
 from spectrim.run.texts import UserText
@@ -148,7 +149,8 @@ def run_recipe(
     )
     if job.windows is None and survey is not None:
         report["calibration"] = survey.facts.get("calibration")
-    report["environment"]["processes"] = team.size
+    report["environment"] |= {"processes": team.size, "passes": said(job.room)}
+    report["predicted_memory_bytes"] = log.predicted
     return Outcome(model, loaded.tokenizer, chosen, job.recipe, report, elastic, loaded.onloader)
 
 

@@ -7,30 +7,27 @@ counted.
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 
 from spectrim.data.windows import longest_window
-from spectrim.decompose import OBJECTIVES
 from spectrim.errors import InputError
 from spectrim.recipe import Recipe
 from spectrim.run.admitting import check_unquantized
-from spectrim.run.footprint import Phase, Setting, Sizes, phases, read_sizes, weight_parts
+from spectrim.run.cost import LONG, MOST_TOKENS, costs, measured_rates, settle, stage_seconds
+from spectrim.run.footprint import Room, Setting, Sizes, read_sizes
 from spectrim.run.loading import read_config
-from spectrim.run.memory import goes_out_of_core, resident_bytes
+from spectrim.run.memory import goes_out_of_core, total_bytes
 from spectrim.run.out_of_core import check_out_of_core, checkpoint_folder
+from spectrim.run.room import choose_room, limit_of, peak_parts, said
 from spectrim.run.working import resolve_device, resolve_dtype, stored_dtype
 from spectrim.storage.admission import admit_folder
 from spectrim.storage.shards import Shards
 
 __all__ = ["Estimate", "Setting", "estimate_run"]
-
-_LIBRARIES = 90 * 2**20
-"""Code and buffers that are loaded only when a run uses them."""
 
 _READ_RATE = 1e9
 """Bytes per second from a disk."""
@@ -42,21 +39,28 @@ class Estimate:
 
     Attributes:
         setting: what it is for.
-        host_parts: peak resident memory of the process by what takes it, bytes.
+        room: how it will be made to fit.
+        host_parts: peak memory of the process by what takes it, bytes; files that are mapped, a
+            program's own among them, are not counted.
         device_parts: the same on the accelerator; empty without one.
         seconds: stage -> seconds.
         checkpoint_bytes: of the checkpoint.
+        reason: why so many windows, where nobody has said how many.
+        more: seconds and host_bytes with as many windows as papers use, where these are fewer.
     """
 
     setting: Setting
+    room: Room
     host_parts: dict[str, int]
     device_parts: dict[str, int]
     seconds: dict[str, float]
     checkpoint_bytes: int
+    reason: str = ""
+    more: dict[str, Any] | None = None
 
     @property
     def host_bytes(self) -> int:
-        """Peak resident memory of the process."""
+        """Peak resident memory of the process that no file backs."""
         return sum(self.host_parts.values())
 
     def summary(self) -> dict[str, Any]:
@@ -64,6 +68,10 @@ class Estimate:
         return {
             "out_of_core": self.setting.out_of_core,
             "device": str(self.setting.device),
+            "windows_because": self.reason,
+            "passes": said(self.room),
+            "room": asdict(self.room),
+            "more": self.more,
             "windows": [self.setting.windows, self.setting.window_length],
             "checkpoint_bytes": self.checkpoint_bytes,
             "host_bytes": self.host_bytes,
@@ -122,62 +130,39 @@ def estimate_run(
     place = resolve_device(device)
     stored = stored_dtype(config)
     shards = Shards(folder)
-    length = recipe.calibration.window_length
-    length = min(length, longest_window(config) or length)
-    count = windows or (recipe.calibration.windows, length)
-    setting = Setting(place, resolve_dtype(dtype, stored, place), stored, lazily, offloaded, *count)
     sizes = read_sizes(config, trust_remote_code)
-    weights = weight_parts(setting, sizes)
-    base = {"process": resident_bytes() + _LIBRARIES}
-    held = phases(recipe, setting, sizes, planned=given_ranks)
-    if place.type == "cpu":
-        host = base | weights | max(map(_together, held), key=lambda parts: sum(parts.values()))
-        accelerator = {}
-    else:
-        host = base | {"streams": max(phase.streams for phase in held)}
-        accelerator = weights | max((p.parts for p in held), key=lambda parts: sum(parts.values()))
-    return Estimate(setting, host, accelerator, _times(recipe, setting, sizes), shards.bytes)
+    recipe, how = settle(recipe, sizes, place, longest_window(config), windows)
+    count = windows or (how.windows, how.window_length)
+    setting = Setting(place, resolve_dtype(dtype, stored, place), stored, lazily, offloaded, *count)
+    one = partial(_predicted, recipe, sizes, shards.bytes, given_ranks, measured_rates(place))
+    found = one(setting)
+    whole = min(LONG, longest_window(config) or LONG)
+    if not how.reason or how.windows * how.window_length >= MOST_TOKENS // LONG * whole:
+        return found
+    more = one(replace(setting, windows=MOST_TOKENS // LONG, window_length=whole))
+    costs_more = {"seconds": sum(more.seconds.values()), "host_bytes": more.host_bytes}
+    return replace(found, reason=how.reason, more=costs_more)
 
 
-def _together(phase: Phase) -> dict[str, int]:
-    return {"streams": phase.streams} | phase.parts
+def _predicted(
+    recipe: Recipe,
+    sizes: Sizes,
+    checkpoint: int,
+    planned: bool,
+    rates: tuple[float, float],
+    setting: Setting,
+) -> Estimate:
+    """The estimate of one setting."""
+    limit, batch = limit_of(total_bytes(setting.device)), recipe.calibration.batch
+    room = choose_room(recipe, setting, sizes, planned=planned, limit=limit, batch=batch)
+    host, accelerator = peak_parts(recipe, setting, sizes, room, planned=planned)
+    seconds = _times(recipe, setting, sizes, room, rates)
+    return Estimate(setting, room, host, accelerator, seconds, checkpoint)
 
 
-def _times(recipe: Recipe, setting: Setting, sizes: Sizes) -> dict[str, float]:
-    products, decompositions = _rates(setting)
-    tokens = setting.windows * setting.window_length
-    needs = OBJECTIVES[recipe.decompose.objective].needs
-    forwards = 2 if recipe.flow == "sequential" else int(bool(needs & {"C", "absolute"}))
-    if needs & {"G", "fisher"}:
-        forwards += 3
-    if recipe.storage.kind != "factored" or recipe.storage.weights != "native":
-        forwards += 1
-    every = sizes.blocks * sizes.block
-    work = sizes.blocks * sum(min(m, n) ** 2 * max(m, n) for m, n in sizes.linears)
-    sums = sizes.blocks * tokens * sum(n * n for n in sizes.inputs) if forwards else 0
-    copies = every * setting.stored.itemsize * (4 if setting.out_of_core else 1)
-    return {
-        "reading": copies / _READ_RATE,
-        "forwards": 2 * forwards * every * tokens / products,
-        "moments": 2 * sums / products,
-        "decompositions": work / decompositions,
-    }
-
-
-def _rates(setting: Setting) -> tuple[float, float]:
-    """Operations per second of fp32 products, and `p² max(m, n)` per second of decompositions."""
-    size = 384
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(size, size, generator=generator).to(setting.device)
-    (x @ x).sum().item()
-    started = time.perf_counter()
-    y = x
-    for _ in range(4):
-        y = x @ x
-    y.sum().item()
-    products = 4 * 2 * size**3 / (time.perf_counter() - started)
-    W = x.double() if setting.device.type != "mps" else x
-    started = time.perf_counter()
-    torch.linalg.eigh(W @ W.mT)[0].sum().item()
-    torch.linalg.qr(W)[0].sum().item()
-    return products, size**3 / (time.perf_counter() - started)
+def _times(
+    recipe: Recipe, setting: Setting, sizes: Sizes, room: Room, rates: tuple[float, float]
+) -> dict[str, float]:
+    numbers = sizes.blocks * sizes.block * setting.stored.itemsize
+    reading = {"reading": numbers * (4 if setting.out_of_core else 1) / _READ_RATE}
+    return reading | stage_seconds(costs(recipe, setting, sizes, room), setting.device, rates)

@@ -210,8 +210,7 @@ def gradient_phase(recipe: Recipe, setting: Setting, sizes: Sizes, room: Room) -
     }
     if room.backward == "recomputed":
         parts["states"] = tokens * sizes.width * sizes.blocks * working
-    gathered, _ = has_gradients(recipe, planned=False)
-    if gathered:
+    if "G" in OBJECTIVES[recipe.decompose.objective].needs:
         by_block = room.backward == "by block"
         held = 8 * _own(sizes, folded=False) if by_block else _folded(setting, sizes)
         parts["gradient moments"] = held
@@ -271,6 +270,6 @@ def cut_phase(recipe: Recipe, setting: Setting, sizes: Sizes, room: Room) -> Pha
     elif needed_scores(recipe.allocate):
         parts["components"] = _components(sizes)
     parts["moments"] = matrices
-    if has_gradients(recipe, planned=True)[0] and room.backward != "by block":
+    if "G" in needs and room.backward != "by block":
         parts["gradient moments"] = _folded(setting, sizes)
     return Phase(_streams(recipe) * _stream(setting, sizes), parts)

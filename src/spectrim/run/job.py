@@ -26,6 +26,9 @@ __all__ = ["Job", "Progress", "RunLog", "Silent"]
 class Progress(Protocol):
     """How the library tells a command line where it is."""
 
+    def expect(self, seconds: Mapping[str, float]) -> None:
+        """The stages of the run are predicted to take so long; may be left out."""
+
     def start(self, stage: str, total: int) -> None:
         """A stage of `total` steps begins."""
 
@@ -38,6 +41,9 @@ class Progress(Protocol):
 
 class Silent:
     """Progress that shows nothing."""
+
+    def expect(self, seconds: Mapping[str, float]) -> None:
+        """Show nothing."""
 
     def start(self, stage: str, total: int) -> None:
         """Show nothing."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,12 @@ from spectrim.run.working import resolve_device, resolve_dtype, stored_dtype
 from spectrim.storage.shards import Shards
 from spectrim.storage.weight_files import INDEX_FILE, WEIGHTS_FILE
 
-__all__ = ["available_bytes", "goes_out_of_core", "resident_bytes"]
+__all__ = [
+    "available_bytes",
+    "goes_out_of_core",
+    "resident_bytes",
+    "total_bytes",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +48,23 @@ def available_bytes(device: torch.device) -> int | None:
     return free if limit is None else min(free, limit)
 
 
+def total_bytes(device: torch.device) -> int | None:
+    """All memory of the place where blocks are worked on, None where that cannot be found out."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    if device.type != "cpu":
+        return None
+    try:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return None
+    try:
+        limit = (_CGROUP / "memory.max").read_text(encoding="ascii").strip()
+    except OSError:
+        return total
+    return total if limit == "max" else min(total, int(limit))
+
+
 def _limit_of_group() -> int | None:
     """What the control group of this process leaves, None where there is no limit."""
     try:
@@ -62,8 +85,6 @@ def resident_bytes() -> int:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     except OSError:
         return 0
-    import os
-
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 

@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spectrim.data.windows import Windows, longest_window
-from spectrim.decompose import OBJECTIVES
 from spectrim.distributed.team import Team
 from spectrim.errors import InputError
 from spectrim.model.anatomy import Anatomy
 from spectrim.model.onload import unit_names
-from spectrim.model.recompute import is_large
 from spectrim.model.tracing import trace
 from spectrim.model.weights import check_model
 from spectrim.recipe import Recipe
+from spectrim.run.cost import calibrated_on, costs, settle, stage_seconds
+from spectrim.run.footprint import Room, Setting, Sizes, sizes_of
 from spectrim.run.identity import run_identity
 from spectrim.run.job import Job, Progress, RunLog, Silent
 from spectrim.run.keeping import Keeper
 from spectrim.run.loading import LoadedModel
+from spectrim.run.memory import total_bytes
+from spectrim.run.room import choose_room, fitting_room, limit_of, peak_parts, said
 from spectrim.run.survey.planning import keep_of_size, shape_curves
 from spectrim.run.texts import UserText, gather_windows, vocabulary_size
 from spectrim.run.thinness import thin_notes
 from spectrim.storage.shared_work import Work
 
 __all__ = ["open_job", "other_bytes"]
+
+logger = logging.getLogger(__name__)
 
 
 def other_bytes(model: nn.Module, anatomy: Anatomy, dtype: torch.dtype) -> int:
@@ -77,6 +84,7 @@ def open_job(
             run.
     """
     model, log, team, device = loaded.model, RunLog(), team or Team(), loaded.device
+    progress = progress or Silent()
     log.notes.extend(loaded.notes)
     check_model(model, elsewhere=() if loaded.onloader is None else unit_names(model))
     anatomy = trace(model, torch.arange(8)[None].to(device) % vocabulary_size(model))
@@ -86,21 +94,31 @@ def open_job(
         reachable = keep_of_size(size, recipe, shape_curves(anatomy), other, dtype_bytes)
         recipe = recipe.with_changes(keep=reachable)
     windows: Windows | None = None
+    room: Room | None = None
     if calibrate:
-        with log.timed("windows"):
+        given = isinstance(text, Tensor) and text.ndim == 2
+        shape = (text.shape[0], text.shape[1]) if given else None
+        longest = longest_window(model.config)
+        sizes = sizes_of(model)
+        recipe, how = settle(recipe, sizes, device, longest, shape)
+        if how.reason:
+            log.notes.append(calibrated_on(how))
+        planned = (brought or {}).get("plan") is not None
+        setting = _setting(loaded, shape or (how.windows, how.window_length), offload_streams, team)
+        room = _room(recipe, setting, sizes, team, log, planned=planned)
+        logger.info("%s; %s", calibrated_on(how), said(room))
+        stages = costs(recipe, setting, sizes, room) if recipe.flow != "learned" else {}
+        if stages and hasattr(progress, "expect"):
+            progress.expect(stage_seconds(stages, device))
+        with log.timed("windows"), _told(progress, "sampling" if "sampling" in stages else None):
             windows = gather_windows(
                 loaded, recipe.calibration, text, seed=recipe.seed, team=team, exactly=exactly
             )
-        if not isinstance(text, torch.Tensor) and windows.length < recipe.calibration.window_length:
-            log.notes.append(
-                f"calibrated on windows of {windows.length} tokens instead of "
-                f"{recipe.calibration.window_length}: the model's positions or the text allow no "
-                "more"
-            )
+        _note_shorter(windows, recipe, text, log)
         _check_shared(windows, team)
         log.notes.extend(thin_notes(windows, anatomy, longest_window(model.config)))
     if work is not None:
-        work.begin(
+        decided = work.begin(
             run_identity(
                 loaded,
                 recipe,
@@ -109,10 +127,11 @@ def open_job(
                 # Sums over other parts of the windows round in another way.
                 processes=team.size,
                 **(brought or {}),
-            )
+            ),
+            {} if room is None else {"room": asdict(room)},
         )
-        gathers = OBJECTIVES[recipe.decompose.objective].needs & {"G", "fisher"}
-        if loaded.onloader is not None or (gathers and is_large(model)):
+        room = room and Room(**decided["room"])
+        if loaded.onloader is not None or (room is not None and room.backward == "by block"):
             work.keep_here()  # blocks or moments are read from there when they are needed
         if work.finished:
             log.notes.append(f"resumed after {len(work.finished)} finished pieces")
@@ -122,14 +141,61 @@ def open_job(
         windows=windows,
         recipe=recipe,
         device=device,
-        progress=progress or Silent(),
+        progress=progress,
         log=log,
         offload_streams=offload_streams,
         on_failure=on_failure,
         dtype_bytes=dtype_bytes,
+        room=room,  # type: ignore[arg-type]
         keeper=Keeper(model, log, work=work, onloader=loaded.onloader),
         team=team,
     )
+
+
+@contextmanager
+def _told(progress: Progress, stage: str | None) -> Iterator[None]:
+    """A stage of one step, None for none."""
+    if stage is not None:
+        progress.start(stage, 1)
+    yield
+    if stage is not None:
+        progress.finish(stage)
+
+
+def _setting(
+    loaded: LoadedModel, shape: tuple[int, int], offload_streams: Path | None, team: Team
+) -> Setting:
+    """Where this run works, and on which part of the windows (N, T)."""
+    return Setting(
+        loaded.device,
+        next(loaded.model.parameters()).dtype,
+        loaded.stored_dtype,
+        loaded.onloader is not None,
+        offload_streams is not None,
+        -(-shape[0] // team.size),
+        shape[1],
+    )
+
+
+def _room(
+    recipe: Recipe, setting: Setting, sizes: Sizes, team: Team, log: RunLog, *, planned: bool
+) -> Room:
+    """How this run is made to fit; the log is told what that will take.
+
+    Raises:
+        InputError: it needs more memory than there is; gives the numbers.
+    """
+    total = total_bytes(setting.device)
+    if total is not None and setting.device.type == "cpu":
+        total //= team.size  # each process has the whole model
+    batch = recipe.calibration.batch
+    if recipe.flow == "learned":  # what training holds is not predicted
+        limit = limit_of(total)
+        return choose_room(recipe, setting, sizes, planned=planned, limit=limit, batch=batch)
+    room = fitting_room(recipe, setting, sizes, planned=planned, total=total, batch=batch)
+    host, device = peak_parts(recipe, setting, sizes, room, planned=planned)
+    log.predicted = sum((host if setting.device.type == "cpu" else device).values())
+    return room
 
 
 def _check_shared(windows: Windows, team: Team) -> None:

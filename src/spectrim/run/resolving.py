@@ -57,6 +57,7 @@ def resolve_recipe(
     text: UserText = None,
     windows: int | None = None,
     window_length: int | None = None,
+    batch: int | None = None,
     storage: str | None = None,
     weights: str | None = None,
     effort: str | None = None,
@@ -69,6 +70,7 @@ def resolve_recipe(
     """
     check_fraction(keep=keep)
     check_whole(windows=windows)
+    check_whole(batch=batch)
     check_whole(window_length=window_length, least=2)
     check_whole(seed=seed, least=0, most=2**63 - 1)
     if effort is not None:
@@ -82,6 +84,7 @@ def resolve_recipe(
                 raise RecipeError(
                     f"{name} is {asked}, and the text is {shape[0]} windows of {shape[1]} tokens"
                 )
+    calibration["batch"] = batch
     if isinstance(text, (str, Path)):
         parts = [part.strip() for part in str(text).split(",")]
         calibration["text"] = parts[0] if len(parts) == 1 else parts

@@ -22,7 +22,7 @@ from spectrim.run.footprint import (
     weight_parts,
 )
 
-__all__ = ["BASE", "check_fits", "choose_room", "limit_of", "peak_parts"]
+__all__ = ["BASE", "choose_room", "fitting_room", "limit_of", "peak_parts", "said"]
 
 BASE = 350 * 2**20
 """What interpreter and libraries take, and buffers that are loaded only when a run uses them."""
@@ -84,6 +84,38 @@ def choose_room(
     return room
 
 
+def fitting_room(
+    recipe: Recipe,
+    setting: Setting,
+    sizes: Sizes,
+    *,
+    planned: bool,
+    total: int | None,
+    batch: int | None = None,
+) -> Room:
+    """The room of a run on a machine with so many bytes in all; arguments as for `choose_room`.
+
+    Raises:
+        InputError: in the thriftiest way it needs more than there is; gives the numbers.
+    """
+    room = choose_room(recipe, setting, sizes, planned=planned, limit=limit_of(total), batch=batch)
+    host, device = peak_parts(recipe, setting, sizes, room, planned=planned)
+    # Where blocks are worked on elsewhere, what this machine holds is streams.
+    _check_fits(host if setting.device.type == "cpu" else device, total, str(setting.device))
+    return room
+
+
+def said(room: Room) -> str:
+    """A room in words."""
+    gradients = {
+        "whole": "",
+        "recomputed": ", activations computed again in the backward pass",
+        "by block": ", gradients block by block",
+    }[room.backward]
+    begun = ", forwards begun anew at every group" if room.restarts else ""
+    return f"{room.batch} windows per pass{gradients}{begun}"
+
+
 def _base(setting: Setting) -> int:
     return BASE if setting.device.type == "cpu" else 0
 
@@ -143,18 +175,13 @@ def peak_parts(
     return {"process": BASE, "streams": streams}, weights | largest
 
 
-def check_fits(parts: dict[str, int], total: int | None, *, where: str) -> None:
-    """Refuse what cannot run before it begins.
-
-    Raises:
-        InputError: more memory is needed than there is, in the thriftiest way.
-    """
+def _check_fits(parts: dict[str, int], total: int | None, where: str) -> None:
     needed = sum(parts.values())
     if total is None or needed <= total:
         return
     largest = max(parts, key=lambda name: parts[name])
     raise InputError(
-        f"this run needs about {needed / 1e9:.1f} GB on the {where}, which has "
-        f"{total / 1e9:.1f} GB; most of it is for {largest} ({parts[largest] / 1e9:.1f} GB): use "
-        "fewer or shorter windows, --out-of-core, or --offload-streams DIR"
+        f"this run needs about {needed / 1e9:.1f} GB of memory ({where}) and there are "
+        f"{total / 1e9:.1f}; most of it is for {largest}, {parts[largest] / 1e9:.1f} GB: use fewer "
+        "or shorter windows, a smaller --batch, --out-of-core, or --offload-streams DIR"
     )

@@ -83,7 +83,8 @@ def gather_windows(
 
     Args:
         loaded: the model; sampled from when the source is `self`.
-        calibration: the recipe's section; its window length is cut to the model's longest.
+        calibration: the recipe's section, its windows settled; their length is cut to the model's
+            longest.
         text: the user's own text: a tensor (N, T) of windows or a list of documents takes the
             place of the recipe's sources; None for the recipe's sources.
         seed: of the window positions.
@@ -100,6 +101,7 @@ def gather_windows(
         windows.check_vocabulary(vocabulary_size(loaded.model))
         return windows
     longest = longest_window(loaded.model.config)
+    assert calibration.windows is not None and calibration.window_length is not None  # settled
     if exactly and longest is not None and longest < calibration.window_length:
         raise TextError(
             f"windows of {calibration.window_length} tokens are longer than the {longest} "
