@@ -120,9 +120,10 @@ def agreement(
     vocabulary = max(m.get_input_embeddings().weight.shape[0] for m in (dense, compressed))
     divergences, matches = [], []
     with evaluation_mode(dense, compressed):
-        both = [Predictions(model, windows, batch, device) for model in (dense, compressed)]
+        expected = Predictions(dense, windows, batch, device)
+        found = Predictions(compressed, windows, batch, device)
         for start, ids in window_batches(windows, batch):
-            kl, match = _compare(*(predictions.of(ids) for predictions in both), ids, vocabulary)
+            kl, match = _compare(expected.of(ids), found.of(ids), ids, vocabulary)
             _check_finite(kl, windows, start)
             divergences.append(kl)
             matches.append(match)
@@ -150,7 +151,7 @@ def _compare(
 ) -> tuple[Tensor, Tensor]:
     """Divergence in nats and agreement (0 or 1) per position, both (windows, T) fp64, CPU."""
     kls, matches = torch.empty(2, *ids.shape, dtype=torch.float64)
-    for part in pieces(*ids.shape, vocabulary):
+    for part in pieces(ids.shape[0], ids.shape[1], vocabulary):
         p = reference(*part).float()
         q = candidate(*part).to(p)
         if p.shape != q.shape:

@@ -127,7 +127,7 @@ def _token_losses(logits: Callable[[slice, slice], Tensor], ids: Tensor, vocabul
     """Nats per predicted token, (windows, T-1) fp64 on the CPU."""
     targets = ids[:, 1:]  # the last position predicts a token that is not in the window
     losses = torch.empty(targets.shape, dtype=torch.float64)
-    for rows, positions in pieces(*targets.shape, vocabulary):
+    for rows, positions in pieces(targets.shape[0], targets.shape[1], vocabulary):
         part = token_losses(logits(rows, positions), targets[rows, positions])
         losses[rows, positions] = part.cpu().double()
     return losses

@@ -96,26 +96,18 @@ def open_job(
     windows: Windows | None = None
     room: Room | None = None
     if calibrate:
-        given = isinstance(text, Tensor) and text.ndim == 2
-        shape = (text.shape[0], text.shape[1]) if given else None
-        longest = longest_window(model.config)
-        sizes = sizes_of(model)
-        recipe, how = settle(recipe, sizes, device, longest, shape)
-        if how.reason:
-            log.notes.append(calibrated_on(how))
         planned = (brought or {}).get("plan") is not None
-        setting = _setting(loaded, shape or (how.windows, how.window_length), offload_streams, team)
-        room = _room(recipe, setting, sizes, team, log, planned=planned)
-        logger.info("%s; %s", calibrated_on(how), said(room))
-        stages = costs(recipe, setting, sizes, room) if recipe.flow != "learned" else {}
-        if stages and hasattr(progress, "expect"):
-            progress.expect(stage_seconds(stages, device))
-        with log.timed("windows"), _told(progress, "sampling" if "sampling" in stages else None):
-            windows = gather_windows(
-                loaded, recipe.calibration, text, seed=recipe.seed, team=team, exactly=exactly
-            )
-        _note_shorter(windows, recipe, text, log)
-        _check_shared(windows, team)
+        recipe, windows, room = _calibrated(
+            loaded,
+            recipe,
+            text,
+            offload_streams,
+            team,
+            progress,
+            log,
+            planned=planned,
+            exactly=exactly,
+        )
         log.notes.extend(thin_notes(windows, anatomy, longest_window(model.config)))
     if work is not None:
         decided = work.begin(
@@ -150,6 +142,46 @@ def open_job(
         keeper=Keeper(model, log, work=work, onloader=loaded.onloader),
         team=team,
     )
+
+
+def _calibrated(
+    loaded: LoadedModel,
+    recipe: Recipe,
+    text: UserText,
+    offload_streams: Path | None,
+    team: Team,
+    progress: Progress,
+    log: RunLog,
+    *,
+    planned: bool,
+    exactly: bool,
+) -> tuple[Recipe, Windows, Room]:
+    """The recipe with its windows settled, the windows, and how the run is made to fit them."""
+    shape = None
+    if isinstance(text, Tensor) and text.ndim == 2:
+        shape = (text.shape[0], text.shape[1])
+    sizes = sizes_of(loaded.model)
+    recipe, how = settle(recipe, sizes, loaded.device, longest_window(loaded.model.config), shape)
+    if how.reason:
+        log.notes.append(calibrated_on(how))
+    setting = _setting(loaded, shape or (how.windows, how.window_length), offload_streams, team)
+    room = _room(recipe, setting, sizes, team, log, planned=planned)
+    logger.info("%s; %s", calibrated_on(how), said(room))
+    stages = costs(recipe, setting, sizes, room) if recipe.flow != "learned" else {}
+    if stages and hasattr(progress, "expect"):
+        progress.expect(stage_seconds(stages, loaded.device))
+    with log.timed("windows"), _told(progress, "sampling" if "sampling" in stages else None):
+        windows = gather_windows(
+            loaded, recipe.calibration, text, seed=recipe.seed, team=team, exactly=exactly
+        )
+    asked = recipe.calibration.window_length or windows.length
+    if not isinstance(text, Tensor) and windows.length < asked:
+        log.notes.append(
+            f"calibrated on windows of {windows.length} tokens instead of {asked}: the model's "
+            "positions or the text allow no more"
+        )
+    _check_shared(windows, team)
+    return recipe, windows, room
 
 
 @contextmanager
