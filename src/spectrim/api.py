@@ -107,9 +107,8 @@ def compress(
         recipe: a preset's name, a YAML file, or a `Recipe`.
         text: calibration text: source name, file, several separated by commas, list of documents,
             or a token tensor (N, T) whose rows are the windows. None for the recipe's.
-        windows: number of calibration windows.
-        window_length: tokens per window.
-        batch: windows per pass; None follows the machine's memory.
+        windows: number of calibration windows; None follows the model and the machine.
+        window_length: tokens per window. batch: windows per pass; None follows the memory.
         seed: of everything random in the run.
         device: `auto`, or a torch device.
         dtype: to work in; `auto` is fp32 on a CPU and the checkpoint's elsewhere. The result is
@@ -254,9 +253,8 @@ def survey(
         overwrite: replace an existing survey there.
         recipe: says objective, calibration and the rule that plans use by default.
         text: calibration text, as for `compress`.
-        windows: number of calibration windows.
-        window_length: tokens per window.
-        batch: windows per pass; None follows the machine's memory.
+        windows: number of calibration windows; None follows the model and the machine.
+        window_length: tokens per window. batch: windows per pass; None follows the memory.
         scores: any of `first_order`, `second_order`, `kfac`, `measured`, and `table` for measured
             sensitivities; by default the first two and what the recipe's rule needs.
         seed: of everything random.
@@ -335,8 +333,7 @@ def plan(survey: Survey | str | Path, **options: Any) -> Plan:
         options: keep or size; rule, score, floor and multiple in place of the recipe's.
 
     Raises:
-        BudgetError: out of reach; names what can be reached.
-        InputError: the survey lacks what the rule needs.
+        InputError: a size out of reach, or a survey that lacks what the rule needs.
     """
     return replan(survey, **options)
 
@@ -362,8 +359,7 @@ def resize(
         options: of `load_elastic`. A survey is cut by its recipe's rule, or by the given score.
 
     Raises:
-        BudgetError: below the smallest size that the artifact reaches; names it.
-        ArtifactError: a damaged artifact, or another base model.
+        InputError: below the smallest size, a damaged artifact, or another base model.
     """
     check_path(artifact=artifact, output=output)
     check_fraction(keep=keep)

@@ -33,6 +33,6 @@ def in_stage(error: Exception, stage: str, predicted: int) -> MemoryShortError |
     expected = f", {predicted / 1e9:.1f} GB were predicted" if predicted else ""
     return MemoryShortError(
         f"in the stage {stage!r}, where the process holds {anonymous_bytes() / 1e9:.1f} GB"
-        f"{expected}, {short}; so does a smaller --batch. What is finished is taken up again by the "
-        "same command"
+        f"{expected}, {short}; so does a smaller --batch. The same command takes up what is "
+        "finished"
     )
