@@ -108,11 +108,11 @@ def compress(
         text: calibration text: source name, file, several separated by commas, list of documents,
             or a token tensor (N, T) whose rows are the windows. None for the recipe's.
         windows: number of calibration windows; None follows the model and the machine.
-        window_length: tokens per window. batch: windows per pass; None follows the memory.
+        window_length: tokens per window.
+        batch: windows per pass; None follows the machine's memory.
         seed: of everything random in the run.
         device: `auto`, or a torch device.
-        dtype: to work in; `auto` is fp32 on a CPU and the checkpoint's elsewhere. The result is
-            stored in the checkpoint's dtype.
+        dtype: to work in; `auto` is fp32 on a CPU. The result is stored as the checkpoint is.
         output: folder to write; it must not exist or be empty.
         overwrite: replace an existing output folder.
         plan: ranks to use instead of the recipe's rule: a `Plan`, or the file that `spectrim plan`
@@ -128,8 +128,7 @@ def compress(
         work: folder for what is finished, from which the next run goes on; by default `OUT.work`
             beside the output, removed when the output is there.
         resume: False keeps no work but in a `work` folder: a run that ends begins anew.
-        out_of_core: leave blocks in the checkpoint until they are worked on; None decides by the
-            memory that is free.
+        out_of_core: read blocks when they are worked on; None decides by the memory that is free.
         self_contained: include the base checkpoint in an elastic artifact.
         progress: told of stages and steps.
         trust_remote_code: run code that comes with the checkpoint.
@@ -254,7 +253,8 @@ def survey(
         recipe: says objective, calibration and the rule that plans use by default.
         text: calibration text, as for `compress`.
         windows: number of calibration windows; None follows the model and the machine.
-        window_length: tokens per window. batch: windows per pass; None follows the memory.
+        window_length: tokens per window.
+        batch: windows per pass; None follows the machine's memory.
         scores: any of `first_order`, `second_order`, `kfac`, `measured`, and `table` for measured
             sensitivities; by default the first two and what the recipe's rule needs.
         seed: of everything random.
@@ -331,9 +331,6 @@ def plan(survey: Survey | str | Path, **options: Any) -> Plan:
     Args:
         survey: in memory, or its folder.
         options: keep or size; rule, score, floor and multiple in place of the recipe's.
-
-    Raises:
-        InputError: a size out of reach, or a survey that lacks what the rule needs.
     """
     return replan(survey, **options)
 
