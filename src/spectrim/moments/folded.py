@@ -1,8 +1,8 @@
 """Many targets' moments at a time in a third of the memory: symmetric sums as fp32 panels.
 
-One block's moments are summed and used in fp64. Where those of all blocks have to be in memory at
-the same time, their symmetric matrices are kept folded, rounded to fp32 once, and unfolded when a
-target's turn comes. The rounding is that of the fp32 products behind the sums.
+Moments are used in fp64. Where those of all blocks have to be in memory at the same time, their
+symmetric matrices are kept folded, in fp32, and unfolded when a target's turn comes. The rounding
+is that of the fp32 products behind the sums.
 """
 
 from __future__ import annotations

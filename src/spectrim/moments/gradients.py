@@ -100,7 +100,9 @@ def gradient_pass(
     device = model.get_input_embeddings().weight.device
     groups, dtype = tuple(anatomy.groups()), folded_dtype(model)
     tail = Tail.find(model, [block.name for block in anatomy.blocks], ids)
-    sums = PassSums(groups, needs, input_needs, factors, clip, device, mine.start, dtype)
+    sums = PassSums(
+        groups, needs, input_needs, factors, clip, device, mine.start, dtype, folded=True
+    )
     loss, chunk = 0.0, ids[:0]
     with (
         _only_activations_need_gradients(model),

@@ -23,7 +23,7 @@ from spectrim.model.anatomy import Anatomy, Block
 from spectrim.model.forward import evaluating
 from spectrim.model.replay import Replay
 from spectrim.model.stream import Stream
-from spectrim.moments.gradients import summed_loss
+from spectrim.moments.gradients import folded_dtype, summed_loss
 from spectrim.moments.gradients_recomputed import pulled_back
 from spectrim.moments.target_sums import ComponentsOf, GradientPass, PassSums
 
@@ -89,7 +89,17 @@ def gradients_by_block(
             with at_hand(block):
                 replay.advance(block.index, states[-1], batch, device)
         for block, entered in zip(reversed(segment), reversed(states), strict=True):
-            sums = PassSums(block.groups, needs, input_needs, factors, clip, device, mine.start)
+            sums = PassSums(
+                block.groups,
+                needs,
+                input_needs,
+                factors,
+                clip,
+                device,
+                mine.start,
+                folded_dtype(replay.model),
+                folded=False,
+            )
             with at_hand(block) as module:
                 _step_back(replay, block, module, entered, gradients, sums, batch, device)
             entered.close()

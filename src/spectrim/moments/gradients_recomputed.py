@@ -68,7 +68,9 @@ def gradients_recomputed(
     team, device = team or Team(), torch.device(device)
     mine = team.share(ids.shape[0])
     groups, dtype = tuple(anatomy.groups()), folded_dtype(replay.model)
-    sums = PassSums(groups, needs, input_needs, factors, clip, device, mine.start, dtype)
+    sums = PassSums(
+        groups, needs, input_needs, factors, clip, device, mine.start, dtype, folded=True
+    )
     loss = 0.0
     for rows in replay.stream.batches(batch):
         hidden = replay.stream.read(rows, device)

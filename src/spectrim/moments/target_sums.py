@@ -196,8 +196,8 @@ class PassSums:
         clip: token gradients in `G` are clipped to this multiple of the window's mean norm.
         device: where the sums are.
         first: number of the first window, of all processes' windows.
-        folded: sum symmetric matrices in this dtype and keep them folded (`folded.py`), for passes
-            over all blocks at once; None for fp64 matrices.
+        dtype: of symmetric sums; every pass over a model has the same, to give the same bytes.
+        folded: keep symmetric sums folded (`folded.py`), for passes over all blocks at once.
     """
 
     def __init__(
@@ -209,9 +209,11 @@ class PassSums:
         clip: float | None,
         device: torch.device,
         first: int,
-        folded: torch.dtype | None = None,
+        dtype: torch.dtype,
+        *,
+        folded: bool,
     ):
-        self._folded, dtype = folded, folded or torch.float64
+        self._folded = dtype if folded else None
         self._sums = {
             t.name: _TargetSums(
                 t, needs, clip, factors(t.name) if factors else None, device, first, dtype
