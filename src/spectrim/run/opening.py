@@ -168,6 +168,8 @@ def _calibrated(
     room = _room(recipe, setting, sizes, team, log, planned=planned)
     logger.info("%s; %s", calibrated_on(how), said(room))
     stages = costs(recipe, setting, sizes, room) if recipe.flow != "learned" else {}
+    if text is not None:
+        stages.pop("sampling", None)
     if stages and hasattr(progress, "expect"):
         progress.expect(stage_seconds(stages, loaded.device))
     with log.timed("windows"), _told(progress, "sampling" if "sampling" in stages else None):

@@ -24,7 +24,7 @@ from spectrim.run.footprint import (
 
 __all__ = ["BASE", "choose_room", "fitting_room", "limit_of", "peak_parts", "said"]
 
-BASE = 350 * 2**20
+BASE = 300 * 2**20
 """What interpreter and libraries take, and buffers that are loaded only when a run uses them."""
 
 SHARE_OF_MEMORY = 0.5
