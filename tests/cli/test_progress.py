@@ -7,7 +7,13 @@ import io
 import pytest
 from rich.console import Console
 
-from spectrim.cli.progress import BarProgress, LineProgress, SilentProgress, format_seconds
+from spectrim.cli.progress import (
+    BarProgress,
+    Forecast,
+    LineProgress,
+    SilentProgress,
+    format_seconds,
+)
 
 
 class Clock:
@@ -92,3 +98,32 @@ def test_quiet_means_silent(capfd: pytest.CaptureFixture[str]):
 def test_seconds_read_like_a_person_says_them():
     spoken = [format_seconds(value) for value in (0.04, 9.94, 12.4, 59.4, 185, 7620)]
     assert spoken == ["0.0 s", "9.9 s", "12 s", "59 s", "3 min 05 s", "2 h 07 min"]
+
+
+def test_the_forecast_begins_as_predicted_and_ends_as_measured():
+    now = [0.0]
+    forecast = Forecast(lambda: now[0])
+    forecast.expect({"a": 10.0, "b": 30.0})
+    assert forecast.left() == 40.0
+    for step in range(1, 11):  # everything takes twice as long as predicted
+        now[0] = 2.0 * step
+        forecast.note("a", step / 10)
+    assert forecast.left() == pytest.approx(60.0)
+    now[0] = 20.0 + 30.0
+    forecast.note("b", 0.5)
+    assert forecast.left() == pytest.approx(15.0 * 50 / 25)
+    assert forecast.place("b") == " (2 of 2)" and forecast.place("other") == ""
+
+
+def test_lines_say_what_is_left_of_the_whole_run():
+    now, stream = [0.0], io.StringIO()
+    progress = LineProgress(stream, lambda: now[0])
+    progress.expect({"gradients": 60.0, "compress": 120.0})
+    progress.start("gradients", 4)
+    now[0] = 30.0
+    progress.advance("gradients")
+    first, second = stream.getvalue().splitlines()
+    assert first == "about 3 min 00 s in 2 stages"
+    # A quarter of 60 s took 30 s: twice as long as predicted.
+    assert second.startswith("gradients (1 of 2): 1/4, 5 min")
+    assert "of the run left" in second
