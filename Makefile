@@ -2,6 +2,7 @@
 #   make demo    compress the bundled model and show what it costs
 #   make test    run the whole test suite
 #   make lint    ruff and pyright
+#   make test-oldest  what loads, saves and traces, with the oldest libraries allowed and the newest
 # `make PYTHON=python3.12 test` chooses the interpreter; the environment is made in .venv.
 
 SHELL := /bin/bash
@@ -20,16 +21,32 @@ TESTS ?= tests
 # Two workers, one file at a time: tests are single-threaded, and fixtures of a file are shared.
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
-.PHONY: help demo test lint format clean
+# Both ends of what pyproject.toml allows; set INDEX="--index-url ..." for wheels without CUDA.
+ENDS := oldest newest
+END_TESTS := tests/storage tests/model/test_tracing.py tests/model/test_replay.py tests/test_public.py
+INDEX ?=
+
+.PHONY: help demo test test-oldest $(ENDS:%=test-end-%) lint format clean
 
 help:
-	@sed -n 's/^#  *\(make [a-z]* .*\)/\1/p' Makefile
+	@sed -n 's/^#  *\(make [a-z-]* .*\)/\1/p' Makefile
 
 demo: $(STAMP)
 	$(BIN)/spectrim demo --output demo-output --overwrite
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS)
+
+test-oldest: $(ENDS:%=test-end-%)
+
+$(ENDS:%=test-end-%): test-end-%: .venv-%/.installed
+	PYTHONPATH=src .venv-$*/bin/python -m pytest $(END_TESTS) $(PYTEST_ARGS)
+
+$(ENDS:%=.venv-%/.installed): .venv-%/.installed: pyproject.toml tests/library_versions.py
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python tests/library_versions.py $* > .venv-$*/requirements.txt
+	.venv-$*/bin/python -m pip install --quiet $(INDEX) --upgrade -r .venv-$*/requirements.txt
+	@touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -53,4 +70,4 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) demo-output .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ENDS:%=.venv-%) demo-output .pytest_cache .ruff_cache .hypothesis

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # A file may import from its own floor (rooms of one floor without going in circles) and below.
 FLOORS = (
-    {"errors", "tolerances", "plain_yaml", "arguments", "shortage"},
+    {"errors", "tolerances", "plain_yaml", "arguments", "shortage", "devices"},
     {"linalg"},
     {"formats"},
     {"moments", "layers", "model", "data", "distributed"},
@@ -55,6 +56,7 @@ HEAVY = {
     "transformers",
     "yaml",
 }
+DEVICES = re.compile(r"(cpu|cuda|hip|mps|xpu)(:\d*)?")
 PICKLES = {"_pickle", "cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
 PICKLING_CALLS = {("torch", "load"), ("torch", "save"), ("pd", "read_pickle")}
 LONGEST_FILE = 400
@@ -214,3 +216,17 @@ def test_a_file_is_short_and_never_unpickles(path: Path):
             assert (owner, node.func.attr) not in PICKLING_CALLS, f"line {node.lineno}"
             for keyword in node.keywords:
                 assert keyword.arg != "allow_pickle" or ast.unparse(keyword.value) == "False"
+
+
+def test_devices_are_named_in_one_place():
+    """Other files ask what a device can do: one that nobody thought of answers as well."""
+    found = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "torch":
+                name = node.attr
+            else:
+                name = getattr(node, "value", None) if isinstance(node, ast.Constant) else None
+            if isinstance(name, str) and DEVICES.fullmatch(name):
+                found.append(f"{path.relative_to(SOURCE)}:{node.lineno} {name}")
+    assert {entry.split(":")[0] for entry in found} == {"devices.py"}, found

@@ -31,9 +31,8 @@ if TYPE_CHECKING:
         survey,
     )
     from spectrim.recipe import Recipe
-    from spectrim.serve.fusion import fuse
     from spectrim.serve.latent.switch import latent_cache
-    from spectrim.serve.prepack import prepack
+    from spectrim.serve.prepare import prepare
 
 __version__ = "0.1.0"
 
@@ -44,12 +43,11 @@ __all__ = [
     "elastic",
     "evaluate",
     "export",
-    "fuse",
     "inspect",
     "latent_cache",
     "load_elastic",
     "plan",
-    "prepack",
+    "prepare",
     "resize",
     "survey",
 ]
@@ -57,9 +55,8 @@ __all__ = [
 _API = ("compress", "elastic", "export", "inspect", "load_elastic", "plan", "resize", "survey")
 _HOMES = dict.fromkeys(_API, "spectrim.api") | {
     "Recipe": "spectrim.recipe",
-    "fuse": "spectrim.serve.fusion",
     "latent_cache": "spectrim.serve.latent.switch",
-    "prepack": "spectrim.serve.prepack",
+    "prepare": "spectrim.serve.prepare",
 }
 
 

@@ -22,15 +22,19 @@ def test_dense_and_compressed_are_timed_side_by_side(tmp_path, capsys):
     assert found["ideal"]["decode"] == found["dense"]["bytes"] / found["compressed"]["bytes"]
     assert found["ideal"]["prefill"] > 1
     assert found["environment"]["torch"]
+    prepared = found["compressed"]["prepared"]
+    assert sum(prepared["layers"].values()) == 3 * 7
+    assert prepared["bytes_after"] <= prepared["bytes_before"]
     for dense, small, gain in zip(
         found["dense"]["cells"], found["compressed"]["cells"], found["speedup"], strict=True
     ):
         key = "decode_tokens_per_second"
         assert gain["decode"] == pytest.approx(small[key] / dense[key])
     ran = CliRunner().invoke(
-        app, [*arguments, "--fuse", "--latent-cache", "--json"], catch_exceptions=False
+        app, [*arguments, "--as-loaded", "--latent-cache", "--json"], catch_exceptions=False
     )
     found = json.loads(ran.stdout)
+    assert found["compressed"]["prepared"] is None
     whole = found["compressed"]["cells"][0]["cache_bytes_per_token"]
     assert whole == found["dense"]["cells"][0]["cache_bytes_per_token"] == 3 * 2 * 20 * 4
     assert found["latent_cache"]["cells"][0]["cache_bytes_per_token"] < whole

@@ -4,6 +4,7 @@ import threading
 import time
 
 import pytest
+import torch
 
 from spectrim.distributed import alarm as module
 from spectrim.distributed.alarm import EXIT_FAILED, Alarm
@@ -143,12 +144,15 @@ def test_the_place_comes_from_torchrun():
             placement(changed)
 
 
+CARD = torch.device("cuda")
+
+
 def test_every_process_takes_the_device_of_its_number(monkeypatch):
     place = Placement(3, 4, 1)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("spectrim.distributed.launch.accelerator", lambda: None)
     assert str(device_for(place)) == "cpu"
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("spectrim.distributed.launch.accelerator", lambda: CARD)
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 2)
     assert str(device_for(place)) == "cuda:1"
     assert str(device_for(place, "cpu")) == "cpu"
     with pytest.raises(InputError, match="shared by 4 processes"):

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from architectures import tiny, windows
 from jobs import logits, same_state
+from quick_recipes import quick
 from spectrim.data.self_text import sample_windows
 from spectrim.layers.swap import compressed_layers
 from spectrim.recipe import Recipe
@@ -29,51 +30,7 @@ ARCHITECTURE = "qwen2"  # a llama whose queries, keys and values have biases
 KEEP = 0.6
 OTHER_KEEPS = (0.8, 0.95)
 
-QUICK_STEPS = {
-    "closed_form": {},
-    "projected_gradient": {"stages": 2},
-    "block": {"epochs": 2, "batch": 4},
-    "distill": {"steps": 4, "evaluate_every": 2, "batch": 4, "windows": 8},
-    "lora": {"epochs": 1, "batch": 4, "rank": 2},
-}
-QUICK_LEARNING = {
-    "acip": {
-        "stop_keep": 0.5,
-        "learning_rate": 3e-3,
-        "lora_learning_rate": 2e-3,
-        "lora_rank": 2,
-        "clip": 1.0,
-        "pressure_growth": 1.3,
-        "pressure_every": 1,
-        "steps": 16,
-        "max_steps": 40,
-        "size_every": 1,
-        "heal_steps": 4,
-        "heal_grid": 3,
-    },
-    "soco": {
-        "warmup_steps": 2,
-        "explore_steps": 6,
-        "oscillate_steps": 6,
-        "sparsify_steps": 6,
-        "recover_steps": 2,
-    },
-}
 TRAINS_BIASES = {"block", "distill"}
-
-
-def quick(recipe: Recipe, keep: float) -> Recipe:
-    data = recipe.model_dump(mode="json")
-    data["keep"] = keep
-    data["calibration"] |= {"text": "self", "windows": 16, "window_length": 12, "batch": 8}
-    data["allocate"] |= {"gradient_windows": 4}
-    for step in data["refine"]:
-        step |= QUICK_STEPS[step["step"]]
-        if step.get("windows") is not None:
-            step["windows"] = 4
-    if data["learn"] is not None:
-        data["learn"] |= QUICK_LEARNING[data["learn"]["method"]]
-    return Recipe.model_validate(data)
 
 
 def original():

@@ -75,6 +75,8 @@ def test_bfloat16_and_a_change_of_dtype(tmp_path):
     assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
     assert torch.equal(logits(again), logits(model))
     wide = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert {p.dtype for p in wide.parameters()} == {torch.float32}
+    assert logits(wide).isfinite().all()
     for (name, a), (_, b) in zip(again.named_parameters(), wide.named_parameters(), strict=True):
         assert torch.equal(a.float(), b), name
     assert {p.dtype for p in again.to(torch.float16).parameters()} == {torch.float16}

@@ -34,13 +34,14 @@ def bench(
         int | None,
         typer.Option("--repeats", metavar="N", help="Runs behind each median; default 3."),
     ] = None,
-    fused: Annotated[
-        bool, typer.Option("--fuse", help="Join factors of OUT that read the same input.")
-    ] = False,
-    prepacked: Annotated[
+    prepared: Annotated[
         bool,
-        typer.Option("--prepack", help="CPU: order the weights of both for its fast kernels."),
-    ] = False,
+        typer.Option("--prepare/--as-loaded", help="Arrange the weights of both for this device."),
+    ] = True,
+    memory: Annotated[
+        str | None,
+        typer.Option("--memory", metavar="SIZE", help="What weights may take: 2GB, or any."),
+    ] = None,
     latent_cache: Annotated[
         bool,
         typer.Option("--latent-cache", help="Time OUT also with a cache of latents, not heads."),
@@ -65,8 +66,8 @@ def bench(
         found = measure(
             model,
             against,
-            fused=fused,
-            prepacked=prepacked,
+            prepared=prepared,
+            memory=memory,
             latent_cache=latent_cache,
             trust_remote_code=trust_remote_code,
             progress=progress,
@@ -131,16 +132,28 @@ def print_bench(found: dict[str, Any]) -> None:
     threads = environment["threads"]
     print_facts(
         {
+            **_prepared(small["prepared"]),
             "bytes per token": f"{format_bytes(dense['bytes'])} dense, "
             f"{format_bytes(small['bytes'])} compressed; the same layers uncut would need "
             + ", ".join(f"{format_bytes(size)} in {weights}" for weights, size in uncut.items()),
             "measured": f"median of {protocol['repeats']}, {protocol['new_tokens']} new tokens, "
             f"{protocol['dtype']} on {protocol['device']}, {threads} "
             f"thread{'s' if threads != 1 else ''}, torch {environment['torch']}"
-            + (", both prepacked" if small["prepacked"] else "")
-            + (", compressed fused" if small["fused"] else ""),
+            + ("" if small["prepared"] else ", as loaded"),
         }
     )
+
+
+def _prepared(found: dict[str, Any] | None) -> dict[str, str]:
+    """How the compressed layers multiply, most of them first."""
+    from spectrim.cli.render import format_bytes
+
+    if found is None:
+        return {}
+    ways = sorted(found["layers"].items(), key=lambda pair: (-pair[1], pair[0]))
+    grown = found["bytes_after"] - found["bytes_before"]
+    layers = "; ".join(f"{count} {way}" for way, count in ways)
+    return {"prepared": layers + (f"; {format_bytes(grown)} more memory" if grown > 0 else "")}
 
 
 def print_latent_cache(found: dict[str, Any], places: list[str]) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from spectrim.data.tokens import tokenizer_hash
+from spectrim.devices import HOST
 from spectrim.errors import TextError
 
 __all__ = ["Windows", "given_windows", "longest_window"]
@@ -116,7 +117,7 @@ def given_windows(ids: Tensor, *, name: str = "tensor", tokenizer: Any = None) -
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise TextError(f"windows must hold integer token ids, found {found}")
     # A copy: the record must not change when the caller's tensor does.
-    ids = ids.detach().to(device="cpu", dtype=torch.int64, copy=True)
+    ids = ids.detach().to(device=HOST, dtype=torch.int64, copy=True)
     if int(ids.min()) < 0:
         raise TextError(f"token ids must not be negative, found {int(ids.min())} in {found}")
     return Windows(

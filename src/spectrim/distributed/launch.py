@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from spectrim.devices import HOST, accelerator, on_host
 from spectrim.distributed.alarm import Alarm
 from spectrim.distributed.placement import Placement, placement
 from spectrim.distributed.team import Team
@@ -40,22 +41,26 @@ def device_for(place: Placement, device: str = "auto") -> torch.device:
         InputError: more processes than accelerators on this machine, or one device for all.
     """
     kind, _, number = str(device).partition(":")
+    other = accelerator()
+    kinds = [HOST.type] if other is None else [other.type, HOST.type]
+    works = f"auto, {' or '.join(kinds)}"
     if number:
         raise InputError(
-            f"device {device!r} would be shared by {place.size} processes; give auto, cuda or cpu, "
+            f"device {device!r} would be shared by {place.size} processes; give {works}, "
             "and every process takes the device of its number"
         )
-    if kind not in ("auto", "cuda", "cpu"):
-        raise InputError(f"several processes work on cuda or cpu, not on {device!r}")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if kind == "cpu" or (kind == "auto" and not count):
-        return torch.device("cpu")
+    if kind not in ("auto", *kinds):
+        raise InputError(f"several processes work on {works} here, not on {device!r}")
+    if other is None or kind == HOST.type:
+        return HOST
+    count = torch.accelerator.device_count()
     if place.local_rank >= count:
         raise InputError(
-            f"{place.local_rank + 1} or more processes were started on a machine with {count} cuda "
-            f"devices; start torchrun with --nproc-per-node {max(count, 1)}, or give --device cpu"
+            f"{place.local_rank + 1} or more processes were started on a machine with {count} "
+            f"{other.type} devices; start torchrun with --nproc-per-node {count}, or give --device "
+            f"{HOST}"
         )
-    return torch.device("cuda", place.local_rank)
+    return torch.device(other.type, place.local_rank)
 
 
 def membership(
@@ -69,7 +74,7 @@ def membership(
     leader, with the rank that failed.
 
     Args:
-        device: `auto`, `cuda` or `cpu`; every process takes its own.
+        device: `auto`, or a kind of device; every process takes its own.
         tell: says the message of a failure to the user.
 
     Raises:
@@ -111,10 +116,13 @@ class Membership:
         except InputError as error:
             self._alarm.sound(str(error))
             raise
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
+        backend = dist.get_default_backend_for_device(HOST)
+        if not on_host(device):
+            torch.accelerator.set_device_index(device.index)
+            own = dist.get_default_backend_for_device(device)
+            backend = f"{HOST}:{backend},{device.type}:{own}"
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            backend,
             store=shared,
             rank=place.rank,
             world_size=place.size,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spectrim.devices import HOST
 from spectrim.distributed.owners import share
 from spectrim.distributed.team import Team
 
@@ -58,7 +59,7 @@ class _Part:
         """Of the states."""
         return self.local.dtype
 
-    def read(self, rows: Tensor, device: torch.device | str = "cpu") -> Tensor:
+    def read(self, rows: Tensor, device: torch.device | str = HOST) -> Tensor:
         """The states of windows that are here or have been lent, (len, T, d), on `device`."""
         if not any(row in self.lent for row in rows.tolist()):
             return self.local.read(rows - self.first, device)

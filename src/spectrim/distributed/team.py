@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spectrim.devices import HOST
 from spectrim.distributed.owners import owners, share
 from spectrim.errors import LostRankError, NonFiniteError, NumericalError
 
@@ -152,7 +153,7 @@ class Team:
                 work = _sent(lambda c=content, d=destination, n=number: dist.isend(c, d, tag=n))
                 waiting.append((work, content))
             elif self.rank == destination:
-                arrived[number] = torch.empty_like(empty, device="cpu")
+                arrived[number] = torch.empty_like(empty, device=HOST)
                 place = arrived[number].view(-1).view(torch.uint8)
                 work = _sent(lambda p=place, s=source, n=number: dist.irecv(p, s, tag=n))
                 waiting.append((work, place))

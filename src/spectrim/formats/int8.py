@@ -25,6 +25,12 @@ TOP = 127
 KERNEL_MULTIPLE = 16
 """Both sides of a matrix that torch's int8 kernel multiplies are multiples of this."""
 
+KERNEL = "_weight_int8pack_mm"
+
+FEW = 16
+"""Tokens up to which an accelerator is better off reading codes than multiplying a copy: more are
+arithmetic, for which its ordinary product is built."""
+
 
 class Int8(Integers):
     """8-bit codes with a scale per row."""
@@ -65,8 +71,11 @@ class Int8(Integers):
         """`(x qᵀ) scale`, by torch's kernel where it suits."""
         import torch
 
+        from spectrim.devices import on_host
+
         codes, scale = tensors["codes"], tensors["scale"]
-        if _suits_kernel(x, codes):
+        few = on_host(x.device) or x.numel() <= FEW * columns
+        if few and not x.requires_grad and self.reads_codes(tensors, x.dtype):  # has no gradient
             # Scales of one: the kernel would round ours to bf16, one error for a whole row.
             ones = torch.ones_like(scale, dtype=x.dtype)
             y = torch._weight_int8pack_mm(x.reshape(-1, columns), codes, ones)
@@ -75,22 +84,28 @@ class Int8(Integers):
             y = torch.nn.functional.linear(x, codes.to(x.dtype))
         return (y * scale).to(x.dtype)
 
+    def reads_codes(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> bool:
+        """By torch's kernel."""
+        return _suits_kernel(tensors["codes"], dtype)
+
     def path(self, device: str, dtype: torch.dtype) -> str:
         """The kernel's name where it runs."""
-        if device == "cpu" and str(dtype) == "torch.bfloat16":
+        from spectrim.devices import on_host
+
+        if on_host(device) and str(dtype) == "torch.bfloat16":
             return "torch's int8 kernel"
         return "codes cast for every product"
 
 
-def _suits_kernel(x: Tensor, codes: Tensor) -> bool:
+def _suits_kernel(codes: Tensor, dtype: torch.dtype) -> bool:
     """Whether torch's int8 kernel is at hand and beats a product with restored numbers.
 
-    It does in bf16 on a CPU; in fp32 it is tens of times slower. It has no gradient, and with
-    sides that are no multiples of 16 it was seen to read beyond its memory.
+    It does in bf16; in fp32 it is tens of times slower on a CPU. With sides that are no multiples
+    of 16 it was seen to read beyond its memory.
     """
     import torch
 
-    if x.device.type != "cpu" or x.dtype != torch.bfloat16 or x.requires_grad:
-        return False
+    from spectrim.devices import has_kernel
+
     multiples = all(side % KERNEL_MULTIPLE == 0 for side in codes.shape)
-    return multiples and hasattr(torch, "_weight_int8pack_mm")
+    return multiples and dtype == torch.bfloat16 and has_kernel(KERNEL, codes.device)

@@ -44,6 +44,10 @@ class Native(NumberFormat):
         weight = tensors["weight"]
         return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
+    def reads_codes(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> bool:
+        """There are none."""
+        return True
+
     def path(self, device: str, dtype: torch.dtype) -> str:
         """An ordinary product."""
         return "dense product"

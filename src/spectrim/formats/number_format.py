@@ -80,6 +80,10 @@ class NumberFormat(ABC):
 
         return linear(x, self.decode(tensors, columns).to(x.dtype))
 
+    def reads_codes(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> bool:
+        """Whether `multiply` reads what is stored where it lies, without a copy of the matrix."""
+        return False
+
     def path(self, device: str, dtype: torch.dtype) -> str:
         """How a product runs there, in a word for people."""
         return "restored for every product"

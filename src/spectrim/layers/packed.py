@@ -20,6 +20,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from spectrim.devices import on_host
 from spectrim.layers.layout import layout_of
 from spectrim.layers.quantized import part_of, wide_weight
 from spectrim.layers.source import Source
@@ -259,7 +260,7 @@ def _gather(x: Tensor, order: Tensor) -> Tensor:
     # On a CPU a gather along the last of three axes takes several times longer than of two, and in
     # half precision `index_select` takes twenty times longer than `gather` of numbers of two bytes.
     flat = x.reshape(-1, size)
-    if x.device.type == "cpu" and x.element_size() == 2:
+    if on_host(x.device) and x.element_size() == 2:
         places = order.long().expand(flat.shape[0], -1)
         if x.requires_grad and torch.is_grad_enabled():
             y = flat.gather(1, places)

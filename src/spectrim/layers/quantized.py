@@ -85,6 +85,11 @@ class QuantizedLinear(nn.Module):
         return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
 
     @property
+    def reads_codes(self) -> bool:
+        """Whether products work on the codes where they lie, without a copy of the matrix."""
+        return self.format.reads_codes(self.stored, self.dtype)
+
+    @property
     def weight(self) -> Tensor:
         """The matrix (out, in), restored in the model's dtype."""
         return self.wide_weight().to(self.dtype)

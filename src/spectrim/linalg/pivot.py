@@ -81,6 +81,14 @@ class Packed:
         """The same record with its parts rounded to `dtype`."""
         return replace(self, basis=self.basis.to(dtype), coefficients=self.coefficients.to(dtype))
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """`up` (m, k) and `down` (k, n) with this product: the identity is written out again."""
+        inverse = self.order.argsort()
+        identity = torch.eye(self.rank).to(self.coefficients)
+        if self.side == "out":
+            return torch.cat([identity, self.coefficients])[inverse], self.basis
+        return self.basis, torch.cat([identity, self.coefficients], dim=1)[:, inverse]
+
     def product(self) -> Tensor:
         """The dense (m, n) matrix in the dtype of the parts."""
         inverse = self.order.argsort()

@@ -1,8 +1,8 @@
 """Two models timed on this machine, dense beside compressed, with the ideal beside both.
 
-What is done to run faster is done to both where it can be (`prepack`); what only a compressed model
-can do (`fused`, `latent_cache`) is done to it alone, and the latent cache is timed beside the
-ordinary one, because it pays for memory with time.
+Both are prepared for the device first (`serve.prepare`): a prepared model beside one as it was
+loaded would compare kernels, not models. The latent cache, which only a compressed model can have,
+is timed beside the ordinary one, because it pays for memory with time.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from spectrim.arguments import check_whole
-from spectrim.errors import InputError, ModelError
+from spectrim.errors import ModelError
 from spectrim.layers.swap import compressed_layers
 from spectrim.run.job import Progress, Silent
 from spectrim.run.loading import load_model
 from spectrim.run.reporting import environment
 from spectrim.serve.bench import Cell, Work, measure_cells, uncut_bytes, work_of
-from spectrim.serve.fusion import fuse
 from spectrim.serve.latent.switch import latent_cache as switch_over
-from spectrim.serve.prepack import prepack
+from spectrim.serve.prepare import Prepared, prepare
 
 __all__ = ["bench"]
 
@@ -40,6 +39,7 @@ class _Measured:
     cells: list[Cell]
     latent: list[Cell] | None
     uncut: dict[str, int]
+    prepared: Prepared | None
 
 
 def bench(
@@ -50,8 +50,8 @@ def bench(
     lengths: Sequence[int] = LENGTHS,
     new_tokens: int = NEW_TOKENS,
     repeats: int = REPEATS,
-    fused: bool = False,
-    prepacked: bool = False,
+    prepared: bool = True,
+    memory: int | str | None = None,
     latent_cache: bool = False,
     device: str = "auto",
     dtype: str = "auto",
@@ -69,8 +69,8 @@ def bench(
         lengths: tokens per prompt.
         new_tokens: tokens to write per sequence.
         repeats: counted runs behind each median.
-        fused: join the first factors of the compressed model that read the same input.
-        prepacked: put the weights of both models into the order of the CPU's kernels.
+        prepared: arrange the weights of both for this device before they are timed.
+        memory: what the compressed model's weights may take then, see `serve.prepare`.
         latent_cache: measure the compressed model once more with a latent key-value cache.
         device: `auto`, or a torch device.
         dtype: to work in; `auto` is fp32 on a CPU and the checkpoint's elsewhere.
@@ -81,8 +81,8 @@ def bench(
         JSON-ready: both models' work and cells, speed-ups with their ideal, hardware, versions.
 
     Raises:
-        SpectrimError: a model that cannot be loaded, sizes it cannot run, or an option that does
-            nothing for it.
+        SpectrimError: a model that cannot be loaded, sizes it cannot run, or memory that is less
+            than its weights take.
     """
     progress = progress or Silent()
     check_whole(new_tokens=new_tokens, repeats=repeats)
@@ -95,24 +95,18 @@ def bench(
         loaded = load_model(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         network: Any = loaded.model
         _check_role(network, str(name), role)
-        if fused and role == "compressed" and not fuse(network).groups:
-            raise ModelError(f"{name} has no compressed layers that read the same input")
         uncut = uncut_bytes(network, work_of(network))
-        if prepacked and not prepack(network):
-            raise InputError(
-                f"nothing of {name} can be prepacked in {network.dtype} on {network.device}: that "
-                "is for CPUs whose oneDNN multiplies in this dtype; leave --prepack out"
-            )
+        limit = memory if role == "compressed" else None
+        chosen = prepare(network, memory=limit) if prepared else None
         cells = _cells(network, role, sizes, progress)
         latent = None
         if latent_cache and role == "compressed":
             switch_over(network)
             latent = _cells(network, "latent cache", sizes, progress)
-        measured[role] = _Measured(work_of(network), cells, latent, uncut)
+        measured[role] = _Measured(work_of(network), cells, latent, uncut, chosen)
         del loaded, network
         gc.collect()
-    options = {"fused": fused, "prepacked": prepacked}
-    return _record(str(model), str(against), measured, options)
+    return _record(str(model), str(against), measured)
 
 
 def _check_role(network: Any, name: str, role: str) -> None:
@@ -139,9 +133,7 @@ def _cells(network: Any, stage: str, sizes: dict[str, Any], progress: Progress) 
     return cells
 
 
-def _record(
-    model: str, against: str, measured: dict[str, _Measured], options: dict[str, bool]
-) -> dict[str, Any]:
+def _record(model: str, against: str, measured: dict[str, _Measured]) -> dict[str, Any]:
     dense, compressed = measured["dense"], measured["compressed"]
     one = compressed.cells[0].speed
     record = {
@@ -153,7 +145,7 @@ def _record(
         },
         "compressed": {
             "model": model,
-            **options,
+            "prepared": None if compressed.prepared is None else compressed.prepared.record(),
             **compressed.work.record(),
             "cells": [c.record() for c in compressed.cells],
         },

@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spectrim.devices import HOST, accelerator
 from spectrim.model.capture import first_tensor
 
 __all__ = ["Gate", "Switches"]
 
 
 def _autocast_devices() -> tuple[str, ...]:
-    accelerator = torch.accelerator.current_accelerator()
-    return ("cpu",) if accelerator is None else ("cpu", accelerator.type)
+    other = accelerator()
+    return (HOST.type,) if other is None else (HOST.type, other.type)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spectrim.devices import HOST
 from spectrim.errors import ModelError, NonFiniteError
 from spectrim.model.anatomy import Anatomy
 from spectrim.model.blockcall import BlockCall, arguments_differ, move_arguments, split_hidden
@@ -245,7 +246,7 @@ def record(
     windows: Tensor,
     *,
     batch: int,
-    device: torch.device | str = "cpu",
+    device: torch.device | str = HOST,
     anatomy: Anatomy | None = None,
     folder: Path | str | None = None,
 ) -> Replay:

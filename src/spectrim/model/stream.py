@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from spectrim.devices import HOST
 from spectrim.errors import OutputError
 
 __all__ = ["Stream"]
@@ -88,7 +89,7 @@ class Stream:
         for start in range(0, len(self), batch):
             yield slice(start, min(start + batch, len(self)))
 
-    def read(self, rows: slice | Tensor, device: torch.device | str = "cpu") -> Tensor:
+    def read(self, rows: slice | Tensor, device: torch.device | str = HOST) -> Tensor:
         """A copy of the states of some windows, shape (rows, T, d), on `device`.
 
         `rows` is a slice or an integer tensor of window indices.

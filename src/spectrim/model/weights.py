@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from spectrim.devices import HOST
 from spectrim.errors import ModelError, NonFiniteError
 
 __all__ = [
@@ -91,7 +92,7 @@ def read_bias(module: nn.Module) -> Tensor | None:
 def sampled(weight: Tensor, values: int = 64) -> Tensor:
     """Evenly spaced values of a weight, at most about twice as many as asked for, fp32."""
     flat = weight.detach().flatten()
-    return flat[:: max(1, flat.numel() // values)].to("cpu", torch.float32, copy=True)
+    return flat[:: max(1, flat.numel() // values)].to(HOST, torch.float32, copy=True)
 
 
 def check_finite(name: str, weight: Tensor) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from spectrim.devices import HOST
 from spectrim.distributed.team import Team
 from spectrim.model.anatomy import Anatomy, Block
 from spectrim.model.forward import evaluating
@@ -51,7 +52,7 @@ def gradients_by_block(
     factors: ComponentsOf | None = None,
     clip: float | None = None,
     batch: int = 4,
-    device: torch.device | str = "cpu",
+    device: torch.device | str = HOST,
     folder: Path | None = None,
     on_block: Callable[[], None] = lambda: None,
     team: Team | None = None,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor, nn
 
+from spectrim.devices import HOST
 from spectrim.distributed.team import Team
 from spectrim.model.anatomy import Anatomy
 from spectrim.model.forward import evaluating
@@ -43,7 +44,7 @@ def gradients_recomputed(
     factors: ComponentsOf | None = None,
     clip: float | None = None,
     batch: int = 4,
-    device: torch.device | str = "cpu",
+    device: torch.device | str = HOST,
     on_batch: Callable[[int], None] = lambda done: None,
     team: Team | None = None,
 ) -> GradientPass:

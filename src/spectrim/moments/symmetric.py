@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from spectrim.devices import HOST
+
 __all__ = ["ROWS_PER_PRODUCT", "SymmetricSum", "panel_numbers"]
 
 ROWS_PER_PRODUCT = 4096
@@ -34,7 +36,7 @@ class SymmetricSum:
         device: where it is.
     """
 
-    def __init__(self, size: int, dtype: torch.dtype, device: torch.device | str = "cpu"):
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device | str = HOST):
         self.size = size
         self.panels = [
             torch.zeros(stop - start, size - start, dtype=dtype, device=device)
@@ -61,7 +63,7 @@ class SymmetricSum:
 
     def whole(self) -> Tensor:
         """The sum as a matrix, (n, n) fp64, exactly symmetric."""
-        device = self.panels[0].device if self.panels else "cpu"
+        device = self.panels[0].device if self.panels else HOST
         matrix = torch.empty(self.size, self.size, dtype=torch.float64, device=device)
         for (start, stop), panel in zip(self._spans(), self.panels, strict=True):
             matrix[start:stop, start:] = panel

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from spectrim.devices import keeps_own_random_state
 from spectrim.errors import MissingExtraError
 from spectrim.layers.lowrank import LowRankLinear
 from spectrim.model.losses import next_token
@@ -140,7 +141,7 @@ def recover(
         return tail.total(tail.states(chunk)[:, :-1], next_token(chunk)) / chunk[:, 1:].numel()
 
     # Initial values and dropout draw from the global generators, which are put back afterwards.
-    own = [device] if device.type == "cuda" else []
+    own = [device] if keeps_own_random_state(device) else []
     with torch.random.fork_rng(devices=own), frozen(tail.model.parameters()):
         torch.manual_seed(training.seed)
         with _adapted(layers, factor, training) as adapters:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from spectrim.decompose import OBJECTIVES
+from spectrim.devices import in_widest, on_host
 from spectrim.moments.symmetric import panel_numbers
 from spectrim.recipe import BlockRefinement, DistillRefinement, LoraRefinement, Recipe
 from spectrim.run.footprint import Room, Setting, Sizes, has_gradients
@@ -138,7 +139,7 @@ def measured_rates(device: torch.device) -> tuple[float, float]:
         y = x @ x
     y.sum().item()
     products = 4 * 2 * size**3 / (time.perf_counter() - started)
-    W = x.double() if device.type != "mps" else x
+    W = in_widest(x)
     started = time.perf_counter()
     torch.linalg.eigh(W @ W.mT)[0].sum().item()
     torch.linalg.qr(W)[0].sum().item()
@@ -206,7 +207,7 @@ def settled(recipe: Recipe, sizes: Sizes, device: torch.device, longest: int | N
     reason = f"{ENOUGH_PER_CHANNEL} tokens per channel of the widest target"
     if tokens == MOST_TOKENS:
         reason = f"at most {MOST_TOKENS} tokens"
-    if device.type == "cpu":
+    if on_host(device):
         affordable = _affordable(recipe, sizes, device)
         if affordable < tokens:
             tokens, reason = affordable, f"about {PATIENCE // 60} minutes on this CPU"

@@ -13,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 
+from spectrim.devices import HOST
 from spectrim.errors import ArtifactError, ModelError
 from spectrim.model.onload import Onloader
 from spectrim.model.weights import sampled
@@ -137,7 +138,7 @@ def load_model(
         if str(device) != "auto":
             model.to(resolve_device(device))
         if dtype != "auto":
-            model.to(resolve_dtype(dtype, stored, torch.device("cpu")))
+            model.to(resolve_dtype(dtype, stored, HOST))
         name = getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
         return LoadedModel(model.eval(), tokenizer, name, stored)
     place, name = resolve_device(device), str(model)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from spectrim.devices import free_memory, on_host, whole_memory
 from spectrim.distributed.team import Team
 from spectrim.errors import InputError
 from spectrim.run.loading import read_config
@@ -35,10 +36,8 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 def available_bytes(device: torch.device) -> int | None:
     """Free memory where blocks are worked on, None where that cannot be found out."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if device.type != "cpu":
-        return None
+    if not on_host(device):
+        return free_memory(device)
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
@@ -50,10 +49,8 @@ def available_bytes(device: torch.device) -> int | None:
 
 def total_bytes(device: torch.device) -> int | None:
     """All memory of the place where blocks are worked on, None where that cannot be found out."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    if device.type != "cpu":
-        return None
+    if not on_host(device):
+        return whole_memory(device)
     try:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
@@ -129,7 +126,7 @@ def goes_out_of_core(
         return True
     team = team or Team()
     needed, free = _weights_needed(str(model), device, dtype, trust_remote_code)
-    if resolve_device(device).type == "cpu" and needed is not None:
+    if on_host(resolve_device(device)) and needed is not None:
         needed *= team.size  # each holds the model; those of other machines are counted as well
     short = needed is not None and free is not None and needed > SHARE_FOR_WEIGHTS * free
     if not any(team.gather(short)):  # a process may have less memory than the others

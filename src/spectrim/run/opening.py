@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.data.windows import Windows, longest_window
+from spectrim.devices import on_host
 from spectrim.distributed.team import Team
 from spectrim.errors import InputError
 from spectrim.model.anatomy import Anatomy
@@ -220,7 +221,7 @@ def _room(
         InputError: it needs more memory than there is; gives the numbers.
     """
     total = total_bytes(setting.device)
-    if total is not None and setting.device.type == "cpu":
+    if total is not None and on_host(setting.device):
         total //= team.size  # each process has the whole model
     batch = recipe.calibration.batch
     if recipe.flow == "learned":  # what training holds is not predicted
@@ -228,7 +229,7 @@ def _room(
         return choose_room(recipe, setting, sizes, planned=planned, limit=limit, batch=batch)
     room = fitting_room(recipe, setting, sizes, planned=planned, total=total, batch=batch)
     host, device = peak_parts(recipe, setting, sizes, room, planned=planned)
-    log.predicted = sum((host if setting.device.type == "cpu" else device).values())
+    log.predicted = sum((host if on_host(setting.device) else device).values())
     return room
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from spectrim.devices import on_host
 from spectrim.errors import InputError
 from spectrim.recipe import Recipe
 from spectrim.run.footprint import (
@@ -33,7 +34,7 @@ SHARE_OF_MEMORY = 0.5
 SHARE_OF_GRAPH = 0.25
 """The graph of all blocks may take this share of what a run may take: recomputing costs little."""
 
-TOKENS = {"cpu": 2048}
+TOKENS_HERE = 2048
 TOKENS_ELSEWHERE = 16384
 """Tokens per forward pass from which products are no faster with more."""
 
@@ -64,7 +65,7 @@ def choose_room(
     """
     fixed = sum(weight_parts(setting, sizes).values()) + _base(setting)
     gathers, backward = has_gradients(recipe, planned=planned)
-    most = TOKENS.get(setting.device.type, TOKENS_ELSEWHERE)
+    most = TOKENS_HERE if on_host(setting.device) else TOKENS_ELSEWHERE
     choice = Room(batch or 1, batch or 1)
     for room in _rooms(setting, most, batch):
         if _fits(fixed, cut_phase(recipe, setting, sizes, room), limit, setting):
@@ -101,7 +102,7 @@ def fitting_room(
     room = choose_room(recipe, setting, sizes, planned=planned, limit=limit_of(total), batch=batch)
     host, device = peak_parts(recipe, setting, sizes, room, planned=planned)
     # Where blocks are worked on elsewhere, what this machine holds is streams.
-    _check_fits(host if setting.device.type == "cpu" else device, total, str(setting.device))
+    _check_fits(host if on_host(setting.device) else device, total, str(setting.device))
     return room
 
 
@@ -117,11 +118,11 @@ def said(room: Room) -> str:
 
 
 def _base(setting: Setting) -> int:
-    return BASE if setting.device.type == "cpu" else 0
+    return BASE if on_host(setting.device) else 0
 
 
 def _fits(fixed: int, phase: Phase, limit: int | None, setting: Setting) -> bool:
-    streams = phase.streams if setting.device.type == "cpu" and not setting.offloaded else 0
+    streams = phase.streams if on_host(setting.device) and not setting.offloaded else 0
     return limit is None or fixed + streams + sum(phase.parts.values()) <= limit
 
 
@@ -164,7 +165,7 @@ def peak_parts(
     if has_gradients(recipe, planned=planned)[1]:
         held.append(gradient_phase(recipe, setting, sizes, room))
     weights = weight_parts(setting, sizes)
-    if setting.device.type == "cpu":
+    if on_host(setting.device):
         parts = [{"streams": phase.streams} | phase.parts for phase in held]
         if setting.offloaded:  # mapped files make room when it is needed
             parts = [part | {"streams": 0} for part in parts]

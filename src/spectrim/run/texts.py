@@ -15,6 +15,7 @@ from spectrim.data.mixing import interleave
 from spectrim.data.self_text import sample_windows
 from spectrim.data.text import read_text
 from spectrim.data.windows import Windows, calibration_windows, given_windows, longest_window
+from spectrim.devices import HOST
 from spectrim.distributed.team import Team
 from spectrim.errors import InputError, TextError
 from spectrim.recipe import Calibration
@@ -145,7 +146,7 @@ def vocabulary_size(model: Any) -> int:
 
 def _check_room(windows: int, length: int) -> None:
     """Refuse what would only fill the memory; the hidden states take far more."""
-    needed, free = 2 * 8 * windows * length, available_bytes(torch.device("cpu"))
+    needed, free = 2 * 8 * windows * length, available_bytes(HOST)
     if free is not None and needed > free:
         raise InputError(
             f"{windows} windows of {length} tokens take {format_bytes(needed)} as tokens alone, "

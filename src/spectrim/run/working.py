@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from spectrim.devices import HOST, accelerator, on_host
 from spectrim.errors import InputError
 
 __all__ = ["resolve_device", "resolve_dtype", "stored_dtype"]
@@ -26,13 +27,13 @@ def resolve_device(device: str | torch.device) -> torch.device:
     Raises:
         InputError: an unknown device, or one that this machine does not have; says what works.
     """
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    other = accelerator()
     if str(device) == "auto":
-        return accelerator if accelerator is not None else torch.device("cpu")
-    works = "auto, cpu"
-    if accelerator is not None:
+        return HOST if other is None else other
+    works = f"auto, {HOST}"
+    if other is not None:
         count = torch.accelerator.device_count()
-        works += "".join(f", {accelerator.type}:{index}" for index in range(count))
+        works += "".join(f", {other.type}:{index}" for index in range(count))
     try:
         place = torch.device(device)
         torch.empty(0, device=place)
@@ -59,7 +60,7 @@ def resolve_dtype(
             raise InputError(f"cannot work in {dtype}; use auto, {', '.join(_DTYPES)}")
         return dtype
     if dtype == "auto":
-        return torch.float32 if device.type == "cpu" else stored
+        return torch.float32 if on_host(device) else stored
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise InputError(f"unknown dtype {dtype!r}; use auto, {', '.join(_DTYPES)}")
     return _DTYPES[dtype]

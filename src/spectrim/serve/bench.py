@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from spectrim.allocate.budget import Shape, layer_bytes
+from spectrim.devices import forget_peak_memory, on_host, peak_memory
 from spectrim.errors import InputError
 from spectrim.formats import FORMATS
 from spectrim.layers.quantized import QuantizedLinear
@@ -173,15 +174,10 @@ class _Peak:
 def _peak_memory(device: torch.device) -> Iterator[_Peak]:
     """Largest memory in use during the body."""
     peak = _Peak()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        yield peak
-        peak.bytes = torch.cuda.max_memory_allocated(device)
-        return
-    known = device.type == "cpu" and _forget_peak()
+    forget_peak_memory(device)
+    known = on_host(device) and _forget_peak()
     yield peak
-    if known:
-        peak.bytes = _resident_peak()
+    peak.bytes = _resident_peak() if known else peak_memory(device)
 
 
 def _forget_peak() -> bool:

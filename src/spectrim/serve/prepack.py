@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spectrim.devices import on_host
 from spectrim.errors import ModelError
 from spectrim.layers.quantized import QuantizedLinear
 from spectrim.serve.prepack_codes import PrepackedCodes, can_prepack_codes
@@ -137,7 +138,7 @@ _outside_the_graph: Any = torch.compiler.disable(_plainly)
 
 def can_prepack(weight: Tensor) -> bool:
     """Whether this machine's oneDNN multiplies with such a weight."""
-    if weight.device.type != "cpu" or not _HAS_ONEDNN:
+    if not on_host(weight.device) or not _HAS_ONEDNN:
         return False
     supported = {
         torch.float32: lambda: True,

@@ -73,10 +73,11 @@ class PrepackedCodes(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        probe = fn(torch.empty(0, dtype=self.dtype))
-        if (probe.dtype, probe.device.type) != (self.dtype, "cpu"):
+        place = next(iter(self._packed.values())).device
+        probe = fn(torch.empty(0, dtype=self.dtype, device=place))
+        if (probe.dtype, probe.device) != (self.dtype, place):
             raise ModelError(
-                f"prepacked {self.weights} weights stay in {self.dtype} on a CPU, they cannot "
+                f"prepacked {self.weights} weights stay in {self.dtype} on {place}, they cannot "
                 f"become {probe.dtype} on {probe.device}; cast or move the model first and prepack "
                 "it then"
             )

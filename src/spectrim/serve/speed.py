@@ -6,7 +6,6 @@ worth nothing, so the record names device, dtype, sizes, threads and version.
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from spectrim.data.windows import longest_window
+from spectrim.devices import name_of, wait_for
 from spectrim.errors import InputError
 from spectrim.evaluate.forward import evaluation_mode
 
@@ -108,7 +108,7 @@ def speed(
         new_tokens=new_tokens,
         repeats=repeats,
         cache_bytes=None if cached is None else cached / tokens,
-        device=_device_name(weight.device),
+        device=name_of(weight.device),
         dtype=str(model.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
         torch_version=torch.__version__,
@@ -118,15 +118,15 @@ def speed(
 @torch.no_grad()
 def _run(model: Any, ids: Tensor, new_tokens: int) -> tuple[float, float, int | None]:
     """Seconds of reading the prompt and of writing new tokens greedily; bytes cached after it."""
-    _wait(ids.device)
+    wait_for(ids.device)
     start = time.perf_counter()
     output = model(input_ids=ids, use_cache=True)
-    _wait(ids.device)
+    wait_for(ids.device)
     read = time.perf_counter()
     for _ in range(new_tokens):
         token = output.logits[:, -1:].argmax(-1)  # (batch, 1)
         output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
-    _wait(ids.device)
+    wait_for(ids.device)
     return read - start, time.perf_counter() - read, _cache_bytes(output.past_key_values)
 
 
@@ -143,17 +143,3 @@ def _cache_bytes(cache: Any) -> int | None:
     if not held or len(held) < len(tensors):
         return None
     return sum(t.numel() * t.element_size() for t in held)
-
-
-def _wait(device: torch.device) -> None:
-    """Accelerators run ahead of Python; a clock is only right when they have caught up."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return platform.processor() or platform.machine() if device.type == "cpu" else device.type

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from spectrim.devices import HOST
 from spectrim.errors import ArtifactError
 from spectrim.storage.atomic import check_output, new_folder
 from spectrim.storage.inspect import inspect_folder
@@ -78,4 +79,4 @@ def _load(folder: Path) -> Any:
     known = getattr(transformers, names[0], None) if names else None
     if not (isinstance(known, type) and issubclass(known, transformers.PreTrainedModel)):
         known = transformers.AutoModelForCausalLM
-    return known.from_pretrained(folder, dtype="auto", device_map="cpu")
+    return known.from_pretrained(folder, dtype="auto", device_map=HOST.type)

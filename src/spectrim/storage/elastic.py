@@ -29,6 +29,7 @@ from spectrim.allocate.budget import Shape, components
 from spectrim.allocate.curve import Curve
 from spectrim.allocate.elastic import ElasticOrder
 from spectrim.allocate.ladder import Limits
+from spectrim.devices import HOST
 from spectrim.errors import ArtifactError
 from spectrim.storage.atomic import new_folder
 from spectrim.storage.folder import RECIPE_FILE, REPORT_FILE
@@ -158,8 +159,8 @@ def save_elastic(
         "order.score": torch.from_numpy(elastic.order.score).to(torch.bfloat16),
     }
     for name, (up, down) in elastic.factors.items():
-        tensors[f"{name}.up"] = up.detach().to("cpu", elastic.dtype).contiguous()
-        tensors[f"{name}.down"] = down.detach().to("cpu", elastic.dtype).contiguous()
+        tensors[f"{name}.up"] = up.detach().to(HOST, elastic.dtype).contiguous()
+        tensors[f"{name}.down"] = down.detach().to(HOST, elastic.dtype).contiguous()
     with new_folder(output, overwrite=overwrite) as folder:
         save_file(tensors, str(folder / TENSOR_FILE), metadata={"format": "pt"})
         record = _record(elastic, self_contained=base_model is not None)

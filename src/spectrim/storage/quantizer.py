@@ -40,6 +40,7 @@ class SpectrimQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._storages: dict[str, tuple[str, str]] = {}
         self._prefix = ""
+        self._dtypes: dict[str, torch.dtype] = {}
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -53,6 +54,7 @@ class SpectrimQuantizer(HfQuantizer):
             else:
                 _swap_skeleton(model, name, entry)
         self._observe(model)
+        self._dtypes = {name: p.dtype for name, p in model.named_parameters()}
         if checkpoint_files:
             check_files(model, self, checkpoint_files)
         return model
@@ -61,6 +63,9 @@ class SpectrimQuantizer(HfQuantizer):
         from spectrim.storage.verify import check_orders
 
         check_orders(model)
+        # transformers up to 5.20 leaves renamed tensors of a quantised model in the file's dtype.
+        for name, p in model.named_parameters():
+            p.data = p.data.to(self._dtypes.get(name, p.dtype))
         if self.quantization_config.dequantize:
             self._dequantize(model)
         return model

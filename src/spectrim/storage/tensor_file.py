@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from spectrim.devices import HOST
 from spectrim.errors import ArtifactError
 from spectrim.storage.headers import read_header
 from spectrim.storage.whole_file import CHUNK, whole_file
@@ -182,7 +183,7 @@ def _write(
         file.write(piece)
         note(piece)
     for slot in slots:
-        tensor = slot.fetch().detach().to("cpu", slot.dtype).contiguous()
+        tensor = slot.fetch().detach().to(HOST, slot.dtype).contiguous()
         if tuple(tensor.shape) != slot.shape:
             raise ValueError(f"{slot.name} is {tuple(tensor.shape)}, announced as {slot.shape}")
         data = _bytes_of(tensor) if tensor.numel() else memoryview(b"")

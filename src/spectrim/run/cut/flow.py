@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import torch
 from torch import Tensor
 
+from spectrim.devices import free_memory
 from spectrim.model.anatomy import Block
 from spectrim.model.staged import Staged
 from spectrim.model.stream import Stream
@@ -90,8 +90,8 @@ def must_restart(job: Job, stream: Stream, *, streams: int) -> bool:
     """
     if job.room.restarts or job.offload_streams is not None:
         return True
-    if job.device.type != "cuda":
+    free = free_memory(job.device)
+    if free is None:
         return False
-    free, _ = torch.cuda.mem_get_info(job.device)
     needed = streams * max(paused_bytes(block, stream) for block in job.anatomy.blocks)
     return needed > SHARE_FOR_PAUSED * free

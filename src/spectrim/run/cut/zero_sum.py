@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from spectrim.allocate.plan import Plan
+from spectrim.devices import HOST
 from spectrim.model.anatomy import Target
 from spectrim.model.weights import get_module, read_weight, write_weight
 from spectrim.moments.gradients import gradient_pass
@@ -81,7 +82,7 @@ def cut_in_stages(
 def _originals(job: Job) -> dict[str, Tensor]:
     """Copies of all target weights, on the CPU: a card may have no room for them, (out, in)."""
     return {
-        t.name: read_weight(get_module(job.model, t.name)).to("cpu", copy=True)
+        t.name: read_weight(get_module(job.model, t.name)).to(HOST, copy=True)
         for t in job.anatomy.targets
     }
 

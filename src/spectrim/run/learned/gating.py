@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from spectrim.allocate.ladder import Limits
 from spectrim.decompose import OBJECTIVES
+from spectrim.devices import on_host
 from spectrim.errors import RecipeError
 from spectrim.learn.gated import GatedLinear, Lora
 from spectrim.learn.lessons import Lessons, seeded
@@ -128,5 +129,5 @@ def lessons_for(job: Job, replay: Replay, *, batch: int, accumulate: int, teache
         batch=batch,
         accumulate=accumulate,
         seed=job.recipe.seed,
-        autocast=job.device.type != "cpu",
+        autocast=not on_host(job.device),
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from spectrim.allocate.budget import format_bytes
+from spectrim.devices import HOST
 from spectrim.recipe import Recipe, validated
 from spectrim.run.compress import Outcome
 from spectrim.run.learned.elastic import open_elastic
@@ -39,7 +40,7 @@ def save_elastic_outcome(
         f"written as an elastic artifact: `spectrim resize` gives every keep from "
         f"{sizes['smallest_keep']:.4f} to 1"
     )
-    base = None if original is None else load_model(original, device="cpu", dtype="auto")
+    base = None if original is None else load_model(original, device=HOST, dtype="auto")
     save_elastic(
         outcome.elastic,
         output,
@@ -79,7 +80,7 @@ def save_survey_as_elastic(
     check_output(output, overwrite=overwrite, sources=sources_of(survey=survey, model=base))
     if not isinstance(survey, Survey):
         survey = load_survey(survey)
-    opened = open_elastic(survey, base=base, device="cpu", score=score)
+    opened = open_elastic(survey, base=base, device=HOST, score=score)
     recipe = validated(Recipe, survey.recipe, source=f"the survey of {survey.model_name}")
     elastic = opened.elastic
     save_elastic(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from spectrim.data.mixing import interleave
 from spectrim.data.self_text import sample_windows
+from spectrim.devices import on_host
 from spectrim.distributed.pool import Pool
 from spectrim.model.replay import Replay
 from spectrim.model.stream import Stream
@@ -123,7 +124,7 @@ def distill_network(job: Job, step: DistillRefinement, teacher: Teacher) -> str:
             Teaching(student, leaving, replay.tail, teacher.train, teacher.held),
             settings,
             device=job.device,
-            autocast=job.device.type != "cpu",
+            autocast=not on_host(job.device),
             on_judged=lambda at, kl: job.progress.advance("distill", f"step {at}: KL {kl:.4g}"),
             pool=pool,
         )

@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 from torch import Tensor, nn
 
+from spectrim.devices import on_host
 from spectrim.distributed.pool import Pool
 from spectrim.errors import NonFiniteError, RecipeError
 from spectrim.model.anatomy import Block
@@ -124,7 +125,7 @@ def _refine(
                 pool.states[1],
                 training,
                 device=job.device,
-                autocast=job.device.type != "cpu",
+                autocast=not on_host(job.device),
                 on_judged=judged,
                 pool=pool,
             )
