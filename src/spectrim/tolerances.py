@@ -38,6 +38,11 @@ DAMPING_LIMIT = 1e-2
 LEAST_SQUARES_RIDGE = 1e-6
 """Ridge of least-squares maps against shifted inputs, as a share of the mean diagonal."""
 
+SAME_FUNCTION = 1e-2
+"""Largest relative difference between the output of a layer of an unknown class and that of a
+linear layer with its weight, for which both are the same. Half precision stays below; a scale or a
+clip does not."""
+
 LATENT_MATCH = 1e-2
 """Largest relative difference between cached states and those restored from latents for which both
 count as the same. Rounding to half precision stays below; a missing rotation or norm does not."""

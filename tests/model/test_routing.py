@@ -41,6 +41,7 @@ SPARSE = {
         | {"v_head_dim": 10, "num_key_value_heads": 4, "head_dim": 8},
         {"mlp.gate.weight"},
     ),
+    "phimoe": ({"num_local_experts": 20}, {"intermediate_size": 28}, {"mlp.router"}),
     "llama4_text": (
         {"num_local_experts": 20, "num_experts_per_tok": 1, "interleave_moe_layer_step": 1},
         {"intermediate_size_mlp": 54},
@@ -94,6 +95,19 @@ def test_what_softmax_bias_mask_cast_and_groups_make_of_it_is_still_chosen_from(
         return scores.view(1, 8, 2, 2).masked_fill(~mask[..., None], 0.0).flatten(2).argmax(-1)
 
     assert chosen(grouped, gate=(4, 6), bias=(4,)) == {"gate"}
+
+
+def test_a_maximum_counts_only_where_its_place_is_used():
+    def place(x, gate):
+        values, places = (x @ gate.T).max(-1, keepdim=True)
+        return values + places
+
+    def stabiliser(x, gate):
+        scores = x @ gate.T
+        return (scores - scores.max(-1, keepdim=True)[0]).exp()
+
+    assert chosen(place, gate=(4, 6)) == {"gate"}
+    assert chosen(stabiliser, gate=(4, 6)) == set()
 
 
 def test_scores_of_positions_do_not_make_routers_of_queries_and_keys():

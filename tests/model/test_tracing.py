@@ -150,6 +150,30 @@ def test_everything_that_is_no_target_is_reported_with_its_reason():
         assert words in reasons[path]
 
 
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 1.1 * super().forward(x)
+
+
+class Spelled(nn.Linear):
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
+
+
+def test_a_class_of_its_own_is_a_target_if_it_computes_what_a_linear_layer_does():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scaled, self.spelled = Scaled(6, 6), Spelled(6, 6)
+
+        def forward(self, x):
+            return self.scaled(x) + self.spelled(x)
+
+    anatomy = trace(Shell(Own()), IDS)
+    assert [t.projection for t in anatomy.targets] == ["spelled"]
+    assert "a Scaled computes something else" in anatomy.left_alone["stack.0.scaled"]
+
+
 class Routed(nn.Module):
     """Every expert runs, but each on its own tokens."""
 

@@ -33,7 +33,7 @@ def is_compressed(module: nn.Module) -> bool:
 
 def is_dense_linear(module: Any) -> bool:
     """Whether the module is a dense linear layer that spectrim can replace."""
-    return type(module) is nn.Linear or isinstance(module, Conv1D)
+    return isinstance(module, (nn.Linear, Conv1D))
 
 
 def dense_shape(module: Any, name: str) -> tuple[int, int]:

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from spectrim.errors import ModelError
 
-__all__ = ["BlockCall", "arguments_differ", "dressed", "move_arguments", "split_hidden"]
+__all__ = [
+    "BlockCall",
+    "arguments_broadcast",
+    "arguments_differ",
+    "dressed",
+    "move_arguments",
+    "split_hidden",
+]
 
 
 @dataclass(frozen=True)
@@ -81,3 +88,14 @@ def arguments_differ(one: Any, other: Any) -> bool:
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() != other.keys() or any(arguments_differ(one[k], other[k]) for k in one)
     return isinstance(one, Tensor) != isinstance(other, Tensor)
+
+
+def arguments_broadcast(one: Any, two: Any) -> bool:
+    """Whether arguments recorded at batch size 1 can stand in for those at batch size 2."""
+    if isinstance(one, Tensor) and isinstance(two, Tensor):
+        return one.shape == two.shape or (one.shape[:1] == (1,) and one.shape[1:] == two.shape[1:])
+    if isinstance(one, (tuple, list)) and isinstance(two, (tuple, list)):
+        return all(map(arguments_broadcast, one, two))
+    if isinstance(one, dict) and isinstance(two, dict):
+        return all(arguments_broadcast(one[k], two[k]) for k in one.keys() & two.keys())
+    return True

@@ -4,7 +4,8 @@ A router is known by what is done with its output and by nothing else: the numbe
 model is also the number of heads, of key-value channels or of filters of many others. One forward
 pass is watched operation by operation. What a matrix multiplies is marked with its name; the mark
 stays on what softmax, sigmoid, biases, masks, casts and views make of it, and is lost in the next
-product. A top-k, sort or argmax over a marked tensor makes its weight a router.
+product. A top-k, sort or argmax over a marked tensor makes its weight a router, and so does a
+maximum whose place is used.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Choices(TorchDispatchMode):
         self.routers: set[str] = set()
         self._weights: Any = WeakTensorKeyDictionary()
         self._marks: Any = WeakTensorKeyDictionary()
+        self._places: Any = WeakTensorKeyDictionary()
 
     def know(self, prefix: str, module: nn.Module) -> None:
         """Follow the matrices of a module from now on; `prefix` is its path."""
@@ -53,6 +55,12 @@ class Choices(TorchDispatchMode):
         packet = func.overloadpacket
         if packet in _CHOOSING:
             self.routers |= marks
+        if packet is _aten.max and marks and isinstance(result, tuple):
+            self._places[result[1]] = (
+                marks  # of maxima: whether anybody asks for them is to be seen
+            )
+        for x in operands:
+            self.routers |= self._places.get(x, frozenset())
         keeps = packet in _KEEPING or func.is_view or torch.Tag.pointwise in func.tags
         if keeps and len(operands) == 1 and weights:
             for out in _tensors(result):

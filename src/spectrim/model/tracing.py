@@ -14,12 +14,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from spectrim.errors import ModelError
 from spectrim.model.anatomy import Anatomy, Block, Group, Target
 from spectrim.model.forward import evaluating, run_window
 from spectrim.model.routing import Choices
 from spectrim.model.weights import get_module, is_linear, is_transposed, read_weight
+from spectrim.tolerances import SAME_FUNCTION
 
 __all__ = ["block_lists", "trace"]
 
@@ -60,6 +62,7 @@ class _Log:
     steps: list[tuple[nn.Module, bool]] = field(default_factory=list)
     calls: dict[nn.Module, list[_Call]] = field(default_factory=lambda: defaultdict(list))
     order: list[_Call] = field(default_factory=list)
+    odd: set[nn.Module] = field(default_factory=set)
 
     def enter(self, module: nn.Module, _args: tuple) -> None:
         # Only now: the weights of a block may just have been loaded.
@@ -77,6 +80,20 @@ class _Log:
         self.calls[module].append(call)
         self.order.append(call)
 
+    def compare(self, module: nn.Module, args: tuple, output: object) -> None:
+        """Whether a class of its own computes what a linear layer with its weight computes."""
+        x, expected = args[0] if args else None, None
+        if isinstance(x, Tensor) and x.shape[-1] == module.weight.shape[1]:  # type: ignore[index,union-attr]
+            expected = nn.functional.linear(x, module.weight, module.bias)  # type: ignore[arg-type]
+        same = (
+            expected is not None
+            and isinstance(output, Tensor)
+            and output.shape == expected.shape
+            and (output - expected).norm() <= SAME_FUNCTION * expected.norm()
+        )
+        if not same:
+            self.odd.add(module)
+
 
 @contextmanager
 def _watching(log: _Log, linears: list[nn.Module]) -> Iterator[None]:
@@ -87,6 +104,8 @@ def _watching(log: _Log, linears: list[nn.Module]) -> Iterator[None]:
             handles.append(module.register_forward_hook(log.leave))
         for module in linears:
             handles.append(module.register_forward_pre_hook(log.call, with_kwargs=True))
+            if type(module) not in (nn.Linear, Conv1D):
+                handles.append(module.register_forward_hook(log.compare))
         with log.choices:
             yield
     finally:
@@ -158,9 +177,10 @@ def _shape(module: nn.Module) -> tuple[int, int]:
     return out_features, in_features
 
 
-def _why_not(module: nn.Module, calls: list[_Call], tied: list[str], routes: bool) -> str:
+def _why_not(module: nn.Module, log: _Log, tied: list[str], routes: bool) -> str:
     """The reason why a linear outside expert lists is not a target; empty if it is one."""
     out_features, in_features = _shape(module)
+    calls = log.calls[module]
     if not calls:
         return "never called on the traced window"
     if len(calls) > 1:
@@ -171,6 +191,8 @@ def _why_not(module: nn.Module, calls: list[_Call], tied: list[str], routes: boo
         return f"its weight is shared: {', '.join(tied)}"
     if routes:
         return _ROUTER
+    if module in log.odd:
+        return f"a {type(module).__name__} computes something else than a linear layer"
     if out_features * in_features <= out_features + in_features:
         return f"{out_features}x{in_features} is too small: rank 1 would not save anything"
     return ""
@@ -201,7 +223,7 @@ def _read_block(
             left_alone[f"{name}.{path}"] = "expert in a list that is routed by token"
             continue
         routes = f"{name}.{path}.weight" in routers
-        reason = _why_not(module, log.calls[module], owners[id(module.weight)], routes)
+        reason = _why_not(module, log, owners[id(module.weight)], routes)
         if reason:
             left_alone[f"{name}.{path}"] = reason
     for path, parameter in block.named_parameters():

@@ -28,6 +28,7 @@ from spectrim.run.job import Job, Progress, RunLog, Silent
 from spectrim.run.keeping import Keeper
 from spectrim.run.loading import LoadedModel
 from spectrim.run.memory import total_bytes
+from spectrim.run.rehearsing import check_class, rehearse
 from spectrim.run.room import choose_room, fitting_room, limit_of, peak_parts, said
 from spectrim.run.survey.planning import keep_of_size, shape_curves
 from spectrim.run.texts import UserText, gather_windows, vocabulary_size
@@ -87,8 +88,10 @@ def open_job(
     model, log, team, device = loaded.model, RunLog(), team or Team(), loaded.device
     progress = progress or Silent()
     log.notes.extend(loaded.notes)
+    check_class(model)
     check_model(model, elsewhere=() if loaded.onloader is None else unit_names(model))
     anatomy = trace(model, torch.arange(8)[None].to(device) % vocabulary_size(model))
+    rehearse(model, anatomy)
     dtype_bytes = loaded.stored_dtype.itemsize
     if size is not None:
         other = other_bytes(model, anatomy, loaded.stored_dtype)

@@ -20,7 +20,8 @@ from spectrim.model.onload import Onloader, unit_names
 from spectrim.model.weights import check_finite, get_module
 from spectrim.recipe import DistillRefinement, LoraRefinement, ProjectedGradientRefinement, Recipe
 from spectrim.run.survey.planning import TABLE, needed_scores
-from spectrim.storage.shards import Shards, names_on_disk
+from spectrim.storage.conversions import Conversions
+from spectrim.storage.shards import Shards
 
 __all__ = [
     "build_onloaded",
@@ -135,7 +136,7 @@ def build_onloaded(
 
     Raises:
         ArtifactError: a shard is missing or damaged.
-        ModelError: the checkpoint does not hold the model's tensors one to one.
+        ModelError: no list of blocks, or a tensor of another shape than the configuration's.
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
@@ -146,45 +147,42 @@ def build_onloaded(
         model: Any = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=trust_remote_code
         )
-    names = names_on_disk(model, shards.names)
+    conversions = Conversions(model, shards.names)
     units = unit_names(model)
     if not units:
         raise ModelError(f"{type(model).__name__} has no list of blocks with linear layers")
-    _load_rest(model, units, shards, names, dtype, device)
+    made = conversions.read(shards.outline)
+    missing = [n for unit in units for n in _state_names(model, unit) if n not in made]
+    if missing:
+        raise ArtifactError(f"{folder} holds no tensor for {missing[0]!r}")
+    _load_rest(model, units, conversions, shards, device)
     _take_generation_config(model, folder)
-    sources = {}
-    for unit in units:
-        inside = [f"{unit}.{name}" for name in get_module(model, unit).state_dict()]
-        missing = [name for name in inside if name not in names]
-        if missing:
-            raise ArtifactError(f"{folder} holds no tensor for {missing[0]!r}")
-        pairs = {name.removeprefix(f"{unit}."): names[name] for name in inside}
-        sources[unit] = partial(_read, shards, pairs)
+    sources = {unit: partial(_read, conversions, shards, f"{unit}.") for unit in units}
     return model.eval(), Onloader(model, sources, device=device)
 
 
-def _read(shards: Shards, names: dict[str, str]) -> dict[str, Tensor]:
-    return {inside: shards.read(stored) for inside, stored in names.items()}
+def _state_names(model: nn.Module, unit: str) -> list[str]:
+    return [f"{unit}.{name}" for name in get_module(model, unit).state_dict()]
+
+
+def _read(conversions: Conversions, shards: Shards, unit: str) -> dict[str, Tensor]:
+    found = conversions.read(shards.read, within=unit)
+    return {name.removeprefix(unit): tensor for name, tensor in found.items()}
 
 
 def _load_rest(
     model: Any,
     units: tuple[str, ...],
+    conversions: Conversions,
     shards: Shards,
-    names: dict[str, str],
-    dtype: torch.dtype,
     device: torch.device,
 ) -> None:
     """Everything that is not in a block, in memory; tied weights tied."""
     inside = tuple(f"{unit}." for unit in units)
-    missing: set[str] = set()
-    for name, like in model.state_dict().items():
-        if name.startswith(inside):
-            continue
-        if name not in names:
-            missing.add(name)
-            continue
-        found = shards.read(names[name])
+    known = {n: like for n, like in model.state_dict().items() if not n.startswith(inside)}
+    stored = conversions.read(shards.read, outside=inside)
+    for name, found in stored.items():
+        like = known[name]
         if found.shape != like.shape:
             raise ModelError(
                 f"{name} is {tuple(found.shape)} in {shards.folder}, the configuration says "
@@ -202,7 +200,7 @@ def _load_rest(
         if not buffer.is_meta and buffer.device != device:
             owner, _, last = name.rpartition(".")
             model.get_submodule(owner)._buffers[last] = buffer.to(device)
-    model.tie_weights(missing_keys=missing, recompute_mapping=False)
+    model.tie_weights(missing_keys=known.keys() - stored.keys(), recompute_mapping=False)
     absent = [n for n, p in model.named_parameters() if p.is_meta and not n.startswith(inside)]
     if absent:
         raise ArtifactError(f"{shards.folder} holds no tensor for {absent[0]!r}")

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from spectrim.storage.conversions import to_disk
 from spectrim.storage.tensor_file import Slot, write_tensors
 from spectrim.storage.weight_files import INDEX_FILE, WEIGHTS_FILE
 
-__all__ = ["save_in_parts"]
+__all__ = ["save_in_parts", "saved_state"]
 
 
 def save_in_parts(
@@ -45,16 +47,8 @@ def save_in_parts(
     if quantizer is not None:
         quantizer.get_state_dict_and_metadata(model)  # brings its table in line with the model
     _save_configuration(model, folder)
-    state = _without_ties(model)
-    slots = {
-        stored: Slot(
-            stored,
-            state[name].dtype,
-            tuple(state[name].shape),
-            lambda name=name: read(name) if state[name].is_meta else state[name],
-        )
-        for stored, name in _stored_names(model, state).items()
-    }
+    state = saved_state(model)
+    slots = _slots(model, state, read)
     pattern = WEIGHTS_FILE.replace(".safetensors", "{suffix}.safetensors")
     bare = {s.name: torch.empty(s.shape, dtype=s.dtype, device="meta") for s in slots.values()}
     split = split_torch_state_dict_into_shards(
@@ -79,7 +73,7 @@ def _save_configuration(model: Any, folder: Path) -> None:
         model.generation_config.save_pretrained(folder)
 
 
-def _without_ties(model: Any) -> dict[str, Tensor]:
+def saved_state(model: Any) -> dict[str, Tensor]:
     """The state of a model, every tensor once, without what its architecture never saves."""
     state = model.state_dict()
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -92,12 +86,33 @@ def _without_ties(model: Any) -> dict[str, Tensor]:
     return state
 
 
-def _stored_names(model: Any, state: dict[str, Tensor]) -> dict[str, str]:
-    """Names on disk -> names in memory, in the order in which transformers divides them."""
-    from transformers.core_model_loading import revert_weight_conversion
+def _slots(model: Any, state: dict[str, Tensor], read: Callable[[str], Tensor]) -> dict[str, Slot]:
+    """Every stored tensor: what it looks like, and how to get it when its turn comes."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in state.items():
+        parts.setdefault(_part_of(name), {})[name] = tensor
+    latest: tuple[str | None, dict[str, Tensor]] = (None, {})
 
-    # Renamings hand tensors through as they are; a size of its own tells each one apart.
-    names = list(state)
-    tags = {name: torch.empty(place, device="meta") for place, name in enumerate(names)}
-    reverted = revert_weight_conversion(model, tags)
-    return {stored: names[tag.numel()] for stored, tag in reverted.items()}
+    def fetch(part: str, stored: str) -> Tensor:
+        nonlocal latest
+        if latest[0] != part:
+            latest = (None, {})  # first let go of one block, then read the next
+            whole = {n: read(n) if t.is_meta else t for n, t in parts[part].items()}
+            latest = (part, to_disk(model, whole))
+        return latest[1][stored]
+
+    slots: dict[str, Slot] = {}
+    for part, tensors in parts.items():
+        bare = {name: tensor.to("meta") for name, tensor in tensors.items()}
+        for stored, tensor in to_disk(model, bare).items():
+            slots[stored] = Slot(
+                stored, tensor.dtype, tuple(tensor.shape), partial(fetch, part, stored)
+            )
+    return slots
+
+
+def _part_of(name: str) -> str:
+    """The member of the outermost list that a tensor lies in: what is converted at once."""
+    parts = name.split(".")
+    place = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    return "" if place is None else ".".join(parts[: place + 1])

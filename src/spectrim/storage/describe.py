@@ -5,6 +5,7 @@ Saving (`attach`) and loading (`quantizer`) both need these, and neither needs t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from spectrim.errors import ModelError
@@ -12,7 +13,7 @@ from spectrim.layers.layout import layout_of
 from spectrim.layers.swap import compressed_layers
 from spectrim.storage.table import LayerEntry, Table
 
-__all__ = ["check_storable", "relative_name", "resolve_name", "table_of"]
+__all__ = ["check_storable", "relative_name", "resolve_name", "table_of", "with_disk_names"]
 
 
 def relative_name(model: Any, name: str) -> str:
@@ -51,6 +52,26 @@ def table_of(model: Any, *, previous: Table) -> Table:
             known = entry
         layers[relative] = known
     return previous.model_copy(update={"layers": layers})
+
+
+def with_disk_names(model: Any, table: Table, conversions: Sequence[Any]) -> Table:
+    """A table that says where the architecture stores its layers, if it is not where they are.
+
+    Args:
+        model: holds the layers.
+        table: of its layers.
+        conversions: of the architecture, as they apply on loading.
+    """
+    back = [step.reverse_transform() for step in reversed(conversions)]
+    found = {}
+    for relative in (*table.layers, *table.left_dense):
+        key = f"{resolve_name(model, relative) or relative}.weight"
+        for step in back:
+            key, _ = step.rename_source_key(key)
+        path = key.removesuffix(".weight")
+        if path != relative and not path.endswith(f".{relative}"):
+            found[relative] = path
+    return table.model_copy(update={"on_disk": found})
 
 
 _ENTRY_FIELDS = ("rank", "storage", "weights", "shape")

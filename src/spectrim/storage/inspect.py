@@ -144,7 +144,7 @@ def inspect_folder(path: str | Path) -> FolderInspection:
             tensors[name] = entry
     targets: list[StoredTarget] = []
     if table is not None:
-        finder = _Finder(folder, tensors, _native_dtype(config, tensors))
+        finder = _Finder(folder, tensors, _native_dtype(config, tensors), table.on_disk)
         targets += [finder.compressed(name, entry) for name, entry in table.layers.items()]
         targets += [finder.dense(name) for name in table.left_dense]
     sizes = {file.name: file.stat().st_size for file in files}
@@ -177,10 +177,17 @@ def _stated(entry: LayerEntry) -> tuple[int, int, int]:
 class _Finder:
     """Looks up layers, named relative to the base model, among the tensors of a folder."""
 
-    def __init__(self, folder: Path, tensors: Mapping[str, TensorEntry], native: str):
+    def __init__(
+        self,
+        folder: Path,
+        tensors: Mapping[str, TensorEntry],
+        native: str,
+        on_disk: Mapping[str, str],
+    ):
         self.folder = folder
         self.tensors = tensors
         self.native = native
+        self.on_disk = on_disk
         self.paths: dict[str, str] = {}
         for key in sorted(tensors, key=len, reverse=True):
             path, _, last = key.rpartition(".")
@@ -247,6 +254,7 @@ class _Finder:
         )
 
     def _path(self, name: str) -> str:
+        name = self.on_disk.get(name, name)
         if name not in self.paths:
             raise ArtifactError(f"{self.folder} lacks the tensor '{name}.weight'")
         return self.paths[name]

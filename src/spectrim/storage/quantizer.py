@@ -21,7 +21,9 @@ from spectrim.layers.quantized import skeleton
 from spectrim.layers.swap import compressed_layers, dense_shape, restore_dense, swap_in
 from spectrim.model.weights import get_module
 from spectrim.storage.config import SpectrimConfig
-from spectrim.storage.describe import check_storable, resolve_name, table_of
+from spectrim.storage.conversions import own_conversions
+from spectrim.storage.describe import check_storable, resolve_name, table_of, with_disk_names
+from spectrim.storage.renaming import SpectrimRenaming, renamings
 from spectrim.storage.table import QUANT_METHOD, LayerEntry
 
 __all__ = ["SpectrimQuantizer"]
@@ -77,8 +79,6 @@ class SpectrimQuantizer(HfQuantizer):
 
     def get_weight_conversions(self) -> list[Any]:
         """Names on disk -> names in memory; transformers reverses them to save."""
-        from spectrim.storage.renaming import renamings
-
         return renamings(self._storages, self._prefix)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
@@ -86,11 +86,13 @@ class SpectrimQuantizer(HfQuantizer):
         self._observe(model)
         for name, layer in compressed_layers(model).items():
             check_storable(layer, name)
+        steps = own_conversions(model, compressed_layers(model))
+        steps = [step for step in steps if not isinstance(step, SpectrimRenaming)]
         config = self.quantization_config
-        config.table = table_of(model, previous=config.table)
+        config.table = with_disk_names(model, table_of(model, previous=config.table), steps)
         # The architecture's renamings stay in front: transformers applies ours last when
         # loading, so they see names in memory, and first when saving.
-        model._weight_conversions = _architecture_conversions(model) + self.get_weight_conversions()
+        model._weight_conversions = steps + self.get_weight_conversions()
         # No entry of our own: safetensors writes several in any order, and files would differ.
         return None, {}
 
@@ -155,19 +157,3 @@ def _refuse_unless_head(model: Any, relative: str) -> None:
             f"quantization_config in config.json names the layer {relative!r}, "
             f"{type(model).__name__} has no such module"
         )
-
-
-def _architecture_conversions(model: Any) -> list[Any]:
-    """The conversions that transformers would apply to this model if it were dense."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import PrefixChange
-
-    from spectrim.storage.renaming import SpectrimRenaming
-
-    known = getattr(model, "_weight_conversions", None)
-    if known is None:
-        # As transformers does for a model that was never loaded: no legacy names, and no change
-        # of a prefix that nothing is known about.
-        mapping = get_model_conversion_mapping(model, add_legacy=False)
-        known = [c for c in mapping if not isinstance(c, PrefixChange)]
-    return [c for c in known if not isinstance(c, SpectrimRenaming)]

@@ -84,6 +84,8 @@ class Table(BaseModel):
         format_version: version of the on-disk format.
         layers: compressed layer, named relative to the base model -> how it is stored.
         left_dense: targets that kept their original weight; they count towards `keep`.
+        on_disk: layers or dense targets whose path in the files does not end with their name ->
+            that path.
         provenance: where the result comes from.
         dequantize: multiply the factors out right after loading.
     """
@@ -94,6 +96,7 @@ class Table(BaseModel):
     format_version: Annotated[int, Field(ge=1)] = FORMAT_VERSION
     layers: Annotated[dict[Name, LayerEntry], Field(max_length=MOST_TARGETS)] = {}
     left_dense: Annotated[tuple[Name, ...], Field(max_length=MOST_TARGETS)] = ()
+    on_disk: Annotated[dict[Name, Name], Field(max_length=MOST_TARGETS)] = {}
     provenance: Provenance = Provenance()
     dequantize: bool = False
 
@@ -104,6 +107,8 @@ class Table(BaseModel):
             # Most layers need no shape, and a large model has thousands of layers.
             if entry["shape"] is None:
                 del entry["shape"]
+        if not self.on_disk:
+            del data["on_disk"]
         return data
 
 

@@ -91,15 +91,8 @@ class TensorFile:
         Raises:
             ArtifactError: there is no such tensor, or it cannot be read in full.
         """
-        entry = self.entries.get(name)
-        if entry is None:
-            raise ArtifactError(f"{self.path} holds no tensor {name!r}")
-        if entry.dtype not in _DTYPES:
-            raise ArtifactError(
-                f"{self.path}: {name!r} has the dtype {entry.dtype}, not one of "
-                f"{', '.join(_DTYPES)}"
-            )
-        tensor = torch.empty(entry.shape, dtype=_DTYPES[entry.dtype])
+        tensor = self._empty(name, "cpu")
+        entry = self.entries[name]
         if not tensor.numel():
             return tensor
         try:
@@ -109,6 +102,21 @@ class TensorFile:
         except (OSError, EOFError) as error:
             raise ArtifactError(f"{self.path}: tensor {name!r} cannot be read: {error}") from error
         return tensor
+
+    def outline(self, name: str) -> Tensor:
+        """Shape and dtype of one tensor, on the meta device."""
+        return self._empty(name, "meta")
+
+    def _empty(self, name: str, device: str) -> Tensor:
+        entry = self.entries.get(name)
+        if entry is None:
+            raise ArtifactError(f"{self.path} holds no tensor {name!r}")
+        if entry.dtype not in _DTYPES:
+            raise ArtifactError(
+                f"{self.path}: {name!r} has the dtype {entry.dtype}, not one of "
+                f"{', '.join(_DTYPES)}"
+            )
+        return torch.empty(entry.shape, dtype=_DTYPES[entry.dtype], device=device)
 
     def read_all(self) -> dict[str, Tensor]:
         """Every tensor of the file."""

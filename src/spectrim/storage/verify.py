@@ -88,7 +88,8 @@ def _check_complete(model: Any, found: dict[str, TensorEntry], paths: list[Path]
     """Every other weight of the base model must be there too: transformers makes up what is not.
 
     Weights that the architecture builds out of several tensors are transformers' own business,
-    and so is a head in a checkpoint of the bare model.
+    and so is a head that the checkpoint cannot have: it is of the bare model, or was saved with
+    the head of another class.
     """
     prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
     ignored = [re.compile(p) for p in model._keys_to_ignore_on_load_missing or ()]
@@ -98,15 +99,15 @@ def _check_complete(model: Any, found: dict[str, TensorEntry], paths: list[Path]
         if not isinstance(conversion, WeightRenaming)
         for pattern in _patterns(conversion)
     ]
-    headless = model.base_model is not model and not any(
-        entry.name.startswith(prefix) for entry in found.values()
-    )
+    headless = not any(entry.name.startswith(prefix) for entry in found.values())
+    headless |= type(model).__name__ not in (model.config.architectures or ())
+    own_head = model.base_model is model or not headless
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     for name, _ in model.named_parameters():
         bare = name.removeprefix(prefix)
         if bare in found or name in tied or any(p.search(name) for p in (*ignored, *built)):
             continue
-        if headless and not name.startswith(prefix):
+        if not own_head and not name.startswith(prefix):
             continue
         raise ArtifactError(
             f"{paths[0].parent} lacks the tensor {name!r}, which would be random numbers; the "
