@@ -15,7 +15,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # A file may import from its own floor (rooms of one floor without going in circles) and below.
 FLOORS = (
-    {"errors", "tolerances", "plain_yaml", "arguments", "shortage", "devices"},
+    {"errors", "tolerances", "plain_yaml", "arguments", "shortage", "devices", "sizes"},
     {"linalg"},
     {"formats"},
     {"moments", "layers", "model", "data", "distributed"},

@@ -326,7 +326,7 @@ def survey(
 
 
 def plan(survey: Survey | str | Path, **options: Any) -> Plan:
-    """Ranks for any size from a survey, in about a second; see `run.replanning.replan`.
+    """Ranks for any size from a survey, in about a second; see `run.survey.replanning.replan`.
 
     Args:
         survey: in memory, or its folder.
@@ -379,7 +379,7 @@ def resize(
 
 @tells_of_shortage
 def evaluate(model: str | Path | nn.Module, **options: Any) -> dict[str, Any]:
-    """Perplexity with its protocol, parameters and bytes; see `run.evaluating.evaluate_model`."""
+    """Perplexity with its protocol, and bytes; see `measure.evaluating.evaluate_model`."""
     return evaluate_model(model, **options)
 
 

@@ -4,7 +4,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spectrim.allocate.budget import (
-    ModelBytes,
     Shape,
     break_even,
     budget_bytes,
@@ -138,12 +137,6 @@ def test_ranks_that_do_not_go_with_the_storage_are_refused(rank, storage):
 def test_dense_has_no_break_even():
     with pytest.raises(BudgetError, match="dense"):
         break_even(SQUARE, "dense")
-
-
-def test_model_bytes_add_up():
-    size = ModelBytes(targets_dense=800, targets_kept=400, other=200)
-    assert (size.before, size.after) == (1000, 600)
-    assert (size.keep, size.whole_keep) == (0.5, 0.6)
 
 
 @settings(deadline=None)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from spectrim.allocate import RULES, Curve, Limits, Plan, Shape, allocate
+from spectrim.allocate import RULES, Curve, Limits, Shape, allocate
 from spectrim.errors import BudgetError, InputError
 
 
@@ -32,7 +32,6 @@ def test_every_rule_spends_its_budget(rule, keep):
     plan = allocate(survey(), rule, keep=keep)
     assert plan.rule == rule
     assert keep - 0.03 < plan.achieved_keep <= keep
-    assert Plan.from_json(plan.to_json()) == plan
     assert [e.name for e in plan.entries] == [c.name for c in survey()]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import logging
 from importlib import import_module
@@ -9,10 +10,15 @@ from pathlib import Path
 
 import pytest
 import typer
+import typer.testing
 
 from spectrim import api
 from spectrim.cli import compress, elastic, evaluate, export, options, plan, resize, survey
+from spectrim.cli.main import app
 from spectrim.cli.session import session
+from spectrim.cli.words import GROUPS
+from spectrim.recipe import Recipe
+from spectrim.run.options import MEASURE, WORDS, RunOptions
 
 # Words about the terminal, which a Python caller has no use for.
 TERMINAL = {"verbose", "quiet", "as_json"}
@@ -108,3 +114,38 @@ def test_logging_follows_the_flags(flags, heard, capsys: pytest.CaptureFixture[s
     printed = capsys.readouterr()
     assert printed.out == ""
     assert [line.split()[-1] for line in printed.err.splitlines()] == heard
+
+
+@pytest.mark.parametrize("name", [word for word, one in WORDS.items() if one.field])
+def test_a_word_of_the_recipe_names_a_field_of_its_kind(name):
+    """`--windows N` sets `calibration.windows`, which is a whole number there too."""
+    word, model = WORDS[name], Recipe
+    *sections, last = word.field.split(".")
+    for section in sections:
+        model = model.model_fields[section].annotation
+    field = model.model_fields[last]
+    kinds = {kind for kind in (int, float, str) if f"{kind.__name__}" in str(field.annotation)}
+    assert word.kind in kinds or "Literal" in str(field.annotation)
+
+
+def test_help_is_in_groups_and_fits_a_narrow_terminal():
+    run = typer.testing.CliRunner().invoke(app, ["compress", "--help"], env={"COLUMNS": "80"})
+    lines = run.output.splitlines()
+    assert max(len(line) for line in lines) <= 80
+    headings = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
+    assert headings == [f"{group}:" for group in GROUPS if group != MEASURE]
+    assert run.output.count("--keep ") == 1
+
+
+def test_every_option_of_every_command_has_a_group_with_a_place():
+    for command in typer.main.get_command(app).commands.values():
+        for parameter in command.params:
+            assert (getattr(parameter, "rich_help_panel", None) or "Options") in GROUPS
+
+
+def test_options_of_a_run_are_told_from_the_other_words():
+    options, rest = RunOptions.taken_from({"device": "cpu", "keep": 0.5, "resume": False})
+    assert (options.device, options.resume, options.dtype) == ("cpu", False, "auto")
+    assert rest == {"keep": 0.5}
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        options.device = "cuda"

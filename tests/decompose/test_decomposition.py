@@ -28,14 +28,6 @@ def test_a_partial_record_infers_what_it_does_not_hold():
     assert d.errors().tolist() == pytest.approx([10.0, 5.0, 2.0])
 
 
-def test_truncation_moves_components_into_the_tail():
-    d = record(4, [4.0, 3.0, 2.0, 1.0], 10.5, irreducible=0.5)
-    part = d.truncated(2)
-    assert part.rank == 2
-    assert part.errors().tolist() == pytest.approx(d.errors()[:3].tolist())
-    assert part.up.untyped_storage().nbytes() == 4 * 2 * part.up.element_size()
-
-
 def test_zero_total_has_zero_relative_error():
     assert record(2, [0.0, 0.0], 0.0).relative_error(1) == 0
 
@@ -43,6 +35,6 @@ def test_zero_total_has_zero_relative_error():
 @pytest.mark.parametrize("k", [-1, 3])
 def test_ranks_that_are_not_held_are_refused(k):
     d = record(2, [1.0, 1.0], 2.0)
-    for call in (d.cut, d.error, d.truncated):
+    for call in (d.cut, d.error):
         with pytest.raises(ValueError, match="outside"):
             call(k)

@@ -1,7 +1,6 @@
 """Allocation: spectra and a byte budget in, a rank or "dense" for every target out."""
 
 from spectrim.allocate.budget import (
-    ModelBytes,
     Shape,
     break_even,
     components,
@@ -27,7 +26,6 @@ __all__ = [
     "Curve",
     "GlobalOrder",
     "Limits",
-    "ModelBytes",
     "Plan",
     "PlanEntry",
     "Score",

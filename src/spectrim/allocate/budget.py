@@ -17,7 +17,6 @@ gives for factored native storage without a bias.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TypeVar
@@ -27,9 +26,9 @@ import numpy as np
 from spectrim.allocate.plan import Storage, Weights
 from spectrim.errors import BudgetError
 from spectrim.layers.layout import layout_of
+from spectrim.sizes import format_bytes, parse_size
 
 __all__ = [
-    "ModelBytes",
     "Shape",
     "break_even",
     "budget_bytes",
@@ -155,41 +154,6 @@ def budget_bytes(keep: float, dense_bytes: int) -> int:
     return int(Fraction(repr(float(keep))) * dense_bytes)
 
 
-@dataclass(frozen=True)
-class ModelBytes:
-    """Bytes of a whole checkpoint.
-
-    Attributes:
-        targets_dense: of the targets as they were.
-        targets_kept: of the targets as stored.
-        other: of everything that is left alone (embeddings, norms, head; tied weights once).
-    """
-
-    targets_dense: int
-    targets_kept: int
-    other: int
-
-    @property
-    def before(self) -> int:
-        """Bytes of the original checkpoint."""
-        return self.targets_dense + self.other
-
-    @property
-    def after(self) -> int:
-        """Bytes of the compressed checkpoint."""
-        return self.targets_kept + self.other
-
-    @property
-    def keep(self) -> float:
-        """Kept fraction of the target bytes."""
-        return self.targets_kept / self.targets_dense
-
-    @property
-    def whole_keep(self) -> float:
-        """Kept fraction of all bytes."""
-        return self.after / self.before
-
-
 def keep_for_size(
     goal_bytes: int, *, other_bytes: int, targets_dense_bytes: int, smallest_keep: float
 ) -> float:
@@ -213,40 +177,6 @@ def keep_for_size(
             f"({smallest} to {largest} bytes), of which {format_bytes(other_bytes)} are not targets"
         )
     return (goal_bytes - other_bytes) / targets_dense_bytes
-
-
-UNITS = {"": 1, "B": 1}
-for _power, _letter in enumerate("KMGT", start=1):
-    UNITS[_letter] = UNITS[f"{_letter}B"] = 1000**_power
-    UNITS[f"{_letter}IB"] = 1024**_power
-
-
-def parse_size(text: str | int) -> int:
-    """Bytes of a size like `3.5GB` (decimal), `3.5GiB` (binary), `800 MB` or `123456`.
-
-    Raises:
-        BudgetError: if it is no positive size.
-    """
-    if isinstance(text, int) and not isinstance(text, bool):
-        text = str(text)
-    if not isinstance(text, str):
-        raise BudgetError(f"size is a {type(text).__name__}; expected bytes, or text like 3.5GB")
-    match = re.fullmatch(r"\s*(\d+(?:_\d+)*(?:\.\d+)?|\.\d+)\s*([A-Za-z]*)\s*", text)
-    unit = UNITS.get(match.group(2).upper()) if match else None
-    if match is None or unit is None:
-        raise BudgetError(f"{text!r} is no size: expected a number with a unit, e.g. 3.5GB or 3GiB")
-    size = int(Fraction(match.group(1).replace("_", "")) * unit)
-    if size < 1:
-        raise BudgetError(f"size {text!r} is less than one byte")
-    return size
-
-
-def format_bytes(count: int) -> str:
-    """A count of bytes for people: decimal units, three significant digits or more."""
-    for unit in ("TB", "GB", "MB", "kB"):
-        if count >= UNITS[unit.upper()]:
-            return f"{count / UNITS[unit.upper()]:.2f} {unit}"
-    return f"{count} B"
 
 
 def _stored_bytes(

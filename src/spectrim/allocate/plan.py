@@ -83,9 +83,3 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Plan:
-        """The inverse of `to_json`."""
-        entries = tuple(PlanEntry(**e) for e in data["entries"])
-        return cls(entries, data["keep"], data["rule"], tuple(data["notes"]))

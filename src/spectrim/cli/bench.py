@@ -8,11 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from spectrim.cli import options
+from spectrim.cli.words import takes
 from spectrim.errors import InputError
 
 __all__ = ["bench"]
 
 
+@takes("device", "dtype", "trust_remote_code")
 def bench(
     model: Annotated[str, typer.Argument(metavar="OUT", help="The compressed model's folder.")],
     against: Annotated[
@@ -46,12 +48,10 @@ def bench(
         bool,
         typer.Option("--latent-cache", help="Time OUT also with a cache of latents, not heads."),
     ] = False,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.AsJson = False,
     verbose: options.Verbose = False,
     quiet: options.Quiet = False,
+    **words: Any,
 ) -> None:
     """Time OUT and the dense MODEL on this machine: prefill, decode, first token, memory.
 
@@ -69,11 +69,8 @@ def bench(
             prepared=prepared,
             memory=memory,
             latent_cache=latent_cache,
-            trust_remote_code=trust_remote_code,
             progress=progress,
-            **options.given(
-                **sizes, new_tokens=new_tokens, repeats=repeats, device=device, dtype=dtype
-            ),
+            **options.given(**sizes, new_tokens=new_tokens, repeats=repeats, **words),
         )
     from spectrim.cli.render import print_json
 

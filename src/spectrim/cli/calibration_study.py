@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from spectrim.cli import options, study
+from spectrim.cli.words import MEASURING, takes
 
 __all__ = ["calibration_study"]
 
 
+@takes("recipes", "keep", "text", "window_length", *MEASURING)
 def calibration_study(
     model: options.Model,
     output: Annotated[
         Path,
         typer.Option("-o", "--output", metavar="DIR", help="Folder; finished points are reused."),
     ],
-    recipes: study.Recipes = None,
     windows: Annotated[
         str | None,
         typer.Option(
@@ -28,18 +29,10 @@ def calibration_study(
     seeds: Annotated[
         str | None, typer.Option("--seeds", metavar="N,...", help="Several draws; default 0.")
     ] = None,
-    keep: options.Keep = None,
-    text: options.Text = None,
-    window_length: options.WindowLength = None,
-    evaluation_text: study.EvaluationText = None,
-    evaluation_length: study.EvaluationLength = None,
-    max_tokens: study.MaxTokens = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.AsJson = False,
     verbose: options.Verbose = False,
     quiet: options.Quiet = False,
+    **words: Any,
 ) -> None:
     """Measure how quality grows with the number of calibration windows.
 
@@ -49,7 +42,7 @@ def calibration_study(
     from spectrim.cli.session import session
 
     chosen = {
-        "recipes": study.names(recipes) or None,
+        "recipes": study.names(words["recipes"]) or None,
         "windows": study.numbers("--windows", windows, least=1),
         "seeds": study.numbers("--seeds", seeds, least=0),
     }
@@ -58,12 +51,11 @@ def calibration_study(
 
         found = studies.calibration_study(
             model,
-            measure=study.measure(
-                evaluation_text, evaluation_length, max_tokens, device, dtype, trust_remote_code
-            ),
+            measure=study.measure(words),
             output=output,
             progress=progress,
-            **options.given(**chosen, keep=keep, text=text, window_length=window_length),
+            **options.given(**chosen),
+            **study.calibration(words),
         )
     from spectrim.cli.render import print_json
     from spectrim.cli.study_tables import print_calibration

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from spectrim.cli import options, study
+from spectrim.cli.words import CALIBRATING, MEASURING, takes
 
 __all__ = ["compare"]
 
 
+@takes("recipes", *CALIBRATING, *MEASURING)
 def compare(
     model: options.Model,
-    recipes: study.Recipes = None,
     keep: Annotated[
         str, typer.Option("--keep", metavar="SIZES", help="0.8,0.6,0.4 or 0.9..0.3.")
     ] = "0.8,0.6,0.4",
@@ -24,19 +25,10 @@ def compare(
             "-o", "--output", metavar="OUT", help="Folder for compare.md, .csv and .json."
         ),
     ] = None,
-    text: options.Text = None,
-    windows: options.Windows = None,
-    window_length: options.WindowLength = None,
-    seed: options.Seed = None,
-    evaluation_text: study.EvaluationText = None,
-    evaluation_length: study.EvaluationLength = None,
-    max_tokens: study.MaxTokens = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.AsJson = False,
     verbose: options.Verbose = False,
     quiet: options.Quiet = False,
+    **words: Any,
 ) -> None:
     """Run every recipe at every size and print one table with uncertainty, time and memory.
 
@@ -49,14 +41,12 @@ def compare(
 
         found = studies.compare(
             model,
-            recipes=study.names(recipes),
+            recipes=study.names(words["recipes"]),
             keep=keep,
-            measure=study.measure(
-                evaluation_text, evaluation_length, max_tokens, device, dtype, trust_remote_code
-            ),
+            measure=study.measure(words),
             output=output,
             progress=progress,
-            **options.given(text=text, windows=windows, window_length=window_length, seed=seed),
+            **study.calibration(words),
         )
     from spectrim.cli.render import print_json
     from spectrim.cli.study import print_comparison

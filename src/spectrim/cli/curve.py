@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from spectrim.cli import options, study
+from spectrim.cli.words import CALIBRATING, MEASURING, takes
 
 __all__ = ["curve"]
 
 
+@takes("recipes", *CALIBRATING, *MEASURING)
 def curve(
     model: Annotated[
         str, typer.Argument(metavar="MODEL|ELASTIC", help="A model, or an elastic artifact.")
     ],
     output: Annotated[
         Path,
-        typer.Option(
-            "-o",
-            "--output",
-            metavar="OUT",
-            help="Folder; finished points are reused.",
-        ),
+        typer.Option("-o", "--output", metavar="OUT", help="Folder; finished points are reused."),
     ],
-    recipes: study.Recipes = None,
     keep: Annotated[
         str,
         typer.Option("--keep", metavar="SIZES", help="0.9..0.3, 0.9..0.3:0.05, or 0.8,0.6,0.4."),
@@ -39,19 +35,10 @@ def curve(
             help="Reference points: the uncut model in int8, int4, or both as int8,int4.",
         ),
     ] = None,
-    text: options.Text = None,
-    windows: options.Windows = None,
-    window_length: options.WindowLength = None,
-    seed: options.Seed = None,
-    evaluation_text: study.EvaluationText = None,
-    evaluation_length: study.EvaluationLength = None,
-    max_tokens: study.MaxTokens = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.AsJson = False,
     verbose: options.Verbose = False,
     quiet: options.Quiet = False,
+    **words: Any,
 ) -> None:
     """Measure what every size costs: nats per token above dense against bits per weight.
 
@@ -65,15 +52,13 @@ def curve(
 
         found = studies.curve(
             model,
-            recipes=study.names(recipes),
+            recipes=study.names(words["recipes"]),
             keep=keep,
             formats=study.names(dense_quantized),
-            measure=study.measure(
-                evaluation_text, evaluation_length, max_tokens, device, dtype, trust_remote_code
-            ),
+            measure=study.measure(words),
             output=output,
             progress=progress,
-            **options.given(text=text, windows=windows, window_length=window_length, seed=seed),
+            **study.calibration(words),
         )
     from spectrim.cli.render import print_json
     from spectrim.cli.study import print_curve

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from spectrim.cli import options
+from spectrim.cli.words import takes
 
 __all__ = ["elastic"]
 
 
+@takes("self_contained", "overwrite")
 def elastic(
     survey: Annotated[
         Path, typer.Argument(metavar="SURVEY", help="A folder made by `spectrim survey`.")
@@ -29,12 +31,9 @@ def elastic(
         str | None,
         typer.Option("--base", metavar="MODEL", help="Where the surveyed model lies now."),
     ] = None,
-    self_contained: Annotated[
-        bool, typer.Option("--self-contained", help="Include the base model in the artifact.")
-    ] = False,
-    overwrite: options.Overwrite = False,
     verbose: options.Verbose = False,
     quiet: options.Quiet = False,
+    **words: Any,
 ) -> None:
     """Write SURVEY's components, most important first, as an elastic artifact.
 
@@ -48,9 +47,7 @@ def elastic(
         made = api.elastic(
             survey,
             output,
-            self_contained=self_contained,
-            overwrite=overwrite,
-            **options.given(score=score, base=base),
+            **options.given(score=score, base=base, **words),
         )
     from spectrim.cli.render import print_facts
 

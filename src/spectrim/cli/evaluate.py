@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from spectrim.cli import options
+from spectrim.cli.words import takes
 from spectrim.errors import InputError
 
 __all__ = ["evaluate"]
 
 
+@takes("text", "max_tokens", "device", "dtype", "trust_remote_code")
 def evaluate(
     models: Annotated[
         list[str],
         typer.Argument(metavar="MODEL...", help="Model names or folders, dense or compressed."),
     ],
     against: options.Against = None,
-    text: options.Text = None,
     window_length: Annotated[
         str | None,
         typer.Option(
@@ -27,10 +28,6 @@ def evaluate(
             metavar="TOKENS|max",
             help="Tokens per window, or max for the model's longest; default 2048.",
         ),
-    ] = None,
-    max_tokens: Annotated[
-        int | None,
-        typer.Option("--max-tokens", metavar="N", help="Score at most N tokens of the text."),
     ] = None,
     batch: Annotated[
         int | None, typer.Option("--batch", metavar="N", help="Windows per forward pass.")
@@ -50,34 +47,27 @@ def evaluate(
         list[Path] | None,
         typer.Option("--task-folder", metavar="DIR", help="lm-eval task files of your own."),
     ] = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.AsJson = False,
     verbose: options.Verbose = False,
     quiet: options.Quiet = False,
+    **words: Any,
 ) -> None:
     """Measure perplexity, parameters and bytes of each MODEL."""
     from spectrim.cli.session import session
 
     chosen = options.given(
         against=against,
-        text=text,
         window_length=as_length(window_length),
-        max_tokens=max_tokens,
         batch=batch,
         tasks=tasks,
         limit=limit,
         task_folders=task_folders or None,
-        device=device,
-        dtype=dtype,
+        **words,
     )
     with session(verbose=verbose, quiet=quiet or as_json):
         from spectrim import api
 
-        results = [
-            api.evaluate(model, trust_remote_code=trust_remote_code, **chosen) for model in models
-        ]
+        results = [api.evaluate(model, **chosen) for model in models]
     from spectrim.cli.render import print_json
     from spectrim.cli.results import print_evaluations
     from spectrim.cli.study import print_tasks

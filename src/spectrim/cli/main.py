@@ -33,6 +33,7 @@ from spectrim.cli import (
     survey,
 )
 from spectrim.cli.crew import check_alone
+from spectrim.cli.words import GroupedCommand
 from spectrim.errors import SpectrimError
 from spectrim.shortage import ran_short
 
@@ -74,22 +75,22 @@ def root(
     check_alone(context.invoked_subcommand)
 
 
-app.command()(compress.compress)
-app.command()(evaluate.evaluate)
-app.command()(bench.bench)
-app.command()(inspect.inspect)
-app.command()(export.export)
-app.command()(survey.survey)
-app.command()(plan.plan)
-app.command()(elastic.elastic)
-app.command()(resize.resize)
-app.command()(curve.curve)
-app.command()(compare.compare)
-app.command()(distortion.distortion)
-app.command("layer-errors")(layer_errors.layer_errors)
-app.command("calibration-study")(calibration_study.calibration_study)
-app.command()(report.report)
-app.command()(slider.slider)
+app.command(cls=GroupedCommand)(compress.compress)
+app.command(cls=GroupedCommand)(evaluate.evaluate)
+app.command(cls=GroupedCommand)(bench.bench)
+app.command(cls=GroupedCommand)(inspect.inspect)
+app.command(cls=GroupedCommand)(export.export)
+app.command(cls=GroupedCommand)(survey.survey)
+app.command(cls=GroupedCommand)(plan.plan)
+app.command(cls=GroupedCommand)(elastic.elastic)
+app.command(cls=GroupedCommand)(resize.resize)
+app.command(cls=GroupedCommand)(curve.curve)
+app.command(cls=GroupedCommand)(compare.compare)
+app.command(cls=GroupedCommand)(distortion.distortion)
+app.command("layer-errors", cls=GroupedCommand)(layer_errors.layer_errors)
+app.command("calibration-study", cls=GroupedCommand)(calibration_study.calibration_study)
+app.command(cls=GroupedCommand)(report.report)
+app.command(cls=GroupedCommand)(slider.slider)
 app.command(
     "lm-eval",
     context_settings={
@@ -98,7 +99,7 @@ app.command(
         "help_option_names": [],
     },
 )(lm_eval.lm_eval)
-app.command()(demo.demo)
+app.command(cls=GroupedCommand)(demo.demo)
 app.add_typer(recipes.app, name="recipes")
 
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from spectrim.cli import options
+from spectrim.cli.words import takes
 
 __all__ = ["plan"]
 
 
+@takes("keep", "size")
 def plan(
     survey: Annotated[Path, typer.Argument(metavar="SURVEY", help="What `spectrim survey` wrote.")],
-    keep: options.Keep = None,
-    size: options.Size = None,
     rule: Annotated[
         str | None,
         typer.Option("--rule", help="uniform, loss_ratio, sensitivity, zero_sum or knapsack."),
@@ -44,6 +44,7 @@ def plan(
     ] = False,
     as_json: options.AsJson = False,
     verbose: options.Verbose = False,
+    **words: Any,
 ) -> None:
     """Choose ranks for a size from a survey.
 
@@ -62,9 +63,7 @@ def plan(
         surveyed = load_survey(survey)
         made = replan(
             surveyed,
-            **options.given(
-                keep=keep, size=size, rule=rule, score=score, floor=floor, multiple=multiple
-            ),
+            **options.given(rule=rule, score=score, floor=floor, multiple=multiple, **words),
         )
         if output is not None:
             write_text(output, json.dumps(plan_record(made, surveyed), indent=2) + "\n")

@@ -9,6 +9,8 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from spectrim.sizes import format_bytes
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -27,7 +29,6 @@ __all__ = [
 
 PIPED_WIDTH = 240
 PROSE_WIDTH = 100
-BYTE_UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 def stdout_console() -> Console:
@@ -120,16 +121,6 @@ def print_wrapped(console: Console, text: str, *, first: str, rest: str) -> None
 def print_json(data: Any) -> None:
     """Print JSON exactly as a program wants to read it: no wrapping, no color."""
     print(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False))
-
-
-def format_bytes(count: float) -> str:
-    """Decimal units as on a disk's label: `13.8 MB`; the same units that `--size` reads."""
-    value, power = float(count), 0
-    while abs(value) >= 1000 and power < len(BYTE_UNITS) - 1:
-        value, power = value / 1000, power + 1
-    # Three digits, without the exponent that %g would choose for 999.9.
-    decimals = 0 if power == 0 or abs(value) >= 100 else 1 if abs(value) >= 10 else 2
-    return f"{value:.{decimals}f} {BYTE_UNITS[power]}"
 
 
 def format_count(count: int) -> str:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from spectrim.cli import options, study
+from spectrim.cli import options
+from spectrim.cli.words import takes
 
 __all__ = ["report"]
 
 
+@takes("window_length", "max_tokens", "device", "dtype", "trust_remote_code")
 def report(
     folder: Annotated[
         Path, typer.Argument(metavar="OUT", help="A folder that `spectrim compress` wrote.")
@@ -36,20 +38,16 @@ def report(
         str | None,
         typer.Option("--text", metavar="SOURCE", help="Text to measure on, with --against."),
     ] = None,
-    window_length: options.WindowLength = None,
-    max_tokens: study.MaxTokens = None,
     prompt: Annotated[
         list[str] | None,
         typer.Option("--prompt", metavar="TEXT", help="Continued by both models."),
     ] = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace FILE if it exists.")
     ] = False,
-    trust_remote_code: options.TrustRemoteCode = False,
     verbose: options.Verbose = False,
     quiet: options.Quiet = False,
+    **words: Any,
 ) -> None:
     """Write a page with figures, tables, protocol and recipe of OUT.
 
@@ -65,18 +63,14 @@ def report(
             folder,
             output=output,
             overwrite=overwrite,
-            trust_remote_code=trust_remote_code,
             **options.given(
+                **words,
                 against=against,
                 others=others or None,
                 curve=curve,
                 survey=survey,
                 text=text,
-                window_length=window_length,
-                max_tokens=max_tokens,
                 prompts=prompt or None,
-                device=device,
-                dtype=dtype,
             ),
         )
     from spectrim.cli.render import print_facts

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from spectrim.cli import options
+from spectrim.cli.words import takes
 
 __all__ = ["resize"]
 
 
+@takes("keep", "size", "overwrite")
 def resize(
     artifact: Annotated[
         Path, typer.Argument(metavar="ELASTIC", help="An elastic artifact, e.g. of recipe acip.")
     ],
     output: options.Output,
-    keep: options.Keep = None,
-    size: options.Size = None,
-    overwrite: options.Overwrite = False,
     verbose: options.Verbose = False,
     quiet: options.Quiet = False,
+    **words: Any,
 ) -> None:
     """Write ELASTIC's model at another size to OUT."""
     from spectrim.cli.session import session
@@ -29,11 +29,7 @@ def resize(
     with session(verbose=verbose, quiet=quiet, output=output):
         from spectrim import api
 
-        result = api.resize(
-            artifact,
-            output=output,
-            **options.given(keep=keep, size=size, overwrite=overwrite or None),
-        )
+        result = api.resize(artifact, output=output, **options.given(**words))
     from spectrim.cli.summary import print_plan_summary
 
     print_plan_summary(result.plan, output=output)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from spectrim.cli import options, study
+from spectrim.cli.words import MEASURING, takes
 
 __all__ = ["slider"]
 
 
+@takes(*MEASURING)
 def slider(
     artifact: Annotated[
         Path,
@@ -19,9 +21,6 @@ def slider(
             metavar="ELASTIC", help="An elastic artifact, or what `spectrim survey` wrote."
         ),
     ],
-    evaluation_text: study.EvaluationText = None,
-    evaluation_length: study.EvaluationLength = None,
-    max_tokens: study.MaxTokens = None,
     curve: Annotated[
         Path | None,
         typer.Option(
@@ -32,10 +31,8 @@ def slider(
         str, typer.Option("--host", help="Address to listen on; others than this one are exposed.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", help="0 takes any free one.")] = 7860,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    trust_remote_code: options.TrustRemoteCode = False,
     verbose: options.Verbose = False,
+    **words: Any,
 ) -> None:
     """Serve a page with one slider for the size.
 
@@ -50,9 +47,7 @@ def slider(
 
         server = studies.slider(
             artifact,
-            measure=study.measure(
-                evaluation_text, evaluation_length, max_tokens, device, dtype, trust_remote_code
-            ),
+            measure=study.measure(words),
             curve=curve,
             host=host,
             port=port,

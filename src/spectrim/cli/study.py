@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from spectrim.cli import options
+from spectrim.cli.words import CALIBRATING
 from spectrim.errors import InputError
 
 if TYPE_CHECKING:
     from spectrim.studies import Measure
 
 __all__ = [
-    "EvaluationLength",
-    "EvaluationText",
-    "MaxTokens",
-    "Objectives",
-    "Recipes",
     "Results",
+    "along_depth",
     "as_length",
+    "calibration",
     "measure",
     "names",
     "numbers",
@@ -29,40 +28,9 @@ __all__ = [
     "print_tasks",
 ]
 
-Recipes = Annotated[
-    str | None,
-    typer.Option("--recipes", metavar="A,B,...", help="Recipes by name, or YAML files."),
-]
 Results = Annotated[
     list[Path] | None,
     typer.Argument(metavar="OUT...", help="Folders of compressed models.", show_default=False),
-]
-Objectives = Annotated[
-    str | None,
-    typer.Option(
-        "--objectives",
-        metavar="A,B,...",
-        help="Objectives to run block by block with equal ranks: plain, whitened, shifted, ...",
-    ),
-]
-EvaluationText = Annotated[
-    str | None,
-    typer.Option(
-        "--evaluation-text",
-        metavar="SOURCE",
-        help="Text to measure on: wikitext2 (the default), c4, ptb, FILE.txt or FILE.jsonl.",
-    ),
-]
-EvaluationLength = Annotated[
-    str | None,
-    typer.Option(
-        "--evaluation-length",
-        metavar="TOKENS|max",
-        help="Tokens per evaluation window; default 2048 or the model's longest.",
-    ),
-]
-MaxTokens = Annotated[
-    int | None, typer.Option("--max-tokens", metavar="N", help="Score at most N tokens.")
 ]
 
 
@@ -90,27 +58,35 @@ def as_length(words: str | None) -> Any:
     return int(words)
 
 
-def measure(
-    text: str | None,
-    length: str | None,
-    max_tokens: int | None,
-    device: str | None,
-    dtype: str | None,
-    trust_remote_code: bool,
-) -> Measure:
+def measure(words: Mapping[str, Any]) -> Measure:
     """The evaluation protocol of a study from its options."""
     from spectrim.studies import Measure
 
+    same = ("max_tokens", "device", "dtype", "trust_remote_code")
     return Measure(
-        trust_remote_code=trust_remote_code,
         **options.given(
-            text=text,
-            window_length=as_length(length),
-            max_tokens=max_tokens,
-            device=device,
-            dtype=dtype,
-        ),
+            text=words["evaluation_text"],
+            window_length=as_length(words["evaluation_length"]),
+            **{name: words[name] for name in same},
+        )
     )
+
+
+def calibration(words: Mapping[str, Any]) -> dict[str, Any]:
+    """What was said about the runs of a study."""
+    return options.given(**{name: words.get(name) for name in ("keep", *CALIBRATING)})
+
+
+def along_depth(words: Mapping[str, Any], output: Path, progress: Any) -> dict[str, Any]:
+    """Arguments of the two studies that follow results along the depth."""
+    return {
+        "recipes": names(words["recipes"]),
+        "objectives": names(words["objectives"]),
+        "measure": measure(words),
+        "output": output,
+        "progress": progress,
+        **calibration(words),
+    }
 
 
 def print_curve(record: dict[str, Any], output: Path) -> None:

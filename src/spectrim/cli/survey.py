@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from spectrim.cli import options
+from spectrim.cli.words import CALIBRATING, takes
 
 __all__ = ["survey"]
 
 
+@takes(
+    *("recipe", *CALIBRATING, "batch", "device", "dtype", "out_of_core"),
+    *("trust_remote_code", "overwrite"),
+)
 def survey(
     model: options.Model,
     output: options.Output,
-    recipe: options.RecipeName = None,
-    text: options.Text = None,
-    windows: options.Windows = None,
-    window_length: options.WindowLength = None,
-    batch: options.Batch = None,
     scores: Annotated[
         str | None,
         typer.Option(
@@ -27,14 +27,9 @@ def survey(
             help="first_order, second_order, kfac, measured, table; default the first two.",
         ),
     ] = None,
-    seed: options.Seed = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    out_of_core: options.OutOfCore = None,
-    overwrite: options.Overwrite = False,
-    trust_remote_code: options.TrustRemoteCode = False,
     verbose: options.Verbose = False,
     quiet: options.Quiet = False,
+    **words: Any,
 ) -> None:
     """Measure MODEL once, for any number of plans.
 
@@ -45,28 +40,17 @@ def survey(
 
     with (
         session(verbose=verbose, quiet=quiet, output=output, resumes=True) as progress,
-        crew(device, progress) as team,
+        crew(words["device"], progress) as team,
     ):
         from spectrim import api
 
         made = api.survey(
             model,
             output=output,
-            overwrite=overwrite,
-            trust_remote_code=trust_remote_code,
             progress=progress,
             team=team,
             **options.given(
-                recipe=recipe,
-                text=text,
-                windows=windows,
-                window_length=window_length,
-                batch=batch,
-                scores=None if scores is None else [s.strip() for s in scores.split(",")],
-                seed=seed,
-                device=device,
-                dtype=dtype,
-                out_of_core=out_of_core,
+                **words, scores=None if scores is None else [s.strip() for s in scores.split(",")]
             ),
         )
     if not team.leads:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -56,14 +56,6 @@ class Decomposition:
         if not 1 <= k <= self.rank:
             raise ValueError(f"rank {k} is outside 1..{self.rank}")
         return self.up[:, :k], self.down[:k]
-
-    def truncated(self, k: int) -> Decomposition:
-        """The same decomposition holding only its first k components, in memory of its own."""
-        up, down = self.cut(k)
-        tail = float(self.energy[k:].sum()) + (self.tail or 0.0)
-        return replace(
-            self, up=up.clone(), down=down.clone(), energy=self.energy[:k].clone(), tail=tail
-        )
 
     def errors(self) -> Tensor:
         """The objective's exact value at every rank: shape (r + 1,), entry k is rank k."""

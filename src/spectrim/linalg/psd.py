@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,38 +18,20 @@ from spectrim.tolerances import (
     DAMPING_FACTOR,
     DAMPING_LIMIT,
     DAMPING_START,
-    RANK_CUTOFF_FP32,
     RANK_CUTOFF_FP64,
     SYMMETRY,
 )
 
 __all__ = [
-    "PsdRoot",
     "channel_prior",
     "cholesky_damped",
     "finite",
     "pivots_hold",
-    "psd_eigh",
-    "psd_root",
     "shrunk",
     "symmetric_eigh",
     "symmetric_eigvals",
     "symmetrized",
 ]
-
-
-@dataclass(frozen=True)
-class PsdRoot:
-    """A root of `C` on its numerical range, of dimension r.
-
-    Attributes:
-        root: `R` with `R Rᵀ = C`, shape (n, r).
-        whitener: `R⁺` with `R⁺ R = I`, shape (r, n); zero on directions that `C` never saw, so
-            that whatever is built from it has minimum norm.
-    """
-
-    root: Tensor
-    whitener: Tensor
 
 
 def finite(matrix: Tensor, *, name: str, what: str) -> Tensor:
@@ -127,33 +108,6 @@ def _not_converged(C: Tensor, error: Exception, name: str) -> NumericalError:
         f"{name}: the eigenvalues of a {C.shape[0]} x {C.shape[0]} matrix did not converge "
         f"({error}). Check its statistics for extreme values."
     )
-
-
-def psd_eigh(C: Tensor, *, name: str, cutoff: float | None = None) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (r,), descending, and eigenvectors (n, r) of `C` on its numerical range.
-
-    Args:
-        C: symmetric positive semi-definite, (n, n).
-        name: whose matrix this is, for messages.
-        cutoff: eigenvalues up to this share of the largest count as zero; by default the one
-            that fits the dtype of `C`.
-
-    Raises:
-        NonFiniteError, NumericalError: see `symmetrized`.
-    """
-    if cutoff is None:
-        cutoff = RANK_CUTOFF_FP64 if C.dtype == torch.float64 else RANK_CUTOFF_FP32
-    values, vectors = symmetric_eigh(symmetrized(C, name=name), name=name)
-    largest = float(values[0]) if values.numel() else 0.0
-    kept = int((values > cutoff * max(largest, 0.0)).sum()) if largest > 0 else 0
-    return values[:kept], vectors[:, :kept]
-
-
-def psd_root(C: Tensor, *, name: str, cutoff: float | None = None) -> PsdRoot:
-    """Root and whitener of `C` restricted to its numerical range; needs no definiteness."""
-    values, vectors = psd_eigh(C, name=name, cutoff=cutoff)
-    scale = values.sqrt()
-    return PsdRoot(vectors * scale, (vectors / scale).mT)
 
 
 def channel_prior(C: Tensor, sizes: Tensor) -> Tensor:

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spectrim.linalg.psd import finite, symmetric_eigh
-
-__all__ = ["ColumnSpace", "column_space", "core_of", "leading_eigenvectors", "truncated_svd"]
+__all__ = ["ColumnSpace", "column_space", "core_of"]
 
 
 @dataclass(frozen=True)
@@ -45,45 +43,3 @@ def column_space(W: Tensor) -> ColumnSpace:
 def core_of(W: Tensor) -> Tensor:
     """The core of `column_space` alone, (min(out, in), in): all that a spectrum depends on."""
     return W if W.shape[0] <= W.shape[1] else torch.linalg.qr(W, mode="r").R
-
-
-def leading_eigenvectors(
-    S: Tensor, count: int | None = None, *, name: str
-) -> tuple[Tensor, Tensor]:
-    """The `count` largest eigenvalues, descending, and their eigenvectors, of a symmetric matrix.
-
-    Args:
-        S: (n, n); its symmetric part is used.
-        count: how many, all by default.
-        name: whose matrix this is, for messages.
-
-    Raises:
-        ValueError: `count` is outside 1..n.
-        NonFiniteError, NumericalError: non-finite entries, or no convergence.
-    """
-    if count is not None and not 1 <= count <= S.shape[0]:
-        raise ValueError(f"{name}: {count} eigenvectors asked of a {S.shape[0]}-dimensional matrix")
-    S = finite(S, name=name, what="a symmetric matrix")
-    values, vectors = symmetric_eigh((S + S.mT) / 2, name=name)
-    return values[:count], vectors[:, :count]
-
-
-def truncated_svd(W: Tensor, rank: int, *, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading `rank` singular triplets `U (out, k), s (k,), Vh (k, in)` in fp64.
-
-    A QR factorisation of the longer side comes first, so that the cost beyond one pass over `W`
-    is that of the smaller side only, at the full accuracy of a singular value decomposition.
-
-    Raises:
-        ValueError: `rank` is outside 1..min(out, in).
-        NonFiniteError: `W` is not finite.
-    """
-    if not 1 <= rank <= min(W.shape):
-        raise ValueError(f"{name}: rank {rank} is outside 1..{min(W.shape)}")
-    W = finite(W, name=name, what="the matrix")
-    if W.shape[0] < W.shape[1]:
-        U, s, Vh = truncated_svd(W.mT, rank, name=name)
-        return Vh.mT, s, U.mT
-    basis, core = torch.linalg.qr(W)
-    U, s, Vh = torch.linalg.svd(core)
-    return basis @ U[:, :rank], s[:rank], Vh[:rank]

@@ -156,7 +156,7 @@ def open_reference(
     tokenizer: Any = None,
     trust_remote_code: bool = False,
 ) -> Reference:
-    """Load the dense model and measure it; arguments as in `run.evaluating.evaluate_model`."""
+    """Load the dense model and measure it; arguments as in `measure.evaluating.evaluate_model`."""
     loaded = load_model(
         model,
         device=device,

@@ -18,7 +18,7 @@ __all__ = ["report"]
 def report(
     folder: str | Path, *, output: str | Path, overwrite: bool = False, **options: Any
 ) -> Path:
-    """Write the HTML page of a result; `options` as in `run.page.gather_page`.
+    """Write the HTML page of a result; `options` as in `measure.page.gather_page`.
 
     Raises:
         SpectrimError: the page exists, or something asked for cannot be read or measured.
