@@ -20,8 +20,8 @@ from global_allocation import SURVEY
 
 from spectrim.allocate.budget import bytes_by_rank, layer_bytes
 from spectrim.allocate.curve import Curve
-from spectrim.allocate.knapsack import rounding_share
 from spectrim.evaluate.curve import lower_hull
+from spectrim.formats import format_of
 from spectrim.storage.survey_file import load_survey
 
 RESULTS = Path(__file__).parent / "results" / "number_formats.json"
@@ -32,7 +32,7 @@ def ways(curve: Curve, losses: np.ndarray) -> dict[tuple[float, float], str]:
     """(bytes, predicted loss) -> what gives it."""
     found = {}
     for weights in FORMATS:
-        rounding = rounding_share(weights) * float(losses[0])
+        rounding = format_of(weights).rounding_share * float(losses[0])
         options = {"weights": weights, "dtype_bytes": 2}
         stored = np.asarray(bytes_by_rank(curve.shape, storage="packed", **options))
         for rank in range(1, len(stored)):

@@ -60,6 +60,7 @@ def recipes() -> dict[str, Recipe]:
         "int8": fast.with_changes(storage={"weights": "int8"}),
         "int8 factored": fast.with_changes(storage={"kind": "factored", "weights": "int8"}),
         "int4": fast.with_changes(storage={"weights": "int4"}),
+        "auto": fast.with_changes(storage={"weights": "auto"}),
     }
     return found | {name: get_recipe(name) for name in PUBLISHED}
 

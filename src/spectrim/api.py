@@ -119,7 +119,7 @@ def compress(
             wrote, which also says where the survey with the decompositions lies.
         survey: of this model: gives the ranks and, to a one-shot flow, the decompositions.
         storage: `factored`, `packed` or `auto`.
-        weights: `native`, `int8` or `int4`.
+        weights: a number format of `spectrim.formats`, or `auto`.
         effort: `fast` (training-free), `balanced` (and block refinement) or `thorough` (and
             distillation), of the default recipe.
         tokenizer: for model objects.
@@ -384,11 +384,11 @@ def evaluate(model: str | Path | nn.Module, **options: Any) -> dict[str, Any]:
 
 
 @tells_of_shortage
-def export(folder: str | Path, *, output: str | Path, overwrite: bool = False) -> Path:
-    """Write a compressed folder as ordinary dense weights for every other tool."""
-    from spectrim.storage.dense import export_dense
+def export(folder: str | Path, *, output: str | Path, **options: Any) -> Path:
+    """Write a compressed folder for other tools; see `storage.export.export_folder`."""
+    from spectrim.storage.export import export_folder
 
-    return export_dense(folder, output, overwrite=overwrite)
+    return export_folder(folder, output, **options)
 
 
 def inspect(folder: str | Path) -> dict[str, Any]:

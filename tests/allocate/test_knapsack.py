@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from spectrim.allocate import Curve, Limits, Shape, knapsack, layer_bytes, uniform, zero_sum
 from spectrim.allocate.choice import choose
+from spectrim.allocate.forms import Form
 from spectrim.errors import BudgetError, InputError
 
 SHAPES = [(5, 7), (6, 6), (4, 9)]
@@ -65,8 +66,10 @@ def brute_force(curves, keep, storages, weights, multiple):
 def test_plan_is_the_best_of_all_plans(seed, percent, storage, weights, multiple, convex):
     curves, keep = survey(seed, convex=convex), percent / 100
     limits = Limits(storage=storage, multiple=multiple)
-    best = brute_force(curves, keep, limits.storages, weights, multiple)
-    arguments = {"keep": keep, "limits": limits, "score": "second_order", "weights": weights}
+    kinds = ("factored", "packed") if storage == "auto" else (storage,)
+    best = brute_force(curves, keep, kinds, weights, multiple)
+    forms = [Form("dense"), *(Form(s, w) for s in kinds for w in weights)]
+    arguments = {"keep": keep, "limits": limits, "score": "second_order", "forms": forms}
     if best is None:
         with pytest.raises(BudgetError, match="reachable are"):
             knapsack(curves, **arguments)
@@ -164,10 +167,33 @@ def test_floors_bind():
 
 
 def test_dense_targets_may_be_quantised_too():
-    plan = knapsack(survey(0), keep=0.75, dense_weights=("native", "int8"))
+    forms = [Form("dense"), Form("dense", "int8"), Form("factored")]
+    plan = knapsack(survey(0), keep=0.75, forms=forms)
     assert any(e.storage == "dense" and e.weights == "int8" for e in plan.entries)
-    with pytest.raises(InputError, match="dense_weights"):
-        knapsack(survey(0), keep=0.75, dense_weights=())
+    with pytest.raises(InputError, match="forms is empty"):
+        knapsack(survey(0), keep=0.75, forms=())
+
+
+def test_measured_rounding_and_scales_decide_between_families():
+    energy = np.linspace(2.0, 0.1, 24)
+    dense, cut = Form("dense", "int4-g32"), Form("factored", "int8")
+    rounding = {dense.key: np.array([0.5]), cut.key: np.linspace(0.0, 0.1, 25)}
+    curve = Curve("t", 0, "q", Shape(24, 64), energy, float(energy.sum()), rounding=rounding)
+    forms = (Form("dense"), dense, cut)
+    options = {"keep": 0.5, "score": "second_order", "forms": forms}
+    for scale in ({}, {"cutting": 10.0}, {"rounding": 40.0, "cutting": 1.0}):
+        entry = knapsack([curve], scale=scale, **options).entries[0]
+        weigh, noise = scale.get("cutting", 1.0), scale.get("rounding", 1.0)
+        losses = {}
+        for rank in range(1, 25):
+            size = layer_bytes(curve.shape, rank=rank, storage="factored", weights="int8")
+            if size <= 24 * 64:
+                lost = weigh * energy[rank:].sum() + noise * rounding[cut.key][rank]
+                losses["factored", rank] = lost
+        losses["dense", None] = noise * 0.5
+        best = min(losses, key=losses.get)
+        assert (entry.storage, entry.rank) == best
+        assert entry.loss == pytest.approx(losses[best])
 
 
 def test_lossless_components_cost_no_bytes():

@@ -10,6 +10,7 @@ from architectures import tiny, windows
 from jobs import logits, make_job, uniform_plan
 from spectrim import api
 from spectrim.allocate.budget import Shape, layer_bytes
+from spectrim.allocate.forms import Form
 from spectrim.allocate.plan import PlanEntry
 from spectrim.errors import RecipeError
 from spectrim.layers.lowrank import LowRankLinear
@@ -109,7 +110,7 @@ def test_packed_ranks_enter_the_plan(source):
     assert packed.plan.achieved_keep <= 0.6
     for before, after in zip(plain.plan.entries, packed.plan.entries, strict=True):
         assert after.rank > before.rank
-    assert plan_limits(get_recipe("svd"), 2).storages == ("factored",)
+    assert plan_limits(get_recipe("svd"), 2).forms == (Form("factored"),)
 
 
 def test_native_factored_plans_are_left_alone():
@@ -226,9 +227,11 @@ def test_learned_recipes_refuse_other_storages():
         with pytest.raises(RecipeError, match="what works"):
             check_storage(get_recipe("acip").with_changes(storage=change))
     check_storage(get_recipe("acip"))
+    with pytest.raises(RecipeError, match="only knapsack"):
+        check_storage(get_recipe("svd-llm").with_changes(storage={"weights": "auto"}))
 
 
-@pytest.mark.parametrize(("field", "value"), [("storage", "zipped"), ("weights", "int3")])
+@pytest.mark.parametrize(("field", "value"), [("storage", "zipped"), ("weights", "int5")])
 def test_unknown_storages_name_the_known_ones(field, value):
     with pytest.raises(RecipeError, match=r"'packed'|'int8'"):
         api.resolve_recipe("svd", **{field: value})

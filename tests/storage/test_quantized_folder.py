@@ -142,7 +142,7 @@ def test_missing_scales_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("layer", "words"),
     [
-        ({"rank": 4, "storage": "factored", "weights": "int3"}, "native, int8, int4"),
+        ({"rank": 4, "storage": "factored", "weights": "int5"}, "native, int8, int4"),
         ({"rank": 4, "storage": "factored", "weights": "int8"}, "no shape"),
         ({"rank": None, "storage": "factored", "weights": "native"}, "rank None"),
         ({"rank": 4, "storage": "dense", "weights": "int8", "shape": [8, 8]}, "rank 4"),

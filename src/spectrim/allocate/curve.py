@@ -15,6 +15,7 @@ happens to cancel at some rank says nothing good about that rank.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -56,6 +57,8 @@ class Curve:
         reference: (rank, KL in nats) measured with only this target cut to that rank.
         lossless: rank of the weight itself where it is less than min(m, n): there nothing is lost
             and beyond it nothing is gained.
+        rounding: storage form (`Form.key`) -> loss that rounding to it adds, nats: at rank 0..r,
+            (r + 1,), or of the whole matrix, (1,).
     """
 
     name: str
@@ -69,6 +72,7 @@ class Curve:
     loss: Values | None = None
     reference: tuple[int, float] | None = None
     lossless: int | None = None
+    rounding: Mapping[str, Values] | None = None
 
     @property
     def rank(self) -> int:

@@ -1,7 +1,7 @@
 """Least predicted loss under the byte budget: a multiple-choice knapsack.
 
-Every target is stored in exactly one way: dense, or at an allowed rank in an allowed storage and
-number format. With `loss_t(p)` and `bytes_t(p)` of the ways p of target t, the plan minimises
+Every target is stored in exactly one way: dense, or at an allowed rank, in an allowed form (storage
+and number formats). With `loss_t(p)` and `bytes_t(p)` of the ways p of target t, the plan minimises
 `sum_t loss_t(p_t)` subject to `sum_t bytes_t(p_t) <= budget`. For a price `lam` per byte the
 targets decouple (each takes the least `loss + lam * bytes`), which bounds the optimum from below
 and gives a plan on the lower convex hulls; `choice.py` finds the price and spends what remains,
@@ -9,24 +9,31 @@ exactly where the number of near-optimal combinations allows.
 
 The same problem is posed by LEMS (OpenReview IjIgNPFuCt), who solve it as an integer program;
 their error model is the score `measured`. Differences: no depth bias, all ranks are candidates.
+
+What a form rounds away is added to what the cut costs: the curve's own numbers for this form
+(`Curve.rounding`), or the share of the whole that the format loses on Gaussian numbers. Predictions
+of cutting and of rounding are not on one scale; `scale` says what each is worth.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from spectrim.allocate.budget import budget_bytes, layer_bytes
 from spectrim.allocate.choice import choose
-from spectrim.allocate.curve import Curve, Score, loss_by_rank
+from spectrim.allocate.curve import Curve, Score, as_numpy, loss_by_rank
+from spectrim.allocate.forms import Form, dense_forms
 from spectrim.allocate.ladder import Ladder, Limits, ladders_for
-from spectrim.allocate.plan import Plan, PlanEntry, Storage, Weights
+from spectrim.allocate.plan import Plan, PlanEntry
 from spectrim.errors import BudgetError, InputError
-from spectrim.formats import JOINT, format_of
 
-__all__ = ["knapsack", "rounding_share"]
+__all__ = ["CUTTING", "ROUNDING", "knapsack"]
+
+CUTTING, ROUNDING = "cutting", "rounding"
+"""What a predicted loss can come from."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +42,8 @@ class _Ways:
 
     bytes: np.ndarray
     loss: np.ndarray
-    ladder: np.ndarray
-    level: np.ndarray
+    form: np.ndarray
+    rank: np.ndarray
 
 
 def knapsack(
@@ -45,11 +52,11 @@ def knapsack(
     keep: float,
     limits: Limits | None = None,
     score: Score = "energy",
-    weights: Sequence[Weights] | None = None,
-    dense_weights: Sequence[Weights] = ("native",),
+    forms: Sequence[Form] | None = None,
+    scale: Mapping[str, float] | None = None,
     states: int = 1024,
 ) -> Plan:
-    """Choose rank, storage and number format of every target for the least predicted loss.
+    """Choose rank, storage and number formats of every target for the least predicted loss.
 
     Args:
         curves: the targets with what the score needs.
@@ -57,8 +64,8 @@ def knapsack(
         limits: what the plan may contain.
         score: how losses are predicted; they are added over targets, so scores in loss units
             are comparable and relative energies are not strictly.
-        weights: number formats of low-rank matrices to choose from, default that of the limits.
-        dense_weights: number formats of dense targets to choose from.
+        forms: cut and dense, to choose from; by default those of the limits.
+        scale: what a predicted nat of `cutting` and of `rounding` is worth, 1 by default.
         states: near-optimal combinations kept in the exact step; with more of them than this
             the plan is near-optimal instead of optimal, and its notes say by how much at most.
 
@@ -67,15 +74,22 @@ def knapsack(
         InputError: if a curve lacks what the score needs.
     """
     limits = limits or Limits()
-    formats = tuple(weights or (limits.weights,))
-    if not dense_weights:
-        raise InputError("dense_weights is empty: expected at least one number format")
-    by_format = [ladders_for(curves, replace(limits, weights=w)) for w in formats]
+    if forms is None:
+        forms = (*limits.forms, *dense_forms(limits.weights))
+    cut = {i: ladders_for(curves, limits.of(f)) for i, f in enumerate(forms) if f.low_rank}
     ways = [
-        _ways(list(ladders), loss_by_rank(curve, score), tuple(dense_weights))
-        for curve, ladders in zip(curves, zip(*by_format, strict=True), strict=True)
+        _ways(
+            curve,
+            forms,
+            {i: ladders[place] for i, ladders in cut.items()},
+            loss_by_rank(curve, score),
+            scale or {},
+            limits.dtype_bytes,
+        )
+        for place, curve in enumerate(curves)
     ]
-    budget = _budget(by_format[0], ways, keep)
+    dense = [_dense_bytes(curve, limits.dtype_bytes) for curve in curves]
+    budget = _budget(ways, keep, sum(dense))
     # Canonical order: the result must not depend on the order of the targets.
     by_name = sorted(range(len(curves)), key=lambda i: curves[i].name)
     chosen = choose(
@@ -83,45 +97,57 @@ def knapsack(
     )
     place = dict(zip(by_name, chosen.picks.tolist(), strict=True))
     entries = tuple(
-        _entry([ladders[i] for ladders in by_format], ways[i], place[i], tuple(dense_weights))
-        for i in range(len(curves))
+        _entry(curve, forms, ways[i], place[i], dense[i]) for i, curve in enumerate(curves)
     )
     total = sum(float(ways[i].loss[place[i]]) for i in range(len(curves)))
     notes = () if chosen.exact else (f"at most {total - chosen.bound:.3g} above the least loss",)
     return Plan(entries, keep, "knapsack", notes)
 
 
-def rounding_share(weights: Weights) -> float:
-    """Loss of rounding to nearest, as a share of losing the whole target."""
-    return max(format_of(name).rounding_share for name in weights.split(JOINT))
+def _dense_bytes(curve: Curve, dtype_bytes: int) -> int:
+    return layer_bytes(curve.shape, rank=None, storage="dense", dtype_bytes=dtype_bytes)
 
 
-def _ways(ladders: Sequence[Ladder], losses: np.ndarray, dense_weights: Sequence[Weights]) -> _Ways:
+def _ways(
+    curve: Curve,
+    forms: Sequence[Form],
+    ladders: Mapping[int, Ladder],
+    losses: np.ndarray,
+    scale: Mapping[str, float],
+    dtype_bytes: int,
+) -> _Ways:
     """All ways of one target, less the dominated ones."""
     parts = []
-    for i, ladder in enumerate(ladders):
-        rounding = rounding_share(ladder.limits.weights) * float(losses[0])
-        levels = np.arange(ladder.top)
-        parts.append(
-            (ladder.bytes[:-1], losses[ladder.ranks] + rounding, np.full(ladder.top, i), levels)
-        )
-    shape, size = ladders[0].curve.shape, ladders[0].limits.dtype_bytes
-    for i, weights in enumerate(dense_weights):
-        stored = layer_bytes(shape, rank=None, storage="dense", weights=weights, dtype_bytes=size)
-        loss = rounding_share(weights) * float(losses[0])
-        parts.append((np.array([stored]), np.array([loss]), np.array([-1]), np.array([i])))
-    stored, loss, ladder, level = (np.concatenate(x) for x in zip(*parts, strict=True))
+    whole = float(losses[0])
+    for i, form in enumerate(forms):
+        added = scale.get(ROUNDING, 1.0) * _rounding(curve, form, whole)
+        if form.low_rank:
+            ranks = ladders[i].ranks
+            loss = scale.get(CUTTING, 1.0) * losses[ranks] + added[ranks % added.size]
+            parts.append((ladders[i].bytes[:-1], loss, np.full(ranks.size, i), ranks))
+        else:
+            options = {"weights": form.weights, "dtype_bytes": dtype_bytes}
+            stored = layer_bytes(curve.shape, rank=None, storage=form.storage, **options)
+            parts.append((np.array([stored]), added, np.array([i]), np.array([0])))
+    if not parts:
+        raise InputError("forms is empty: expected at least one form to choose from")
+    stored, loss, form, rank = (np.concatenate(x) for x in zip(*parts, strict=True))
     order = np.lexsort((loss, stored))
     loss = loss[order]
     best_before = np.append(np.inf, np.minimum.accumulate(loss)[:-1])
     order, loss = order[loss < best_before], loss[loss < best_before]
-    return _Ways(stored[order], loss, ladder[order], level[order])
+    return _Ways(stored[order], loss, form[order], rank[order])
 
 
-def _budget(ladders: Sequence[Ladder], ways: Sequence[_Ways], keep: float) -> int:
+def _rounding(curve: Curve, form: Form, whole: float) -> np.ndarray:
+    """Loss that rounding adds, by rank or one number: measured, or a share of the whole."""
+    known = None if curve.rounding is None else curve.rounding.get(form.key)
+    return np.array([form.rounding_share * whole]) if known is None else as_numpy(known)
+
+
+def _budget(ways: Sequence[_Ways], keep: float, dense: int) -> int:
     """Bytes for all targets; the reachable range is that of the ways, not of one ladder."""
     lowest = sum(int(w.bytes[0]) for w in ways)
-    dense = sum(x.dense_bytes for x in ladders)
     budget = budget_bytes(keep, dense)
     if budget < lowest:
         raise BudgetError(
@@ -132,22 +158,16 @@ def _budget(ladders: Sequence[Ladder], ways: Sequence[_Ways], keep: float) -> in
 
 
 def _entry(
-    ladders: Sequence[Ladder], ways: _Ways, pick: int, dense_weights: Sequence[Weights]
+    curve: Curve, forms: Sequence[Form], ways: _Ways, pick: int, dense_bytes: int
 ) -> PlanEntry:
     """The plan entry of one target's chosen way."""
-    first, level = ladders[0], int(ways.level[pick])
-    which = int(ways.ladder[pick])
-    rank: int | None = None
-    storage: Storage = "dense"
-    weights = dense_weights[level] if which < 0 else ladders[which].limits.weights
-    if which >= 0:
-        rank, storage = int(ladders[which].ranks[level]), ladders[which].storage(level)
+    form = forms[int(ways.form[pick])]
     return PlanEntry(
-        name=first.curve.name,
-        rank=rank,
-        storage=storage,
+        name=curve.name,
+        rank=int(ways.rank[pick]) if form.low_rank else None,
+        storage=form.storage,
         bytes=int(ways.bytes[pick]),
-        dense_bytes=first.dense_bytes,
-        weights=weights,
+        dense_bytes=dense_bytes,
+        weights=form.weights,
         loss=float(ways.loss[pick]),
     )

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from spectrim.allocate.budget import budget_bytes, bytes_by_rank, layer_bytes
 from spectrim.allocate.curve import Curve
+from spectrim.allocate.forms import Form, low_rank_forms
 from spectrim.allocate.plan import Plan, PlanEntry, Storage, Weights
 from spectrim.errors import BudgetError, InputError
-from spectrim.layers.layout import LAYERS
 
 __all__ = [
     "Ladder",
@@ -38,7 +38,8 @@ class Limits:
     Attributes:
         dtype_bytes: of the model's dtype.
         storage: low-rank storage that is allowed; `auto` takes the smaller one at each rank.
-        weights: number format of the low-rank matrices; dense layers stay native.
+        weights: number formats of the low-rank matrices, or `auto` for all that pay; dense layers
+            stay native, but for the knapsack.
         floor: least rank as a share of the break-even rank of factored native storage.
         multiple: ranks are multiples of this.
     """
@@ -56,10 +57,13 @@ class Limits:
             raise InputError(f"rank multiple {self.multiple} is less than 1")
 
     @property
-    def storages(self) -> tuple[Storage, ...]:
-        """The low-rank storages to choose from."""
-        automatic = tuple(kind for kind, layout in LAYERS.items() if layout.automatic)
-        return automatic if self.storage == "auto" else (self.storage,)
+    def forms(self) -> tuple[Form, ...]:
+        """The forms of a cut matrix to choose from."""
+        return low_rank_forms(self.storage, self.weights)
+
+    def of(self, form: Form) -> Limits:
+        """The same limits with one form to choose."""
+        return replace(self, storage=form.storage, weights=form.weights)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +74,7 @@ class Ladder:
         curve: the target.
         ranks: allowed ranks, int64 (levels - 1,); the last level is the dense layer.
         bytes: of every level, int64 (levels,), ascending.
-        which: index of each rank's storage among those that the limits allow, (levels - 1,).
+        which: index of each rank's form among those that the limits allow, (levels - 1,).
         limits: what the ladder was built for.
     """
 
@@ -97,13 +101,9 @@ class Ladder:
         """Bytes of the dense layer."""
         return int(self.bytes[-1])
 
-    def storage(self, level: int) -> Storage:
-        """Storage at a level."""
-        return "dense" if level == self.top else self.limits.storages[int(self.which[level])]
-
-    def weights(self, level: int) -> Weights:
-        """Number format at a level."""
-        return "native" if level == self.top else self.limits.weights
+    def form(self, level: int) -> Form:
+        """How a target is stored at a level."""
+        return Form("dense") if level == self.top else self.limits.forms[int(self.which[level])]
 
     def level_within(self, budget: int) -> int:
         """Highest level worth having of at most `budget` bytes, -1 if there is none."""
@@ -206,10 +206,10 @@ def plan_from_levels(
             PlanEntry(
                 name=ladder.curve.name,
                 rank=rank,
-                storage=ladder.storage(level),
+                storage=ladder.form(level).storage,
                 bytes=int(ladder.bytes[level]),
                 dense_bytes=ladder.dense_bytes,
-                weights=ladder.weights(level),
+                weights=ladder.form(level).weights,
                 loss=loss,
             )
         )
@@ -222,8 +222,8 @@ def _ladder(curve: Curve, limits: Limits) -> Ladder:
     dense = layer_bytes(shape, rank=None, storage="dense", dtype_bytes=size)
     by_storage = np.stack(
         [
-            bytes_by_rank(shape, storage=s, weights=limits.weights, dtype_bytes=size)
-            for s in limits.storages
+            bytes_by_rank(shape, storage=f.storage, weights=f.weights, dtype_bytes=size)
+            for f in limits.forms
         ]
     )
     cheapest, which = by_storage.min(axis=0), by_storage.argmin(axis=0)

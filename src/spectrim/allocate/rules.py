@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from spectrim.allocate.curve import Curve, Score
 from spectrim.allocate.knapsack import knapsack
 from spectrim.allocate.ladder import Limits
 from spectrim.allocate.loss_ratio import loss_ratio
-from spectrim.allocate.plan import Plan, Weights
+from spectrim.allocate.plan import Plan
 from spectrim.allocate.sensitivity import Table, predicted_table, sensitivity
 from spectrim.allocate.uniform import uniform
 from spectrim.allocate.zero_sum import zero_sum
@@ -36,6 +36,7 @@ def allocate(
     fill: bool = True,
     faithful: bool = False,
     table: Table | None = None,
+    scale: Mapping[str, float] | None = None,
 ) -> Plan:
     """A plan by the rule of that name, from the options that recipes have.
 
@@ -47,6 +48,7 @@ def allocate(
         score: for knapsack, and for sensitivity without a table.
         fill: for uniform, loss_ratio and sensitivity.
         faithful: for zero_sum.
+        scale: for knapsack, what predicted losses of cutting and rounding are worth.
         table: measured sensitivities; without them they are predicted from the score.
 
     Raises:
@@ -58,11 +60,7 @@ def allocate(
     if rule == "zero_sum":
         return zero_sum(curves, keep=keep, limits=limits, faithful=faithful)
     if rule == "knapsack":
-        # Targets that stay dense may take the number format of the others.
-        formats: list[Weights] = ["native"]
-        if limits is not None and limits.weights != "native":
-            formats.append(limits.weights)
-        return knapsack(curves, keep=keep, limits=limits, score=score, dense_weights=formats)
+        return knapsack(curves, keep=keep, limits=limits, score=score, scale=scale)
     if rule == "sensitivity":
         found = table or predicted_table(curves, score=score, limits=limits)
         return sensitivity(curves, keep=keep, table=found, limits=limits, fill=fill)

@@ -136,6 +136,7 @@ def print_bench(found: dict[str, Any]) -> None:
             "measured": f"median of {protocol['repeats']}, {protocol['new_tokens']} new tokens, "
             f"{protocol['dtype']} on {protocol['device']}, {threads} "
             f"thread{'s' if threads != 1 else ''}, torch {environment['torch']}"
+            + "".join(f", {n} matrices by {path}" for path, n in small.get("paths", {}).items())
             + ("" if small["prepared"] else ", as loaded"),
         }
     )

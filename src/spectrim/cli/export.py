@@ -1,4 +1,4 @@
-"""`spectrim export`: ordinary dense weights for tools that do not know spectrim."""
+"""`spectrim export`: what tools that do not know spectrim read."""
 
 from __future__ import annotations
 
@@ -19,23 +19,30 @@ def export(
         Path, typer.Option("-o", "--output", metavar="DIR", help="Folder to write to.")
     ],
     dense: Annotated[
-        bool, typer.Option("--dense", help="Multiply the factors out (the one format so far).")
+        bool, typer.Option("--dense", help="Multiply the factors out: ordinary weights.")
     ] = False,
+    to: Annotated[
+        str | None,
+        typer.Option("--format", metavar="NAME", help="compressed-tensors: integers as they are."),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace DIR if it exists and is not empty.")
     ] = False,
     verbose: options.Verbose = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Write OUT's model with ordinary dense weights to DIR."""
+    """Write OUT's model to DIR, as ordinary dense weights or in the format of inference servers."""
     from spectrim.cli.session import session
 
-    if not dense:
-        raise InputError("export writes dense weights: say --dense to confirm the larger folder")
+    if dense == (to is not None):
+        raise InputError(
+            "say either --dense, to confirm the larger folder, or --format compressed-tensors"
+        )
     with session(verbose=verbose, quiet=quiet, output=output):
         from spectrim import api
 
-        api.export(folder, output=output, **options.given(overwrite=overwrite or None))
+        given = options.given(to=to, overwrite=overwrite or None)
+        api.export(folder, output=output, **given)
     from spectrim.cli.render import print_facts
 
     print_facts({"output": output})

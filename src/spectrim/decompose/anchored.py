@@ -21,6 +21,7 @@ that is as small as the ridge's step.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -33,7 +34,7 @@ from spectrim.linalg.psd import shrunk
 from spectrim.linalg.truncated import column_space
 from spectrim.moments.moments import Moments, OutputMoments
 
-__all__ = ["anchored"]
+__all__ = ["anchored", "anchored_map"]
 
 
 def anchored(
@@ -70,30 +71,64 @@ def anchored(
         raise InputError(f"{name}: blend {blend} is outside 0..1")
     W = weight(W, name=name)
     held = checked_rank(W, rank, name=name)
-    C, C_shifted, D = (
-        statistic(moments, field, W.shape[1], name=name) for field in ("C", "shifted", "cross")
-    )
     sizes = W.square().sum(0)
     space = column_space(W)  # the map has the same column space
-    core = space.core
-    # What W leaves of the target on the shifted inputs is b W (x − x').
-    step = blend * core @ (D - C_shifted)
-    left = blend**2 * float(((core @ (C - D - D.mT + C_shifted)) * core).sum())
-    if ridge is None:
-        ridge = evident_ridge(step, left, C_shifted, tokens_of(moments), sizes=sizes, name=name)
-    reached = core @ C_shifted + step
-    V, damping = least_squares_map(
-        reached, C_shifted, start=core, name=name, ridge=ridge, sizes=sizes
-    )
-    moved = V - core
-    left += float(((moved @ C_shifted - 2 * step) * moved).sum())
-    cut = projected(V, shrunk(C_shifted, shrink_in, sizes), name=name, rank=held, sizes=sizes)
-    irreducible = max(0.0, left)
+    found = anchored_map(space.core, moments, name=name, blend=blend, ridge=ridge, sizes=sizes)
+    C_shifted = statistic(moments, "shifted", W.shape[1], name=name)
+    cut = projected(found.V, shrunk(C_shifted, shrink_in, sizes), name=name, rank=held, sizes=sizes)
     return replace(
         cut,
         up=space.lift(cut.up),
-        total=cut.total + irreducible,
-        irreducible=irreducible,
-        damping=damping,
-        ridge=ridge,
+        total=cut.total + found.irreducible,
+        irreducible=found.irreducible,
+        damping=found.damping,
+        ridge=found.ridge,
     )
+
+
+class _Map(NamedTuple):
+    """A map of the shifted inputs, and how it was found."""
+
+    V: Tensor
+    irreducible: float
+    damping: float
+    ridge: float
+
+
+def anchored_map(
+    W: Tensor,
+    moments: Moments | None,
+    *,
+    name: str,
+    blend: float = 1.0,
+    ridge: float | None = None,
+    sizes: Tensor | None = None,
+) -> _Map:
+    """The least-squares map from shifted inputs to the original outputs of `W`, of any rank.
+
+    Args:
+        W: weight, or a root of it with the same products of columns, (rows, in) fp64.
+        moments: must hold `C`, `shifted` and `cross`.
+        name: the target, for messages.
+        blend: share of the original input in the target, 0..1.
+        ridge: relative; None lets the data choose.
+        sizes: squared sizes of the weight's columns, (in,); of `W` by default.
+
+    Raises:
+        InputError, NonFiniteError, NotPositiveDefiniteError: as `anchored`.
+    """
+    C, C_shifted, D = (
+        statistic(moments, field, W.shape[1], name=name) for field in ("C", "shifted", "cross")
+    )
+    sizes = W.square().sum(0) if sizes is None else sizes
+    # What W leaves of the target on the shifted inputs is b W (x − x').
+    step = blend * W @ (D - C_shifted)
+    left = blend**2 * float(((W @ (C - D - D.mT + C_shifted)) * W).sum())
+    if ridge is None:
+        ridge = evident_ridge(step, left, C_shifted, tokens_of(moments), sizes=sizes, name=name)
+    V, damping = least_squares_map(
+        W @ C_shifted + step, C_shifted, start=W, name=name, ridge=ridge, sizes=sizes
+    )
+    moved = V - W
+    left += float(((moved @ C_shifted - 2 * step) * moved).sum())
+    return _Map(V, max(0.0, left), damping, ridge)

@@ -11,6 +11,7 @@ from types import MappingProxyType
 
 from spectrim.errors import ArtifactError
 from spectrim.formats.affine4 import Affine4
+from spectrim.formats.grouped import Grouped
 from spectrim.formats.int8 import Int8
 from spectrim.formats.native import Native
 from spectrim.formats.number_format import NumberFormat
@@ -21,7 +22,15 @@ JOINT = "+"
 """Between the formats of a layer whose parts have different ones: `int4+int8`."""
 
 FORMATS: Mapping[str, NumberFormat] = MappingProxyType(
-    {row.name: row for row in (Native(), Int8(), Affine4())}
+    {
+        row.name: row
+        for row in (
+            Native(),
+            Int8(),
+            Affine4(),
+            *(Grouped(bits, group) for bits in (8, 4, 3, 2) for group in (32, 64, 128)),
+        )
+    }
 )
 """Word -> format."""
 
@@ -53,13 +62,13 @@ def formats_of(weights: str, parts: int) -> tuple[NumberFormat, ...]:
 
 
 def known_weights(weights: str) -> str:
-    """The formats themselves, if all of them are known.
+    """The formats themselves, if all of them are known; `auto` leaves the choice to the plan.
 
     Raises:
         ValueError: one is not; quotes what is known.
     """
-    for name in weights.split(JOINT):
+    for name in weights.split(JOINT) if weights != "auto" else ():
         if name not in FORMATS:
-            known = ", ".join(map(repr, FORMATS))
+            known = ", ".join(map(repr, [*FORMATS, "auto"]))
             raise ValueError(f"{name!r} is unknown; expected one of {known}")
     return weights

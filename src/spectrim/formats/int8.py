@@ -88,13 +88,12 @@ class Int8(Integers):
         """By torch's kernel."""
         return _suits_kernel(tensors["codes"], dtype)
 
-    def path(self, device: str, dtype: torch.dtype) -> str:
+    def path(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> str:
         """The kernel's name where it runs."""
         from spectrim.devices import on_host
 
-        if on_host(device) and str(dtype) == "torch.bfloat16":
-            return "torch's int8 kernel"
-        return "codes cast for every product"
+        suits = on_host(tensors["codes"].device) and self.reads_codes(tensors, dtype)
+        return "torch's int8 kernel" if suits else "codes cast for every product"
 
 
 def _suits_kernel(codes: Tensor, dtype: torch.dtype) -> bool:

@@ -47,7 +47,3 @@ class Native(NumberFormat):
     def reads_codes(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> bool:
         """There are none."""
         return True
-
-    def path(self, device: str, dtype: torch.dtype) -> str:
-        """An ordinary product."""
-        return "dense product"

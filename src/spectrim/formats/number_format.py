@@ -84,8 +84,8 @@ class NumberFormat(ABC):
         """Whether `multiply` reads what is stored where it lies, without a copy of the matrix."""
         return False
 
-    def path(self, device: str, dtype: torch.dtype) -> str:
-        """How a product runs there, in a word for people."""
+    def path(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> str:
+        """How a product with these runs, in words for people."""
         return "restored for every product"
 
 

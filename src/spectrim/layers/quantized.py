@@ -17,7 +17,16 @@ from spectrim.formats import format_of
 from spectrim.layers.layout import layout_of
 from spectrim.linalg.rounding import Metric
 
-__all__ = ["QuantizedLinear", "part_of", "quantize_layer", "rounded", "skeleton", "wide_weight"]
+__all__ = [
+    "QuantizedLinear",
+    "built",
+    "described",
+    "part_of",
+    "quantize_layer",
+    "rounded",
+    "skeleton",
+    "wide_weight",
+]
 
 _DTYPES = {"int8": torch.int8, "uint8": torch.uint8, "fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -205,3 +214,28 @@ def skeleton(
             setattr(layer, part, new)
     layer.weights = weights
     return layer
+
+
+def described(layer: Any) -> dict[str, Any]:
+    """What it takes to make room for a compressed layer, JSON-ready; see `built`."""
+    native = layer.dtype if hasattr(layer, "dtype") else layer.weight.dtype
+    return {
+        "storage": layer.storage,
+        "weights": layer.weights,
+        "shape": [layer.out_features, layer.in_features],
+        "rank": layer.rank,
+        "bias": layer.bias is not None,
+        "dtype": str(native).removeprefix("torch."),
+    }
+
+
+def built(said: Mapping[str, Any]) -> Any:
+    """A layer on the meta device of the form that was `described`."""
+    return skeleton(
+        said["storage"],
+        said["weights"],
+        tuple(said["shape"]),
+        said["rank"],
+        bias=said["bias"],
+        dtype=getattr(torch, said["dtype"]),
+    )

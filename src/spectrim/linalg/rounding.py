@@ -13,7 +13,9 @@ share of every channel's own second moment, so that rescaled channels are damped
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,14 +36,23 @@ class Grid:
     Attributes:
         step: (rows, columns); 0 where only the offset can be stored. May be negative.
         offset: (rows, columns), or None for 0.
-        low: smallest code.
-        high: largest code.
+        low: smallest code, an int, or one per row, (rows, 1).
+        high: largest code, likewise.
     """
 
     step: Tensor
     offset: Tensor | None
-    low: int
-    high: int
+    low: Any
+    high: Any
+
+    @classmethod
+    def stacked(cls, grids: Sequence[Grid]) -> Grid:
+        """Grids without offsets, one below the other: many roundings at the price of one pass."""
+        ends = [
+            torch.cat([torch.full_like(g.step[:, :1], end).double() for g, end in pairs])
+            for pairs in ([(g, g.low) for g in grids], [(g, g.high) for g in grids])
+        ]
+        return cls(torch.cat([g.step.double() for g in grids]), None, *ends)
 
     def codes(self, values: Tensor, columns: slice = slice(None)) -> Tensor:
         """The codes nearest to fp64 values of some columns, int64."""
@@ -111,20 +122,28 @@ class Metric:
 
     def codes(self, W: Tensor, grid: Grid) -> Tensor:
         """Codes of `W` (rows, n) on a grid, int64, by rounding with feedback."""
-        order = self.order
-        offset = None if grid.offset is None else grid.offset[:, order]
-        grid = Grid(grid.step[:, order], offset, grid.low, grid.high)
-        W = W.double()[:, order]
-        E = torch.zeros_like(W)
-        codes = torch.zeros_like(W, dtype=torch.int64)
-        for stop in range(W.shape[1], 0, -COLUMNS):
+        # Transposed, so that what one column of the matrix needs lies side by side. In fp32: a code
+        # is one of a few numbers, and what decides near the middle between two costs the same.
+        order, N = self.order, self.N.float()
+        W = W.float().mT[order].contiguous()
+        step = grid.step.float().mT[order].contiguous()
+        divisor = torch.where(step != 0, step, torch.full_like(step, torch.inf))
+        offset = None if grid.offset is None else grid.offset.float().mT[order].contiguous()
+        E, codes = torch.zeros_like(W), torch.zeros_like(W)
+        low, high = (
+            end.float().mT[0] if isinstance(end, Tensor) else end for end in (grid.low, grid.high)
+        )
+        for stop in range(W.shape[0], 0, -COLUMNS):
             start = max(0, stop - COLUMNS)
-            aims = W[:, start:stop] - E[:, stop:] @ self.N[stop:, start:stop]
+            aims = W[start:stop] - N[stop:, start:stop].mT @ E[stop:]
             for j in range(stop - 1, start - 1, -1):
-                at = slice(j, j + 1)
-                aim = aims[:, j - start] - E[:, j + 1 : stop] @ self.N[j + 1 : stop, j]
-                codes[:, at] = grid.codes(aim[:, None], at)
-                E[:, at] = grid.values(codes[:, at], at, torch.float64) - W[:, at]
+                aim = aims[j - start] - N[j + 1 : stop, j] @ E[j + 1 : stop]
+                if offset is not None:
+                    aim -= offset[j]
+                torch.clamp((aim / divisor[j]).round_(), low, high, out=codes[j])
+                E[j] = codes[j] * step[j] - W[j]
+                if offset is not None:
+                    E[j] += offset[j]
         found = torch.empty_like(codes)
-        found[:, order] = codes
-        return found
+        found[order] = codes
+        return found.mT.contiguous().long()

@@ -19,7 +19,7 @@ from spectrim.layers.swap import compressed_layers
 from spectrim.run.job import Progress, Silent
 from spectrim.run.loading import load_model
 from spectrim.run.reporting import environment
-from spectrim.serve.bench import Cell, Work, measure_cells, uncut_bytes, work_of
+from spectrim.serve.bench import Cell, Work, measure_cells, paths_of, uncut_bytes, work_of
 from spectrim.serve.latent.switch import latent_cache as switch_over
 from spectrim.serve.prepare import Prepared, prepare
 
@@ -40,6 +40,7 @@ class _Measured:
     latent: list[Cell] | None
     uncut: dict[str, int]
     prepared: Prepared | None
+    paths: dict[str, int]
 
 
 def bench(
@@ -103,7 +104,8 @@ def bench(
         if latent_cache and role == "compressed":
             switch_over(network)
             latent = _cells(network, "latent cache", sizes, progress)
-        measured[role] = _Measured(work_of(network), cells, latent, uncut, chosen)
+        paths = paths_of(network)
+        measured[role] = _Measured(work_of(network), cells, latent, uncut, chosen, paths)
         del loaded, network
         gc.collect()
     return _record(str(model), str(against), measured)
@@ -147,6 +149,7 @@ def _record(model: str, against: str, measured: dict[str, _Measured]) -> dict[st
             "model": model,
             "prepared": None if compressed.prepared is None else compressed.prepared.record(),
             **compressed.work.record(),
+            "paths": compressed.paths,
             "cells": [c.record() for c in compressed.cells],
         },
         "ideal": {

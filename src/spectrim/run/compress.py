@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from spectrim.allocate.forms import Form
 from spectrim.allocate.plan import Plan
 from spectrim.distributed.team import Team
 from spectrim.errors import InputError, RecipeError
@@ -171,7 +172,7 @@ def _decide_and_cut(job: Job, plan: Plan | None, survey: Survey | None) -> Plan:
     """One-shot and sequential flows: ranks first, then the cut, then what follows it."""
     choice = choose(job, plan=plan, survey=survey)
     chosen = choice.plan
-    if any(e.rank is not None for e in chosen.entries):
+    if any(Form(e.storage, e.weights) != Form("dense") for e in chosen.entries):
         steps = prepare(job)
         chosen = cut_targets(job, choice)
         carry_out(job, steps)

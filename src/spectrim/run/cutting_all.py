@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from spectrim.allocate.curve import Curve
+from spectrim.allocate.forms import AUTO
 from spectrim.allocate.plan import Plan
+from spectrim.allocate.yardstick import sentence, yardstick
 from spectrim.linalg.exact_rank import exact_rank
 from spectrim.model.weights import get_module, read_weight
 from spectrim.recipe import ProjectedGradientRefinement, Recipe
@@ -15,6 +17,7 @@ from spectrim.run.cut.sequential import cut_sequentially
 from spectrim.run.cut.zero_sum import cut_in_stages
 from spectrim.run.job import Job
 from spectrim.run.survey.backward import output_moments
+from spectrim.run.survey.families import measured_scale
 from spectrim.run.survey.planning import check_plan, make_plan, shape_curves
 from spectrim.run.survey.survey import make_survey, surveyed_choice
 from spectrim.storage.survey_file import held_ranks
@@ -48,13 +51,16 @@ def choose(job: Job, *, plan: Plan | None = None, survey: Survey | None = None) 
     recipe = job.recipe
     if plan is None and survey is None and recipe.allocate.rule != "uniform":
         # A sequential flow makes factors anew: all that it takes from a survey are the ranks.
-        survey = make_survey(job, vectors=recipe.flow != "sequential")
+        # Factors as well where families of forms are to be compared.
+        wanted = recipe.flow != "sequential" or recipe.storage.weights == AUTO
+        survey = make_survey(job, vectors=wanted)
         job.log.notes.extend(survey.notes)
     made = plan or make_plan(
         recipe,
         dtype_bytes=job.dtype_bytes,
         curves=_curves(job) if survey is None else None,
         survey=survey,
+        scale=measured_scale(job, survey) if mixes(job, survey) and survey else None,
     )
     cut_from = survey is not None and recipe.flow == "one-shot" and _same_objective(recipe, survey)
     made = check_plan(
@@ -65,6 +71,8 @@ def choose(job: Job, *, plan: Plan | None = None, survey: Survey | None = None) 
     )
     if survey is not None and recipe.flow == "sequential":
         survey = replace(survey, factors=None)  # it gave the ranks; factors are made anew
+    if survey is not None and all(curve.rounding for curve in survey.curves):
+        job.log.notes.append(sentence(yardstick(survey.curves, made, job.dtype_bytes)))
     return Choice(made, survey, given=plan is not None)
 
 
@@ -82,6 +90,12 @@ def _curves(job: Job) -> list[Curve]:
                 rank = exact_rank(read_weight(get_module(job.model, name)), name=name)
                 curves[name] = replace(curves[name], lossless=rank)
     return list(curves.values())
+
+
+def mixes(job: Job, survey: Survey | None) -> bool:
+    """Whether the plan weighs cutting against rounding, with numbers for both."""
+    wanted = job.recipe.storage.weights == AUTO and job.recipe.allocate.rule == "knapsack"
+    return wanted and survey is not None and all(c.rounding for c in survey.curves)
 
 
 def cut_targets(job: Job, choice: Choice) -> Plan:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.errors import ArtifactError, ModelError
-from spectrim.layers.quantized import skeleton
+from spectrim.layers.quantized import built, described
 from spectrim.layers.swap import compressed_layers, swap_in
 from spectrim.model.anatomy import Block
 from spectrim.model.onload import Onloader
@@ -105,7 +105,7 @@ class Keeper:
             return
         module = get_module(self.model, block.name)
         facts = {
-            "layers": {name: _described(x) for name, x in compressed_layers(module).items()},
+            "layers": {name: described(x) for name, x in compressed_layers(module).items()},
             "targets": {t.name: self.log.targets.get(t.name, {}) for t in block.targets},
             "block": self.log.blocks.get(block.name),
             "notes": self.log.notes[self._notes_before :],
@@ -123,8 +123,8 @@ class Keeper:
         file, facts = self.load(key)
         module = get_module(self.model, block.name)
         device = self._device(module)
-        for name, described in facts["layers"].items():
-            swap_in(module, name, _built(described))
+        for name, said in facts["layers"].items():
+            swap_in(module, name, built(said))
         state = {name: file.read(name).to(device) for name in file.entries}
         try:
             module.load_state_dict(state, assign=True)
@@ -148,28 +148,3 @@ class Keeper:
 
 def _key(stage: str, block: Block) -> str:
     return f"{stage}-{block.index:03d}"
-
-
-def _described(layer: Any) -> dict[str, Any]:
-    """What a compressed layer's skeleton needs."""
-    bias = layer.bias is not None
-    native = layer.dtype if hasattr(layer, "dtype") else layer.weight.dtype
-    return {
-        "storage": layer.storage,
-        "weights": layer.weights,
-        "shape": [layer.out_features, layer.in_features],
-        "rank": layer.rank,
-        "bias": bias,
-        "dtype": str(native).removeprefix("torch."),
-    }
-
-
-def _built(described: Mapping[str, Any]) -> Any:
-    return skeleton(
-        described["storage"],
-        described["weights"],
-        tuple(described["shape"]),
-        described["rank"],
-        bias=described["bias"],
-        dtype=getattr(torch, described["dtype"]),
-    )

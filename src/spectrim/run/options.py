@@ -147,7 +147,13 @@ _RECIPE = (
         field="keep",
     ),
     Word("storage", str, "factored, packed or auto.", MAKE, field="storage.kind"),
-    Word("weights", str, "native, int8 or int4.", MAKE, field="storage.weights"),
+    Word(
+        "weights",
+        str,
+        "native, int8, int4, intB-gN (B 2 to 8, N 32 to 128), or auto.",
+        MAKE,
+        field="storage.weights",
+    ),
     Word(
         "text",
         str,

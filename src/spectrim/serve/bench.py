@@ -8,6 +8,7 @@ prints that ideal beside what was reached.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -28,7 +29,7 @@ from spectrim.serve.prepack import PrepackedLinear
 from spectrim.serve.prepack_codes import PrepackedCodes
 from spectrim.serve.speed import Speed, speed
 
-__all__ = ["Cell", "Work", "measure_cells", "uncut_bytes", "work_of"]
+__all__ = ["Cell", "Work", "measure_cells", "paths_of", "uncut_bytes", "work_of"]
 
 # Their matrices are no parameters and no buffers.
 _PREPACKED = (PrepackedLinear, PrepackedCodes)
@@ -120,6 +121,17 @@ def uncut_bytes(model: Any, work: Work) -> dict[str, int]:
             )
         found[weights] = work.bytes + change
     return found
+
+
+def paths_of(model: nn.Module) -> dict[str, int]:
+    """How the products with integer weights run -> how many matrices; empty without any."""
+    found: Counter[str] = Counter()
+    for module in model.modules():
+        if isinstance(module, PrepackedCodes):
+            found[module.kernel.name] += 1
+        elif isinstance(module, QuantizedLinear):
+            found[module.format.path(module.stored, module.dtype)] += 1
+    return dict(found)
 
 
 def measure_cells(

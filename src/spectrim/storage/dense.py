@@ -11,7 +11,7 @@ from spectrim.errors import ArtifactError
 from spectrim.storage.atomic import check_output, new_folder
 from spectrim.storage.inspect import inspect_folder
 
-__all__ = ["export_dense"]
+__all__ = ["export_dense", "is_companion"]
 
 OWN_FILES = {"config.json", "generation_config.json", "recipe.yaml", "README.md"}
 """Written anew or explained by the card; tokenizer and templates are copied."""
@@ -53,7 +53,7 @@ def export_dense(
     with new_folder(output, overwrite=overwrite) as destination:
         model.save_pretrained(destination, max_shard_size=max_shard_size)
         for path in sorted(source.iterdir()):
-            if path.is_file() and _is_companion(path.name):
+            if path.is_file() and is_companion(path.name):
                 shutil.copyfile(path, destination / path.name)
         card = (
             "---\nlibrary_name: transformers\n---\n\n"
@@ -64,7 +64,8 @@ def export_dense(
     return Path(output)
 
 
-def _is_companion(name: str) -> bool:
+def is_companion(name: str) -> bool:
+    """Whether an export copies a file of the result beside its own."""
     if ".safetensors" in name or name in OWN_FILES or name.startswith(("spectrim", ".")):
         return False
     return Path(name).suffix in COMPANIONS

@@ -10,17 +10,30 @@ from torch import Tensor, nn
 
 from spectrim.allocate.plan import PlanEntry
 from spectrim.decompose import OBJECTIVES, decompose
+from spectrim.decompose.anchored import anchored_map
 from spectrim.decompose.balance import balanced
 from spectrim.decompose.decomposition import Decomposition
+from spectrim.decompose.kfac import output_root
+from spectrim.decompose.statistics import tokens_of
+from spectrim.layers.layout import layout_of
 from spectrim.layers.lowrank import LowRankLinear
+from spectrim.layers.source import Source
 from spectrim.linalg.exact_rank import exact_rank
 from spectrim.model.anatomy import Target
 from spectrim.model.weights import is_transposed, read_bias, read_weight
 from spectrim.moments.moments import Moments, OutputMoments
-from spectrim.recipe import Decompose
+from spectrim.recipe import Decompose, Recipe
 from spectrim.storage.survey_record import Factors
 
-__all__ = ["cut_layer", "decompose_target", "measured_error", "replace_target", "stand_in"]
+__all__ = [
+    "cut_layer",
+    "decompose_target",
+    "measured_error",
+    "replace_target",
+    "rounds_at_cut",
+    "source_of",
+    "stand_in",
+]
 
 
 def decompose_target(
@@ -69,7 +82,7 @@ def stand_in(original: nn.Module, up: Tensor, down: Tensor) -> LowRankLinear:
     return layer.train(original.training)
 
 
-def measured_error(W: Tensor, layer: LowRankLinear, moments: Moments | None) -> float:
+def measured_error(W: Tensor, layer: Any, moments: Moments | None) -> float:
     """Relative squared error of the stored layer: on the moments' inputs, or of the weight itself.
 
     With shifted moments and a cross moment it is `‖W X − W' X'‖² / ‖W X‖²`; 0 where the layer's
@@ -104,8 +117,14 @@ def replace_target(
     output: OutputMoments | None,
     *,
     balance: bool,
+    at_once: bool = False,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The layer for one plan entry and its facts for the report; dense entries stay as they are."""
+    """The layer for one plan entry and its facts for the report; dense entries stay as they are.
+
+    With `at_once` it is made as it will be stored, so that what follows sees what rounding did.
+    """
+    if at_once:
+        return _stored_target(target, original, entry, choice, moments, output)
     if entry.rank is None:
         return original, {"predicted_error": 0.0, "measured_error": 0.0, "seconds": 0.0}
     started = time.perf_counter()
@@ -125,3 +144,67 @@ def replace_target(
     if decomposition.ridge is not None:
         facts["ridge"] = decomposition.ridge
     return layer, facts
+
+
+def rounds_at_cut(recipe: Recipe, entry: PlanEntry) -> bool:
+    """Whether a target is rounded to integers where it is cut, for later ones to make up for it.
+
+    Sequential flows do so; what is trained or solved for again afterwards is rounded at the end.
+    """
+    integer = layout_of(entry.storage, entry.weights).integer
+    return integer and recipe.flow == "sequential" and not recipe.refine
+
+
+def _stored_target(
+    target: Target,
+    original: nn.Module,
+    entry: PlanEntry,
+    choice: Decompose,
+    moments: Moments | None,
+    output: OutputMoments | None,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The layer in its stored form, rounded in the metric of the inputs that it will see."""
+    started = time.perf_counter()
+    weight = read_weight(original).detach()
+    factors, predicted, damping = None, 0.0, 0.0
+    if entry.rank is not None:
+        found = decompose_target(target, weight.double(), choice, moments, output, rank=entry.rank)
+        factors, predicted = found.cut(entry.rank), found.relative_error(entry.rank)
+        damping = found.damping
+    source = source_of(target, original, choice, moments, output, factors)
+    kind = layout_of(entry.storage).layer_class()
+    layer = kind.stored(source, entry.rank, entry.weights, dtype=weight.dtype)
+    layer.transposed = is_transposed(original)
+    facts = {
+        "predicted_error": predicted,
+        "measured_error": measured_error(weight, layer, moments),
+        "damping": damping,
+        "seconds": time.perf_counter() - started,
+    }
+    return layer.train(original.training), facts
+
+
+def source_of(
+    target: Target,
+    original: nn.Module,
+    choice: Decompose,
+    moments: Moments | None,
+    output: OutputMoments | None,
+    factors: tuple[Tensor, Tensor] | None,
+) -> Source:
+    """What the stored layer of a target stands for, on the inputs that it will see.
+
+    On a shifted stream that is the least-squares map to the original outputs, as for the anchored
+    objectives; `blend` says how far it goes from the weight to that map.
+    """
+    name, W = target.name, read_weight(original).detach().double()
+    C = G = None
+    if moments is not None:
+        C = moments.C if moments.shifted is None else moments.shifted
+        if C is not None and output is not None and output.G is not None:
+            mean = C / tokens_of(moments)
+            root = output_root(W, mean, output, choice.shrink_out, name=name)
+            G = None if root is None else root[0] @ root[0].mT
+        if moments.shifted is not None and moments.cross is not None:
+            W = anchored_map(W, moments, name=name, blend=choice.blend).V
+    return Source(target.name, W, read_bias(original), factors, C, G)

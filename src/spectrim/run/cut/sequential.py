@@ -34,7 +34,7 @@ from spectrim.moments.accumulate import MomentAccumulator
 from spectrim.moments.moments import Moments, OutputMoments, reduced
 from spectrim.recipe import BlockRefinement, ClosedFormRefinement
 from spectrim.refine.closed_form import update_up
-from spectrim.run.cut.cutting import measured_error, replace_target, stand_in
+from spectrim.run.cut.cutting import measured_error, replace_target, rounds_at_cut, stand_in
 from spectrim.run.cut.flow import Flow, must_restart
 from spectrim.run.cut.one_shot import CUT
 from spectrim.run.cut.sharing import cut_shared, owners_of
@@ -154,6 +154,7 @@ def _make(
         moments,
         state.outputs.get(target.name),
         balance=state.trains,
+        at_once=rounds_at_cut(state.job.recipe, plan[target.name]),
     )
     return _updated(state, target, original, layer, moments, facts), facts
 
@@ -191,7 +192,8 @@ def _cut_block(state: _Pass, plan: Plan, block: Block) -> tuple[nn.Module, Strea
             outputs.write(rows, original_flow.output(rows))
             if shifted_flow is not None and state.block_step is None:
                 state.shifted.write(rows, shifted_flow.output(rows))
-    if state.closes and any(entry.converts for entry in plan.entries):
+    later = (e for e in plan.entries if e.converts and not rounds_at_cut(job.recipe, e))
+    if state.closes and any(later):
         job.finished_inputs.keep(block, inputs)
     return compressed, outputs
 

@@ -11,16 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from spectrim.allocate.plan import Plan
 from spectrim.distributed.owners import factorisation_cost, loads
 from spectrim.distributed.team import Team
-from spectrim.layers.lowrank import LowRankLinear
+from spectrim.layers.quantized import built, described
+from spectrim.layers.swap import is_compressed
 from spectrim.model.anatomy import Block, Target
-from spectrim.model.weights import read_weight
-from spectrim.run.cut.cutting import stand_in
+from spectrim.model.weights import is_transposed, read_weight
 from spectrim.run.job import Job
 
 __all__ = ["cut_shared", "owners_of", "spans"]
@@ -88,27 +87,37 @@ def cut_shared(
     team = job.team
     made: dict[str, nn.Module] = {}
     facts: dict[str, dict[str, Any]] = {}
+    rooms: dict[str, Any] = {}
     for target, original in pieces:
         if owned[target.name] == team.rank:
-            made[target.name], facts[target.name] = make(target, original)
+            layer, facts[target.name] = make(target, original)
+            made[target.name] = layer
+            rooms[target.name] = described(layer) if is_compressed(layer) else None
     for found in team.gather(facts):
         for name, those in found.items():
             job.log.target(name, **those)
-    for target, original in pieces:
-        rank = plan[target.name].rank
-        if rank is None:
-            made[target.name] = original
-        elif team.size > 1:
-            layer = made.get(target.name) or _empty(target, original, rank)
-            assert isinstance(layer, LowRankLinear)  # what a plan's rank is made into
-            team.broadcast_([layer.up.weight, layer.down.weight], owned[target.name])
-            made[target.name] = layer
+    if team.size > 1:
+        said = {name: room for one in team.gather(rooms) for name, room in one.items()}
+        for target, original in pieces:
+            made[target.name] = _shared(team, target, original, made, said, owned[target.name])
     return made
 
 
-def _empty(target: Target, original: nn.Module, rank: int) -> LowRankLinear:
-    """A layer for factors that are about to arrive, with the original's bias."""
-    W = read_weight(original)
-    up = torch.empty(target.out_features, rank, dtype=W.dtype, device=W.device)
-    down = torch.empty(rank, target.in_features, dtype=W.dtype, device=W.device)
-    return stand_in(original, up, down)
+def _shared(
+    team: Team,
+    target: Target,
+    original: nn.Module,
+    made: dict[str, nn.Module],
+    said: dict[str, Any],
+    owner: int,
+) -> nn.Module:
+    """One target's layer on every rank: the original where it was left, or what its owner made."""
+    if said[target.name] is None:
+        return original
+    layer: Any = made.get(target.name)
+    if layer is None:
+        layer = built(said[target.name]).to_empty(device=read_weight(original).device)
+        layer.transposed = is_transposed(original)
+        layer.train(original.training)
+    team.broadcast_([tensor for _, tensor in sorted(layer.state_dict().items())], owner)
+    return layer

@@ -19,14 +19,17 @@ import torch
 from torch import nn
 
 from spectrim.allocate.budget import Shape, layer_bytes
+from spectrim.allocate.forms import AUTO
 from spectrim.allocate.plan import Plan, PlanEntry
 from spectrim.errors import RecipeError
+from spectrim.formats import JOINT
 from spectrim.layers.swap import swap_in
 from spectrim.model.anatomy import Block, Target
 from spectrim.model.replay import Replay
 from spectrim.model.weights import get_module
 from spectrim.moments.moments import Moments
 from spectrim.recipe import Recipe
+from spectrim.run.cut.cutting import rounds_at_cut
 from spectrim.run.cut.one_shot import advance, block_moments
 from spectrim.run.cut.sharing import owners_of
 from spectrim.run.job import Job
@@ -46,6 +49,12 @@ def check_storage(recipe: Recipe) -> None:
         RecipeError: the flow learns its ranks, and counts them as factored native numbers.
     """
     choice = recipe.storage
+    if choice.weights == AUTO and recipe.allocate.rule != "knapsack":
+        raise RecipeError(
+            f"weights auto needs a rule that weighs forms against each other, which only knapsack "
+            f"does; the recipe {recipe.name!r} has {recipe.allocate.rule}. Name a format, for "
+            "example int8, or use the default recipe"
+        )
     if recipe.flow == "learned" and (choice.kind, choice.weights) != ("factored", "native"):
         raise RecipeError(
             f"storage {choice.kind!r} with weights {choice.weights!r} does not go with the recipe "
@@ -79,7 +88,7 @@ def store(job: Job, plan: Plan, dtype: torch.dtype) -> Plan:
     Raises:
         NumericalError: a matrix cannot be packed or solved for; names the target.
     """
-    waiting = {e.name: e for e in plan.entries if e.converts}
+    waiting = {e.name: e for e in plan.entries if e.converts and not rounds_at_cut(job.recipe, e)}
     if not waiting:
         return plan
     found: dict[str, Conversion] = {}
@@ -135,7 +144,7 @@ def _convert_block(
             entry, of = waiting[target.name], moments[target.group]
             converter = Converter(entry, dtype, of, _truncation(job, target))
             converted[target.name] = converter.convert(get_module(job.model, target.name))
-    found = shared_conversions(job, targets, owned, converted, waiting, dtype)
+    found = shared_conversions(job, targets, owned, converted)
     for target in targets:
         result = found[target.name]
         swap_in(job.model, target.name, result.layer)
@@ -212,7 +221,7 @@ def _summaries(job: Job, plan: Plan, stored: Plan, found: dict[str, Conversion])
             "truncation error and are still better than factored ones of the same bytes "
             "(storage_note of each target)"
         )
-    for weights in sorted({e.weights for e in stored.entries} - {"native"}):
+    for weights in sorted({e.weights for e in stored.entries if e.name in found} - {"native"}):
         notes.append(_rounding_note(job, stored, found, weights))
     return notes
 
@@ -220,11 +229,11 @@ def _summaries(job: Job, plan: Plan, stored: Plan, found: dict[str, Conversion])
 def _rounding_note(job: Job, stored: Plan, found: dict[str, Conversion], weights: str) -> str:
     """How much a number format rounds away, beside the size of the format alone."""
     kinds = []
-    for storage in ("dense", "factored", "packed"):
+    for storage in sorted({e.storage for e in stored.entries}):
         errors = [
             found[e.name].error
             for e in stored.entries
-            if e.weights == weights and e.storage == storage
+            if e.weights == weights and e.storage == storage and e.name in found
         ]
         if errors:
             kinds.append(
@@ -236,7 +245,7 @@ def _rounding_note(job: Job, stored: Plan, found: dict[str, Conversion], weights
             Shape(t.out_features, t.in_features, t.bias),
             rank=None,
             storage="dense",
-            weights=weights,  # type: ignore[arg-type]
+            weights=weights.split(JOINT)[0],
             dtype_bytes=job.dtype_bytes,
         )
         for t in job.anatomy.targets

@@ -61,6 +61,8 @@ def save_piece(keeper: Keeper, stage: str, block: Block, found: Found) -> None:
         tensors[f"{name}/energy"] = torch.from_numpy(np.array(curve.energy))
         if factors is not None:
             tensors |= {f"{name}/up": factors.up, f"{name}/down": factors.down}
+        for key, values in (curve.rounding or {}).items():
+            tensors[f"{name}/rounding/{key}"] = torch.from_numpy(np.array(values))
         if name in found.spread:
             tensors[f"{name}/spread"] = found.spread[name]
         facts[name] = {
@@ -90,6 +92,11 @@ def take_piece(
             total=said["total"],
             irreducible=said["irreducible"],
             lossless=said["lossless"],
+            rounding={
+                where.removeprefix(f"{name}/rounding/"): file.read(where).numpy()
+                for where in file.entries
+                if where.startswith(f"{name}/rounding/")
+            },
         )
         found.curves.append(curve)
         if f"{name}/up" in file.entries:

@@ -17,10 +17,12 @@ from spectrim.allocate.budget import (
     layer_bytes,
 )
 from spectrim.allocate.curve import Curve
+from spectrim.allocate.forms import AUTO, Form, dense_forms
 from spectrim.allocate.ladder import Limits, ladders_for, smallest_keep
 from spectrim.allocate.plan import Plan, PlanEntry
 from spectrim.allocate.rules import allocate
 from spectrim.allocate.sensitivity import CANDIDATES
+from spectrim.allocate.yardstick import YARDSTICKS
 from spectrim.allocate.zero_sum import zero_sum
 from spectrim.errors import BudgetError, InputError
 from spectrim.recipe import Allocation, Recipe, validated
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "candidate_ranks",
     "check_plan",
+    "judged_forms",
     "keep_of_size",
     "largest_rank",
     "make_plan",
@@ -67,6 +70,11 @@ def plan_limits(recipe: Recipe, dtype_bytes: int) -> Limits:
     )
 
 
+def judged_forms(limits: Limits) -> tuple[Form, ...]:
+    """The forms whose rounding a survey measures: what a plan may choose, and yardsticks."""
+    return (*limits.forms, *dense_forms(AUTO)) if limits.weights == AUTO else YARDSTICKS
+
+
 def needed_scores(rule: Allocation) -> frozenset[str]:
     """What the survey must hold besides spectra for this rule; `table` for measured sensitivity."""
     if rule.rule == "zero_sum":
@@ -99,6 +107,7 @@ def make_plan(
     dtype_bytes: int,
     curves: Sequence[Curve] | None = None,
     survey: Survey | None = None,
+    scale: Mapping[str, float] | None = None,
 ) -> Plan:
     """Ranks by the recipe's rule, from a survey or, for the uniform rule, from shapes alone.
 
@@ -107,6 +116,7 @@ def make_plan(
         dtype_bytes: of the checkpoint's dtype.
         curves: the targets' shapes, where there is no survey.
         survey: spectra and scores; every rule but `uniform` needs one.
+        scale: for the knapsack, what predicted losses of cutting and rounding are worth.
 
     Raises:
         InputError: the survey lacks what the rule needs, or there is none.
@@ -135,6 +145,7 @@ def make_plan(
         limits=plan_limits(recipe, dtype_bytes),
         score=rule.score,
         fill=rule.fill,
+        scale=scale,
         table=table if rule.score == "measured" else None,
     )
 

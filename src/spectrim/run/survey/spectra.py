@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ class Spectrum:
         irreducible: the objective at full rank.
         damping: relative.
         lossless: see `Curve`.
+        rounding: what forms would round away, see `rounding_losses`.
     """
 
     up: Tensor
@@ -40,6 +41,15 @@ class Spectrum:
     irreducible: float
     damping: float
     lossless: int | None = None
+    rounding: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """All of its tensors, in an order that depends on their names only."""
+        spread = [] if self.spread is None else [self.spread]
+        rounding = [self.rounding[key] for key in sorted(self.rounding)]
+        factors = [self.up, self.down] if self.up.numel() else []
+        return [self.energy, *factors, *spread, *rounding]
 
 
 def spectrum_of(
@@ -49,6 +59,7 @@ def spectrum_of(
     *,
     spread: bool,
     lossless: int | None,
+    rounding: Mapping[str, Tensor] | None = None,
 ) -> Spectrum:
     """The first `rank` components of a decomposition, cast to fp32, and all of its numbers."""
     up, down = whole.up[:, :rank], whole.down[:rank]
@@ -65,6 +76,7 @@ def spectrum_of(
         irreducible=whole.irreducible,
         damping=whole.damping,
         lossless=lossless,
+        rounding=rounding or {},
     )
 
 
@@ -90,10 +102,7 @@ def shared_spectra(
     for facts in team.gather({name: _facts(one) for name, one in found.items()}):
         found |= {n: _room(f, device) for n, f in facts.items() if n not in found}
     for target in targets:
-        one = found[target.name]
-        parts = [one.energy, *([] if one.spread is None else [one.spread])]
-        parts += [one.up, one.down] if one.up.numel() else []
-        team.broadcast_(parts, owned[target.name])
+        team.broadcast_(found[target.name].parts, owned[target.name])
     return found
 
 
@@ -106,12 +115,13 @@ def _facts(one: Spectrum) -> dict:
         "spread": one.spread is not None,
         "numbers": [one.total, one.irreducible, one.damping],
         "lossless": one.lossless,
+        "rounding": {key: len(values) for key, values in one.rounding.items()},
     }
 
 
 def _room(facts: dict, device: torch.device) -> Spectrum:
-    def numbers() -> Tensor:
-        return torch.empty(facts["components"], dtype=torch.float64, device=device)
+    def numbers(count: int = facts["components"]) -> Tensor:
+        return torch.empty(count, dtype=torch.float64, device=device)
 
     total, irreducible, damping = facts["numbers"]
     return Spectrum(
@@ -123,4 +133,5 @@ def _room(facts: dict, device: torch.device) -> Spectrum:
         irreducible=irreducible,
         damping=damping,
         lossless=facts["lossless"],
+        rounding={key: numbers(count) for key, count in facts["rounding"].items()},
     )

@@ -43,11 +43,13 @@ from spectrim.run.survey.pieces import (
 from spectrim.run.survey.planning import (
     TABLE,
     candidate_ranks,
+    judged_forms,
     largest_rank,
     needed_scores,
     shape_curves,
 )
 from spectrim.run.survey.probing import measured_perplexities
+from spectrim.run.survey.rounding import rounding_losses
 from spectrim.run.survey.scoring import score_components, with_references
 from spectrim.run.survey.spectra import Spectrum, shared_spectra, spectrum_of
 from spectrim.storage.survey_record import Factors, Survey
@@ -196,6 +198,8 @@ def _decompose_all(
     needs = frozenset(OBJECTIVES[choice.objective].needs) & {"C", "absolute"}
     if "kfac" in found.wanted:
         needs |= {"C"}
+    # Losses of rounding are in nats, which only this objective's energies are.
+    forms = judged_forms(limits) if choice.objective == "kfac" else ()
     job.progress.start("survey", len(job.anatomy.blocks))
     with closing(_blocks(job, stage, choice, needs)) as gathered:
         for span in spans(job):
@@ -212,18 +216,21 @@ def _decompose_all(
                 module = get_module(job.model, target.name)
                 W = read_weight(module) if weight_of is None else weight_of(target)
                 of = moments[target.name]
-                whole = decompose_target(
-                    target,
-                    W,
-                    choice,
-                    of,
-                    outputs.get(target.name),
-                    rank=None if found.vectors else 0,
-                )
+                out = outputs.get(target.name)
+                rank = None if found.vectors else 0
+                whole = decompose_target(target, W, choice, of, out, rank=rank)
                 full = whole.rank if found.full else largest_rank(shapes[target.name].shape, limits)
-                exact = exact_rank(W, name=target.name)
-                weighed = "kfac" in found.wanted and choice.objective != "kfac"
-                return spectrum_of(whole, full, of, spread=weighed, lossless=exact)
+                lost: dict[str, Tensor] = {}
+                if forms and of is not None and out is not None:
+                    lost = rounding_losses(target.name, W, whole, of, out, choice, forms)
+                return spectrum_of(
+                    whole,
+                    full,
+                    of,
+                    spread="kfac" in found.wanted and choice.objective != "kfac",
+                    lossless=exact_rank(W, name=target.name),
+                    rounding=lost,
+                )
 
             waiting = [b for b in span if not job.keeper.has(piece_name(stage, b))]
             targets = [target for block in waiting for target in block.targets]
@@ -261,6 +268,7 @@ def _keep(found: Found, bare: Curve, whole: Spectrum) -> None:
             total=whole.total,
             irreducible=whole.irreducible,
             lossless=whole.lossless,
+            rounding={key: values.cpu().numpy() for key, values in whole.rounding.items()},
         )
     )
 

@@ -1,0 +1,80 @@
+"""The forms that a target can be stored in: a storage kind and the number formats of its parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from spectrim.formats import FORMATS, JOINT, format_of
+from spectrim.layers.layout import LAYERS, layout_of
+
+__all__ = ["AUTO", "Form", "dense_forms", "low_rank_forms"]
+
+AUTO = "auto"
+"""In place of a number format: the plan chooses one for every target."""
+
+_FACTOR_BITS = (4, 3)
+
+_NEVER = ("int4", "int8-g32", "int8-g64")
+"""Formats that no plan takes by itself: zero points, and small groups of eight bits, cost more than
+they save."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to store a matrix.
+
+    Attributes:
+        storage: the kind.
+        weights: formats of its parts.
+    """
+
+    storage: str
+    weights: str = "native"
+
+    @property
+    def key(self) -> str:
+        """Both in one word."""
+        return f"{self.storage} {self.weights}"
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether it has a rank."""
+        return layout_of(self.storage, self.weights).low_rank
+
+    @property
+    def integer(self) -> bool:
+        """Whether anything in it is rounded to integers."""
+        return layout_of(self.storage, self.weights).integer
+
+    @property
+    def rounding_share(self) -> float:
+        """Loss of rounding to nearest, as a share of losing the whole target."""
+        return max(format_of(name).rounding_share for name in self.weights.split(JOINT))
+
+
+def low_rank_forms(storage: str, weights: str) -> tuple[Form, ...]:
+    """The forms of cut matrices that a recipe's storage choice allows.
+
+    Factors of few columns fill large groups badly, and `up` has as many columns as components: its
+    groups may be smaller than those of `down`.
+    """
+    kinds = [name for name, row in LAYERS.items() if row.automatic]
+    kinds = kinds if storage == AUTO else [storage]
+    if weights != AUTO:
+        return tuple(Form(kind, weights) for kind in kinds)
+    native = tuple(Form(kind) for kind in kinds)
+    pairs = [
+        f"int{bits}-g{up}{JOINT}int{bits}-g{down}"
+        for bits in _FACTOR_BITS
+        for up, down in ((32, 32), (32, 64), (32, 128), (64, 64), (64, 128))
+    ]
+    return (*native, *(Form("factored", pair) for pair in ("int8", *pairs)))
+
+
+def dense_forms(weights: str) -> tuple[Form, ...]:
+    """The forms of targets that are not cut: their own numbers, and integers where asked for."""
+    native = Form("dense")
+    if weights == AUTO:
+        every = [name for name, row in FORMATS.items() if row.integer and name not in _NEVER]
+        return (native, *(Form("dense", name) for name in every))
+    return (native,) if weights == "native" else (native, Form("dense", weights))

@@ -1,0 +1,108 @@
+"""What every form would round away of one target, predicted from its moments before any plan.
+
+With the moments `C` of the inputs and `G` of the output gradients an error E costs
+`½ tr(G E C Eᵀ)` nats per token. For dense forms the matrix is rounded as it would be stored and the
+error measured. For factored ones the survey's components have `BᵀGB = I` and `A C Aᵀ = diag(s²)`:
+the rows of A can be rounded and judged one by one, and an error of column i of B costs `½ s_i²`
+times its square in G. One rounding per format therefore gives the loss at every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from spectrim.allocate.forms import Form
+from spectrim.decompose.decomposition import Decomposition
+from spectrim.decompose.kfac import output_root
+from spectrim.decompose.statistics import tokens_of
+from spectrim.formats import NumberFormat, formats_of
+from spectrim.formats.number_format import Integers
+from spectrim.linalg.psd import shrunk
+from spectrim.linalg.rounding import Grid, Metric
+from spectrim.moments.moments import Moments, OutputMoments
+from spectrim.recipe import Decompose
+
+__all__ = ["rounding_losses"]
+
+
+def rounding_losses(
+    name: str,
+    W: Tensor,
+    whole: Decomposition,
+    moments: Moments,
+    output: OutputMoments,
+    choice: Decompose,
+    forms: Iterable[Form],
+) -> dict[str, Tensor]:
+    """`Form.key` -> loss that rounding adds, nats per token: (r + 1,) by rank, dense forms (1,).
+
+    Args:
+        name: the target, for messages.
+        W: its weight, (out, in).
+        whole: all components for the objective kfac.
+        moments: of the inputs, must hold `C`.
+        output: must hold `G`.
+        choice: how the moments were shrunk.
+        forms: those with integers are judged.
+
+    Raises:
+        NotPositiveDefiniteError, NonFiniteError, NumericalError: see `Metric.of`.
+    """
+    assert moments.C is not None
+    W = W.double()
+    C = moments.C / tokens_of(moments)
+    root = output_root(W, C, output, choice.shrink_out, name=name)
+    if root is None or not C.any():
+        return {}  # nothing is at stake here, and shares of nothing are as good
+    L, _ = root
+    C, G = shrunk(C, choice.shrink_in, (L.mT @ W).square().sum(0)), L @ L.mT
+    metric = Metric.of(moments.C, name=name)
+    forms = [form for form in forms if form.integer]
+    whole_forms = [form for form in forms if not form.low_rank]
+    errors = _errors(W, [_row(form.weights) for form in whole_forms], metric)
+    losses = {
+        form.key: 0.5 * ((G @ E) * (E @ C)).sum()[None]
+        for form, E in zip(whole_forms, errors, strict=True)
+    }
+    pairs = {form.key: formats_of(form.weights, 2) for form in forms if form.low_rank}
+    rows = list({down.name: down for _, down in pairs.values()}.values())
+    downs = {
+        row.name: 0.5 * ((E @ C) * E).sum(dim=1)
+        for row, E in zip(rows, _errors(whole.down, rows, metric), strict=True)
+    }
+    ups = {up.name: _columns_lost(whole, G, up) for up, _ in pairs.values()}
+    for key, (up, down) in pairs.items():
+        added = downs[down.name] + ups[up.name]
+        losses[key] = torch.cat([added.new_zeros(1), added.cumsum(0)])
+    return losses
+
+
+def _row(weights: str) -> NumberFormat:
+    return formats_of(weights, 1)[0]
+
+
+def _errors(W: Tensor, rows: Sequence[NumberFormat], metric: Metric) -> list[Tensor]:
+    """What rounding with feedback leaves of a matrix in each of some formats."""
+    if not rows:
+        return []
+    grids = []
+    for row in rows:
+        assert isinstance(row, Integers)
+        grids.append(row.grid(row.scales(W, metric.importance), W.shape[1]))
+    every = Grid.stacked(grids)
+    repeated = W.repeat(len(rows), 1)
+    E = every.values(metric.codes(repeated, every), dtype=torch.float64) - repeated
+    return list(E.split(W.shape[0]))
+
+
+def _columns_lost(whole: Decomposition, G: Tensor, row: NumberFormat) -> Tensor:
+    """Loss of rounding `up` to a format, by column, (r,)."""
+    assert isinstance(row, Integers)
+    # The mean size of a component's value is its metric: nothing is passed on between columns.
+    scales = row.scales(whole.up, whole.energy.clamp_min(torch.finfo(torch.float64).tiny))
+    grid = row.grid(scales, whole.rank)
+    E = grid.values(grid.codes(whole.up), dtype=torch.float64) - whole.up
+    return whole.energy * ((G @ E) * E).sum(dim=0)

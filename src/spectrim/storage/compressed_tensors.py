@@ -1,0 +1,157 @@
+"""Export: integer matrices as `compressed-tensors`, which inference servers multiply as they are.
+
+Each rounded target becomes `weight_packed` (codes of b bits, offset by 2^(b-1), as many as fit
+into an int32, the first in its lowest bits), `weight_scale` and `weight_shape`; everything else
+keeps its name. Only targets that were not cut can be held: the format has no layer of two factors.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectrim.errors import ArtifactError, InputError
+from spectrim.formats import format_of
+from spectrim.formats.grouped import Grouped
+from spectrim.formats.int8 import Int8
+from spectrim.storage.atomic import check_output, new_folder
+from spectrim.storage.dense import is_companion
+from spectrim.storage.inspect import FolderInspection, StoredTarget, inspect_folder
+from spectrim.storage.json_file import read_json
+from spectrim.storage.tensor_file import Slot, TensorFile, write_tensors
+
+__all__ = ["export_compressed_tensors", "packed_int32"]
+
+
+def packed_int32(codes: Tensor, bits: int) -> Tensor:
+    """Signed codes (rows, columns) -> int32 (rows, columns / (32 // bits)), padded with zeros."""
+    per_word = 32 // bits
+    rows, columns = codes.shape
+    shifted = torch.nn.functional.pad(codes.long() + 2 ** (bits - 1), (0, -columns % per_word))
+    parts = shifted.view(rows, -1, per_word) << (bits * torch.arange(per_word))
+    words = parts.sum(dim=2)  # disjoint bits, at most 32 of them
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def export_compressed_tensors(
+    folder: str | Path, output: str | Path, *, overwrite: bool = False
+) -> Path:
+    """Write a result of dense integer targets as a `compressed-tensors` checkpoint.
+
+    Args:
+        folder: a result of spectrim.
+        output: a new or empty folder, or any model folder with `overwrite`.
+        overwrite: replace the model folder that is there.
+
+    Raises:
+        InputError: a target is stored in a way that the format cannot hold; names it, and what
+            would do.
+        ArtifactError: `folder` is damaged or holds no compressed model.
+        OutputError: the destination is taken or cannot be written.
+    """
+    source = Path(folder)
+    check_output(output, overwrite=overwrite, sources=[("the result", source)])
+    found = inspect_folder(source)
+    if found.table is None:
+        raise ArtifactError(f"{source} holds no model compressed by spectrim")
+    rounded = [target for target in found.targets if target.weights != "native"]
+    for target in found.targets:
+        _check(target)
+    with new_folder(output, overwrite=overwrite) as destination:
+        write_tensors(destination / "model.safetensors", list(_slots(found, rounded)))
+        config = read_json(source / "config.json")
+        config["quantization_config"] = _scheme(found, rounded)
+        text = json.dumps(config, indent=2) + "\n"
+        (destination / "config.json").write_text(text, encoding="utf-8")
+        for path in sorted(source.iterdir()):
+            if path.is_file() and is_companion(path.name):
+                shutil.copyfile(path, destination / path.name)
+    return Path(output)
+
+
+def _check(target: StoredTarget) -> None:
+    """Refuse what the format cannot hold."""
+    advice = "compress with --weights auto --storage dense, or export it --dense"
+    if target.storage != "dense":
+        raise InputError(
+            f"{target.name} is stored {target.storage} at rank {target.rank}, and "
+            f"compressed-tensors holds whole matrices only; {advice}"
+        )
+    row = format_of(target.weights)
+    if isinstance(row, Grouped) and target.in_features % row.group:
+        raise InputError(
+            f"{target.name} has {target.in_features} inputs, which are no whole groups of "
+            f"{row.group}; compressed-tensors has no group that is not full. int8, with a scale "
+            "per row, always fits"
+        )
+    if row.integer and not isinstance(row, Grouped | Int8):
+        raise InputError(
+            f"{target.name} has {target.weights} numbers with zero points of their own kind; "
+            f"int4-g32 is the nearest format that compressed-tensors holds"
+        )
+
+
+def _slots(found: FolderInspection, rounded: list[StoredTarget]) -> Any:
+    """Every tensor of the export."""
+    files: dict[Path, TensorFile] = {}
+
+    def read(name: str) -> Tensor:
+        path = found.path / found.tensors[name].file
+        return files.setdefault(path, TensorFile(path)).read(name)
+
+    done = set()
+    for target in rounded:
+        codes, scale = f"{target.name}.inner.codes", f"{target.name}.weight"
+        done |= {codes, scale}
+        shape = torch.tensor([target.out_features, target.in_features])
+        row = format_of(target.weights)
+        stored = row.unpack(read(codes), target.in_features)  # type: ignore[attr-defined]
+        bits = getattr(row, "bits", 8)
+        values = read(scale)
+        values = values if values.ndim == 2 else values[:, None]
+        yield Slot.of(f"{target.name}.weight_packed", packed_int32(stored, bits))
+        yield Slot.of(f"{target.name}.weight_scale", values.to(_dtype(found)).contiguous())
+        yield Slot.of(f"{target.name}.weight_shape", shape)
+    for name in found.tensors:
+        if name not in done:
+            yield Slot.of(name, read(name))
+
+
+def _dtype(found: FolderInspection) -> torch.dtype:
+    """Of the checkpoint's own numbers."""
+    words = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+    return words[found.targets[0].dtype]
+
+
+def _scheme(found: FolderInspection, rounded: list[StoredTarget]) -> dict[str, Any]:
+    """The `quantization_config`: one group per format, its targets by name."""
+    groups: dict[str, Any] = {}
+    for weights in sorted({target.weights for target in rounded}):
+        row = format_of(weights)
+        group = getattr(row, "group", None)
+        groups[f"group_{len(groups)}"] = {
+            "targets": [target.name for target in rounded if target.weights == weights],
+            "weights": {
+                "num_bits": getattr(row, "bits", 8),
+                "type": "int",
+                "symmetric": True,
+                "dynamic": False,
+                "strategy": "channel" if group is None else "group",
+                "group_size": group,
+            },
+            "input_activations": None,
+            "output_activations": None,
+        }
+    kept = [target.name for target in found.targets if target.weights == "native"]
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": ["lm_head", *kept],
+    }

@@ -1,0 +1,34 @@
+"""A compressed folder for tools that do not know spectrim."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from spectrim.errors import InputError
+from spectrim.storage.compressed_tensors import export_compressed_tensors
+from spectrim.storage.dense import export_dense
+
+__all__ = ["EXPORTS", "export_folder"]
+
+EXPORTS = {"dense": export_dense, "compressed-tensors": export_compressed_tensors}
+"""What a folder can be written as."""
+
+
+def export_folder(
+    folder: str | Path, output: str | Path, *, to: str = "dense", overwrite: bool = False
+) -> Path:
+    """Write a compressed folder as ordinary dense weights, or in the format of inference servers.
+
+    Args:
+        folder: a result of spectrim.
+        output: a new or empty folder, or any model folder with `overwrite`.
+        to: a key of `EXPORTS`.
+        overwrite: replace the model folder that is there.
+
+    Raises:
+        InputError: an unknown format, or a target that it cannot hold.
+        ArtifactError, OutputError: see the exports.
+    """
+    if to not in EXPORTS:
+        raise InputError(f"unknown format {to!r}; a result can become {', '.join(EXPORTS)}")
+    return EXPORTS[to](folder, output, overwrite=overwrite)
