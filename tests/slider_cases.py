@@ -43,4 +43,7 @@ class Elastic:
 
     def resize(self, keep):
         self.model = self.large if keep >= 0.5 else self.small
+        return self.planned(keep)
+
+    def planned(self, keep):
         return SimpleNamespace(entries=[SimpleNamespace(bytes=int(1000 * keep), dense_bytes=1000)])

@@ -67,3 +67,6 @@ PIVOT_GROWTH_LIMIT = 1.05
 PACKED_ERROR_SHARE = 0.25
 """A packed target falls back to factored storage if rounding costs more than this share of
 its truncation error."""
+
+KEEP_STEPS = 512
+"""Parts of the reachable range of keeps that a search for a loss tells apart."""

@@ -100,11 +100,11 @@ def tell() -> dict:
     """The whole story, in order: some refusals need the folder that the job leaves."""
     refusals = {"unknown model": run("compress", "no-such-model", "-o", "new")}
     prepare()
-    evaluated = ["model", "out", "dense", "--text", "text.txt", "--max-tokens", "500"]
+    evaluated = ["out", "dense", "--against", "model", "--text", "text.txt", "--max-tokens", "500"]
     job = {
         "compress": run("compress", "model", "-o", "out", "--keep", "0.6", *SMALL),
         "inspect": run("inspect", "out", "--json"),
-        "export": run("export", "out", "--dense", "-o", "dense"),
+        "export": run("export", "out", "--dense", "-o", "dense", "--json"),
         "evaluate": run("evaluate", *evaluated, "--window-length", "32", "--json"),
         "quiet compress": run("compress", "model", "-o", "out", "--overwrite", "-q", *SMALL),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
+import os
 from importlib import import_module
 from pathlib import Path
 
@@ -15,13 +16,13 @@ import typer.testing
 from spectrim import api
 from spectrim.cli import compress, elastic, evaluate, export, options, plan, resize, survey
 from spectrim.cli.main import app
-from spectrim.cli.session import session
+from spectrim.cli.session import session, silence_foreign_bars
 from spectrim.cli.words import GROUPS
 from spectrim.recipe import Recipe
 from spectrim.run.options import MEASURE, WORDS, RunOptions
 
 # Words about the terminal, which a Python caller has no use for.
-TERMINAL = {"verbose", "quiet", "as_json"}
+TERMINAL = {"verbose", "quiet", "as_json", "every"}
 COMMANDS = {
     "compress": compress.compress,
     "evaluate": evaluate.evaluate,
@@ -33,14 +34,13 @@ COMMANDS = {
 }
 # Where functions that hand all their options on keep the list of them.
 HANDED_TO = {
-    "evaluate": "spectrim.measure.evaluating.evaluate_model",
+    "evaluate": "spectrim.measure.evaluating.evaluate_models",
     "plan": "spectrim.run.survey.replanning.replan",
 }
-# Several models are one call each; `plan` writes the file itself; export has one format; a dry run
+# `plan` writes the file itself; export has one format; a dry run
 # is `api.estimate`.
 ONLY_HERE = {
     "compress": {"dry_run"},
-    "evaluate": {"models"},
     "plan": {"output", "overwrite"},
     "export": {"dense"},
 }
@@ -71,6 +71,20 @@ def test_options_not_given_are_left_to_the_library():
         "text": "self",
         "flag": False,
     }
+
+
+@pytest.mark.parametrize("command", ["compress", "survey", "resize", "export", "plan", "inspect"])
+def test_every_result_can_be_had_as_json(command):
+    module = import_module(f"spectrim.cli.{command}")
+    assert "as_json" in inspect.signature(getattr(module, command)).parameters
+
+
+def test_other_libraries_bars_are_off_unless_the_user_wants_them(monkeypatch):
+    monkeypatch.setenv("TQDM_DISABLE", "0")
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
+    silence_foreign_bars()
+    assert os.environ["TQDM_DISABLE"] == "0"
+    assert os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "1"
 
 
 @pytest.fixture

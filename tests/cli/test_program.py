@@ -57,6 +57,35 @@ def test_the_module_is_the_same_program_and_imports_nothing_heavy():
     assert not imported & {"torch", "transformers", "numpy", "rich", "pydantic", "yaml"}
 
 
+def test_a_wrong_keep_is_answered_before_anything_heavy_is_imported():
+    run = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "spectrim", "demo", "--keep", "60"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 2
+    imported = {line.rpartition("|")[2].strip() for line in run.stderr.splitlines()}
+    assert not imported & {"torch", "transformers", "numpy"}
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_tab_key_completes_commands(shell):
+    shown = spectrim(
+        "--show-completion", shell, _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1"
+    ).stdout
+    assert "_SPECTRIM_COMPLETE" in shown
+    found = spectrim(
+        _SPECTRIM_COMPLETE=f"complete_{shell}",
+        COMP_WORDS="spectrim resi",
+        COMP_CWORD="1",
+        _TYPER_COMPLETE_ARGS="spectrim resi",
+        _TYPER_COMPLETE_FISH_ACTION="get-args",
+    ).stdout
+    assert "resize" in found
+    assert "compress" not in found
+
+
 def test_version_and_recipes_on_a_narrow_terminal_and_in_a_pipe():
     version = spectrim("--version").stdout.split()
     assert version[0] == "spectrim"
@@ -82,6 +111,9 @@ def test_a_shown_recipe_can_be_saved_and_used(tmp_path: Path):
         (("export", "somewhere", "-o", "elsewhere"), "--dense"),
         (("compress",), "MODEL"),
         (("compress", "m", "-o", "x", "--keep", "much"), "--keep"),
+        (("compress", "m", "-o", "x", "--keep", "1.5"), "keep is 1.5"),
+        (("plan", "s", "--keep", "0"), "keep is 0"),
+        (("resize", "s", "-o", "x", "--size", "3.5QB"), "3.5QB"),
         (("compress", "m", "-o", "x", "--ratio", "0.5"), "--ratio"),
         (("evaluate", "m", "--window-length", "long"), "--window-length"),
         (("squeeze",), "squeeze"),
@@ -169,7 +201,12 @@ def test_inspect_evaluate_and_export_agree(story):
     assert 0 < inspected["achieved_keep"] <= 0.6
     for target in inspected["targets"]:
         assert (target["rank"] is None) == (target["storage"] == "dense")
+    assert json.loads(job["export"]["stdout"])["bytes"] == inspected["dense_bytes"]
     dense, compressed, exported = json.loads(job["evaluate"]["stdout"])
+    assert "difference" not in dense
+    paired = compressed["difference"]["text.txt"]
+    change = compressed["perplexity"]["text.txt"]["nll"] - dense["perplexity"]["text.txt"]["nll"]
+    assert paired["nll"] == pytest.approx(change)
     assert compressed["stored_bytes"] < dense["stored_bytes"] == exported["stored_bytes"]
     assert compressed["parameters"] == inspected["parameters"]
     values = [r["perplexity"]["text.txt"]["perplexity"] for r in (dense, compressed, exported)]

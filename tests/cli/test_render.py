@@ -7,7 +7,7 @@ import json
 import pytest
 
 from spectrim.allocate.plan import Plan, PlanEntry
-from spectrim.cli import render, summary
+from spectrim.cli import render, summary, target_tables
 
 NAME = "model.layers.{}.self_attn.q_proj"
 
@@ -26,8 +26,9 @@ def plan() -> Plan:
 @pytest.mark.parametrize("width", [40, 60, 200])
 def test_tables_survive_any_width(width, plan, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", str(width))
-    summary.print_ranks(plan)
-    summary.print_heat_map(plan)
+    rows = target_tables.rows_of_plan(plan)
+    target_tables.print_targets(rows)
+    target_tables.print_heat_map(rows)
     summary.print_plan_summary(plan)
     out = capsys.readouterr().out
     assert "\x1b" not in out
@@ -39,9 +40,43 @@ def test_tables_survive_any_width(width, plan, monkeypatch, capsys):
 
 def test_a_pipe_does_not_cut_names(plan, monkeypatch, capsys):
     monkeypatch.delenv("COLUMNS", raising=False)
-    summary.print_ranks(plan)
+    target_tables.print_targets(target_tables.rows_of_plan(plan))
     lines = capsys.readouterr().out.splitlines()
-    assert [line for line in lines if line.startswith(NAME.format(0)) and "40.0%" in line]
+    assert lines[0] == "targets of model.layers"
+    assert [line for line in lines if line.startswith("0.self_attn.q_proj") and "40.0%" in line]
+
+
+PROJECTIONS = (
+    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+    *("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj", "mlp.experts.{}.down_proj"),
+)
+
+
+def test_a_deep_model_of_experts_is_a_few_lines_of_80_columns(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    entries = tuple(
+        PlanEntry(
+            f"model.layers.{block}.{projection.format(expert)}",
+            4096 - expert if block else None,
+            "packed" if block else "dense",
+            60_000_000,
+            100_000_000,
+            loss=1e-3,
+        )
+        for block in range(61)
+        for projection in PROJECTIONS
+        for expert in (range(8) if "experts" in projection else [0])
+    )
+    rows = target_tables.rows_of_plan(Plan(entries, keep=0.6, rule="knapsack"))
+    target_tables.print_projections(rows)
+    target_tables.print_heat_map(rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert len(lines) <= 35
+    down = next(line for line in lines if line.startswith("mlp.experts.*.down_proj"))
+    assert down.split()[1:3] == ["488", "8"]  # 61 blocks of 8, of which the first stays dense
+    assert "4089-4096 (4092)" in down
+    assert "29.3 GB" in down and "60.0%" in down
 
 
 @pytest.mark.parametrize(
@@ -54,7 +89,7 @@ def test_a_pipe_does_not_cut_names(plan, monkeypatch, capsys):
     ],
 )
 def test_block_and_projection_are_read_from_the_name(name, split):
-    assert summary.split_name(name) == split
+    assert target_tables.split_name(name) == split
 
 
 def test_bytes_have_decimal_units_and_three_digits():

@@ -17,6 +17,7 @@ from spectrim import api, studies
 from spectrim.cli.main import app
 from spectrim.cli.session import session
 from spectrim.errors import InputError, OutputError, SpectrimError, TextError
+from spectrim.measure import evaluating
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +179,7 @@ def test_the_evaluate_command_asks_for_tasks_and_says_what_was_skipped(monkeypat
     task = {"accuracy": 0.5, "standard_error": 0.1}
     shot = {"tasks": {"t": task}, "mean": 0.5, "mean_standard_error": 0.1, "skipped": {}}
     result = {"model": "m", "perplexity": {}, "zero_shot": shot, "skipped": {"piqa": "no data"}}
-    monkeypatch.setattr(api, "evaluate", lambda model, **o: asked.update(o) or result)
+    monkeypatch.setattr(evaluating, "evaluate_models", lambda _, **o: asked.update(o) or [result])
     done = run("evaluate", "m", "--tasks", "offline", "--limit", 3, "--task-folder", tmp_path)
     assert done.exit_code == 0, done.output
     assert (asked["tasks"], asked["limit"], asked["task_folders"]) == ("offline", 3, [tmp_path])

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from spectrim.data.corpora import CORPORA, load_corpus
-from spectrim.data.text import Text, read_text
+from spectrim.data.text import Text, read_text, split_sources
 from spectrim.errors import MissingExtraError, TextError
 
 
@@ -45,6 +45,18 @@ def test_json_lines_are_documents(tmp_path):
     zipped = tmp_path / "a.jsonl.gz"
     zipped.write_bytes(gzip.compress(path.read_bytes()))
     assert read_text(zipped).content == read_text(path).content
+
+
+def test_sources_may_have_shares():
+    assert split_sources("a.txt") == [("a.txt", 1.0)]
+    assert split_sources("a.txt:0.7, b.jsonl:0.3") == [("a.txt", 0.7), ("b.jsonl", 0.3)]
+    assert split_sources("c4,self") == [("c4", 1.0), ("self", 1.0)]
+    assert split_sources("C:/texts/a.txt") == [("C:/texts/a.txt", 1.0)]
+    with pytest.raises(TextError, match="1 of the 2 texts"):
+        split_sources("a.txt:0.7,b.jsonl")
+    for share in ("0", "-1", "nan", "inf"):
+        with pytest.raises(TextError, match="positive"):
+            split_sources(f"a.txt:{share}")
 
 
 def test_a_list_is_joined_by_blank_lines():

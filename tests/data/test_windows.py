@@ -14,6 +14,7 @@ from spectrim.data.windows import (
     evaluation_windows,
     given_windows,
     longest_window,
+    share_out,
 )
 from spectrim.errors import TextError
 
@@ -99,6 +100,45 @@ def test_sources_share_windows_equally_and_alternate():
         first = int(start) + (7 if owner else 0)
         assert row.tolist() == [70_000 + first + i for i in range(8)]
     assert windows.take(4).source_index.tolist() == [0, 1, 0, 1]
+
+
+def test_shares_give_windows_in_proportion_and_every_prefix_keeps_them():
+    texts = [numbered(300, name="a"), numbered(200, name="b", first=7)]
+    options = {"windows": 10, "window_length": 8}
+    windows = calibration_windows(texts, TOKENIZER, **options, shares=(0.7, 0.3))
+    assert windows.source_index.bincount().tolist() == [7, 3]
+    for count in (4, 7):
+        assert abs(int((windows.take(count).source_index == 1).sum()) - 0.3 * count) <= 1
+    equal = calibration_windows(texts, TOKENIZER, **options, shares=(2, 2))
+    assert equal.fingerprint() == calibration_windows(texts, TOKENIZER, **options).fingerprint()
+    with pytest.raises(TextError, match="each has one"):
+        calibration_windows(texts, TOKENIZER, **options, shares=(0.99, 0.01))
+
+
+@pytest.mark.parametrize("count", [1, 7, 30])
+def test_whole_shares_add_up_and_none_is_off_by_one(count):
+    shares = (0.5, 0.25, 0.15, 0.1)
+    found = share_out(count, shares)
+    assert sum(found) == count
+    assert all(abs(n - count * share) < 1 for n, share in zip(found, shares, strict=True))
+
+
+@pytest.mark.parametrize("count", [2, 6, 12])
+def test_spare_windows_overlap_neither_the_calibration_nor_each_other(count):
+    texts = [numbered(300, name="a"), numbered(200, name="b", first=7)]
+    windows = calibration_windows(texts, TOKENIZER, windows=count, window_length=16)
+    assert windows.spare is not None
+    for index, total in enumerate((300, 200)):
+        read = windows.starts[windows.source_index == index].tolist()
+        spare = windows.spare.starts[windows.spare.source_index == index].tolist()
+        taken = [set(range(start, start + 16)) for start in spare]
+        assert all(0 <= start <= total - 16 for start in spare)
+        assert len(set().union(*taken)) == 16 * len(spare)
+        assert not set().union(*taken) & {i for s in read for i in range(s, s + 16)}
+    first = windows.spare.ids[0]
+    offset = 7 if int(windows.spare.source_index[0]) else 0
+    assert first.tolist() == [70_000 + int(windows.spare.starts[0]) + offset + i for i in range(16)]
+    assert calibration_windows(numbered(40), TOKENIZER, windows=9, window_length=30).spare is None
 
 
 @pytest.mark.parametrize(("bos", "rows"), [("each", [0, 1, 2, 3]), ("half", [0, 2])])

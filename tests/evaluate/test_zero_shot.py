@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -13,9 +14,16 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 import spectrim.evaluate.zero_shot as zero_shot_module
 from spectrim.errors import InputError
 from spectrim.evaluate.tasks import pairs
-from spectrim.evaluate.zero_shot import LITERATURE_TASKS, OFFLINE_TASKS, task_names, zero_shot
+from spectrim.evaluate.zero_shot import (
+    LITERATURE_TASKS,
+    OFFLINE_TASKS,
+    ZeroShot,
+    task_difference,
+    task_names,
+    zero_shot,
+)
 
-pytest.importorskip("lm_eval")
+needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs lm-eval")
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +63,7 @@ def log_likelihood(model, words, sentence):
     return float(log_p.gather(1, ids[0, 1:, None]).sum())
 
 
+@needs_lm_eval
 def test_accuracy_is_the_share_of_pairs_with_the_likelier_good_sentence(model, words):
     found = zero_shot(model, words, ["spectrim_agreement"], limit=12)
     right = [
@@ -70,6 +79,36 @@ def test_accuracy_is_the_share_of_pairs_with_the_likelier_good_sentence(model, w
     assert json.loads(json.dumps(found.record())) == found.record()
 
 
+def test_differences_are_paired_over_questions():
+    def seen(**right):
+        return ZeroShot(right={name: dict(enumerate(v)) for name, v in right.items()})
+
+    model = seen(a=[1.0, 0.0, 1.0, 0.0], b=[1.0, 1.0], alone=[1.0])
+    dense = seen(a=[1.0, 1.0, 1.0, 0.0], b=[0.0, 1.0], other=[1.0])
+    found = task_difference(model, dense)
+    pairs_ = torch.tensor([0.0, -1.0, 0.0, 0.0], dtype=torch.float64)
+    assert set(found["tasks"]) == {"a", "b"}
+    a, b = found["tasks"]["a"], found["tasks"]["b"]
+    assert (a["accuracy"], a["questions"]) == (-0.25, 4)
+    assert a["standard_error"] == pytest.approx(float(pairs_.std() / 2))
+    assert found["mean"] == pytest.approx(0.125)
+    errors = (a["standard_error"], b["standard_error"])
+    assert found["mean_standard_error"] == pytest.approx(math.hypot(*errors) / 2)
+    # Two models that answer alike differ by nothing, and for certain.
+    same = task_difference(model, model)
+    assert same["mean"] == same["mean_standard_error"] == 0
+
+
+@needs_lm_eval
+def test_answers_of_single_questions_are_kept_for_pairs(model, words):
+    found = zero_shot(model, words, ["spectrim_agreement"], limit=12)
+    right = found.right["spectrim_agreement"]
+    assert len(right) == 12
+    assert sum(right.values()) / 12 == pytest.approx(found.mean)
+    assert "right" not in found.record()
+
+
+@needs_lm_eval
 def test_data_that_cannot_be_fetched_is_skipped_and_the_rest_runs(model, words, tmp_path):
     (tmp_path / "piqa.yaml").write_text(
         "task: piqa\ndataset_path: json\ndataset_kwargs:\n  data_files:\n"
@@ -83,6 +122,7 @@ def test_data_that_cannot_be_fetched_is_skipped_and_the_rest_runs(model, words, 
     assert "task file" in found.skipped["piqa"]
 
 
+@needs_lm_eval
 def test_a_task_file_that_does_not_fit_is_skipped_and_the_rest_runs(model, words, tmp_path):
     rows = [{"good": "He came.", "bad": "He come."}] * 3 + [{"good": None, "bad": "He come."}]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
@@ -102,6 +142,7 @@ def test_a_task_file_that_does_not_fit_is_skipped_and_the_rest_runs(model, words
     assert "'late' failed on its data" in found.skipped["late"]
 
 
+@needs_lm_eval
 def test_unknown_names_are_refused(model, words, monkeypatch):
     # lm-eval's own thousands of task files would take long to read.
     ours = zero_shot_module.task_manager(["spectrim_tense"], [zero_shot_module.TASK_FOLDER])

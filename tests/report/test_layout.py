@@ -30,6 +30,8 @@ const found = [...document.querySelectorAll("iframe")].map((frame) => {
     overflow: page.documentElement.scrollWidth - frame.clientWidth,
     figures: [...page.querySelectorAll("figure")].map(box),
     svgs: [...page.querySelectorAll("svg")].map((svg) => ({ box: box(svg), marks: marks(svg) })),
+    scale: [...page.querySelectorAll("svg")].map(
+      (svg) => svg.clientWidth / svg.viewBox.baseVal.width),
     ink: getComputedStyle(page.body).color,
     drawn: getComputedStyle(page.querySelector("svg")).color,
   };
@@ -109,10 +111,16 @@ def test_every_picture_is_drawn_inside_its_frame(layouts):
             assert all(inside)
 
 
+def test_the_smallest_text_of_a_picture_is_legible(layouts):
+    smallest = 9.0  # points, of cells and legends
+    for layout in layouts:
+        assert min(layout["scale"]) * smallest >= 9.5
+
+
 def test_pictures_are_drawn_in_the_ink_of_the_page(layouts):
     assert all(layout["ink"] == layout["drawn"] for layout in layouts)
 
 
-def test_one_column_on_a_phone_and_two_on_a_desk(layouts):
+def test_one_column_on_a_phone_and_three_on_a_desk(layouts):
     columns = [len({figure[0] for figure in layout["figures"]}) for layout in layouts]
-    assert columns == [1, 2]
+    assert columns == [1, 3]

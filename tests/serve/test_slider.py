@@ -69,6 +69,7 @@ def test_a_size_has_bytes_an_estimate_and_a_measurement(served):
     assert size["estimated"] == pytest.approx(8.0)  # half-way in the logarithm
     assert size["measured"] is None
     expected = perplexity(served.engine.elastic.model, IDS).perplexity
+    assert ask(served, "/facts")[1]["curve"][-1] == {"keep": 1.0, "perplexity": 4.0}
     assert ask(served, "/measure", {"keep": 0.75})[1]["measured"] == pytest.approx(expected)
     size = ask(served, "/size", {"keep": 0.75})[1]
     assert size["measured"] == size["estimated"] == pytest.approx(expected)
@@ -128,24 +129,53 @@ def test_a_request_of_megabytes_is_read_to_its_end_and_refused(served):
     assert ask(served, "/size", {"keep": 0.5})[0] == 200
 
 
-def test_a_second_tab_is_told_that_the_model_is_busy_and_a_closed_one_frees_it(served):
-    events = served.engine.continuations("w1", 0.5, 50)
-    next(events)
-    status, answer = ask(served, "/size", {"keep": 0.5})
-    assert status == 409
-    assert "busy" in answer["busy"]
-    events.close()
-    assert ask(served, "/size", {"keep": 0.5})[0] == 200
+def test_two_tabs_write_side_by_side_each_at_its_own_size(served):
+    engine = served.engine
+    models = {0.9: engine.elastic.large, 0.3: engine.elastic.small}
+    streams = {keep: engine.continuations("w3 w5", keep, 9) for keep in models}
+    heard = {keep: "" for keep in models}
+    while streams:
+        for keep, events in list(streams.items()):
+            event = next(events, None)
+            if event is None:
+                del streams[keep]
+            elif event.get("model") == "compressed":
+                heard[keep] += event["text"]
+            # Between two tokens a size is known at once, whoever is writing.
+            assert ask(served, "/size", {"keep": 0.5})[0] == 200
+    for keep, model in models.items():
+        (alone,) = continuations({"it": model}, words(), ["w3 w5"], new_tokens=9)
+        assert heard[keep] == alone.continuation
 
+
+def test_a_measurement_is_waited_for_and_said_to_be_busy(served):
+    with served.engine._at(0.5):
+        status, answer = ask(served, "/measure", {"keep": 0.6})
+        assert status == 409
+        assert "busy" in answer["busy"]
+    assert ask(served, "/measure", {"keep": 0.6})[0] == 200
+
+
+def test_a_closed_tab_leaves_the_model_free(served):
     connection = http.client.HTTPConnection(*served.server_address, timeout=20)
     body = json.dumps({"prompt": "w1", "keep": 0.5, "tokens": 200})
     connection.request("POST", "/continue", body)
     connection.getresponse().readline()
-    connection.close()  # the tab is closed in the middle of the stream
+    connection.close()  # in the middle of the stream
     deadline = time.monotonic() + 20
-    while ask(served, "/size", {"keep": 0.5})[0] == 409:
+    while ask(served, "/measure", {"keep": 0.5})[0] == 409:
         assert time.monotonic() < deadline
-        time.sleep(0.02)
+
+
+def test_a_size_is_saved_where_the_server_says(served, tmp_path):
+    assert ask(served, "/facts")[1]["saves"] is False
+    assert "may not write" in ask(served, "/save", {"keep": 0.5})[1]["error"]
+    asked = []
+    served.engine._save = lambda keep: asked.append(keep) or tmp_path / "there"
+    status, saved = ask(served, "/save", {"keep": 0.5, "folder": "/etc"})
+    assert (status, saved["folder"], saved["bytes"]) == (200, str(tmp_path / "there"), 1000)
+    assert asked == [0.5]
+    assert ask(served, "/save", {"keep": 0.1})[0] == 400
 
 
 def test_other_pages_and_other_names_are_refused(served):

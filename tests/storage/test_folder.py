@@ -2,11 +2,12 @@ import errno
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, modeling_utils
 
@@ -19,6 +20,7 @@ from spectrim.storage.card import model_card
 from spectrim.storage.dense import export_dense
 from spectrim.storage.folder import save_model
 from spectrim.storage.inspect import inspect_folder
+from spectrim.storage.origin import read_origin
 from spectrim.storage.table import QUANT_METHOD
 from storage_cases import compressed, linear_names, save
 
@@ -281,26 +283,71 @@ def test_inspection_refuses_contradictions(tmp_path):
         inspect_folder(folder)
 
 
-def test_the_card_is_ready_for_the_hub():
+def measured(text="heldout.txt"):
+    return {
+        "text": text,
+        "what": "another text than the run was calibrated on",
+        "windows": 12,
+        "window_length": 256,
+        "dense": {"perplexity": 41.434},
+        "compressed": {"perplexity": 45.52},
+    }
+
+
+def original(folder, license="apache-2.0"):
+    folder.mkdir()
+    front = f"---\nlicense: {license}\nlanguage: [en, 'no']\nmodel-index: x\n---\n# Base\n"
+    (folder / "README.md").write_text(front)
+    (folder / "LICENSE.txt").write_text("the terms")
+    (folder / "NOTICE").write_text("names")
+    (folder / "licenses.bin").write_bytes(bytes(2**21))
+    return folder
+
+
+def test_the_card_is_what_the_hub_reads(tmp_path):
+    origin = replace(read_origin(original(tmp_path / "base")), hub_id="org/model-1B")
     card = model_card(
         "A | title",
         base_model="org/model-1B",
         recipe_name="svd-llm",
-        recipe_yaml="title: has ``` in it\n",
+        recipe_yaml="title: has ``` in it\ntext: /home/me/a.txt\n",
         numbers={"a|b": ("1", "2")},
         protocol="WikiText-2, 2048 tokens.",
-        notes=["Ranks are multiples of 8."],
+        notes=["See /home/me/notes.txt."],
+        origin=origin,
+        measured=[measured("/home/me/heldout.txt")],
     )
-    _, matter, body = card.split("---\n", 2)
-    assert yaml.safe_load(matter) == {
-        "library_name": "transformers",
-        "tags": ["spectrim", "low-rank", "svd", "compressed"],
-        "base_model": "org/model-1B",
-    }
-    assert "import spectrim" in body
-    assert r"| a\|b | 1 | 2 |" in body
-    assert "````yaml\ntitle: has ``` in it\n````" in body
-    local = model_card(
+    read = ModelCard(card).data
+    assert (read.license, read.language) == ("apache-2.0", ["en", "no"])
+    assert (read.library_name, read.pipeline_tag) == ("transformers", "text-generation")
+    assert read.base_model == "org/model-1B"
+    found = [(r.metric_type, r.metric_value, r.dataset_name) for r in read.eval_results]
+    assert found == [("perplexity", 45.52, "heldout.txt"), ("perplexity", 41.434, "heldout.txt")]
+    for expected in (
+        "import spectrim",
+        "## What is lost",
+        r"| a\|b | 1 | 2 |",
+        "| perplexity, heldout.txt | 41.43 | 45.52 |",
+        "(apache-2.0); see `LICENSE.txt`, `NOTICE`",
+        "````yaml\ntitle: has ``` in it\ntext: a.txt\n````",
+    ):
+        assert expected in card
+    assert "/home" not in card
+
+
+def test_a_card_without_origin_says_what_is_not_known():
+    card = model_card(
         "x", base_model="/data/models/x", recipe_name="svd", recipe_yaml="", numbers={}
     )
-    assert "base_model" not in local.split("---\n")[1]
+    assert "/data" not in card
+    assert "base_model" not in card.split("---\n")[1]
+    assert "names no license" in card and "Quality was not measured" in card
+
+
+def test_license_and_languages_are_carried_over_and_nothing_else(tmp_path):
+    found = read_origin(original(tmp_path / "base"))
+    assert dict(found.matter) == {"license": "apache-2.0", "language": ["en", "no"]}
+    assert [path.name for path in found.files] == ["LICENSE.txt", "NOTICE"]
+    odd = original(tmp_path / "odd", license="{a: [}")
+    assert read_origin(odd).matter == {}
+    assert read_origin("LlamaForCausalLM") == read_origin(tmp_path / "nowhere" / "x" / "y")

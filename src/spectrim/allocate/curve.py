@@ -59,6 +59,7 @@ class Curve:
             and beyond it nothing is gained.
         rounding: storage form (`Form.key`) -> loss that rounding to it adds, nats: at rank 0..r,
             (r + 1,), or of the whole matrix, (1,).
+        storage: low-rank storage of this target alone, in place of what the limits allow.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Curve:
     reference: tuple[int, float] | None = None
     lossless: int | None = None
     rounding: Mapping[str, Values] | None = None
+    storage: str | None = None
 
     @property
     def rank(self) -> int:

@@ -218,6 +218,8 @@ def plan_from_levels(
 
 def _ladder(curve: Curve, limits: Limits) -> Ladder:
     """Allowed ranks with their cheapest storage; ranks at or above break-even are left out."""
+    if curve.storage is not None:
+        limits = replace(limits, storage=curve.storage)
     shape, size = curve.shape, limits.dtype_bytes
     dense = layer_bytes(shape, rank=None, storage="dense", dtype_bytes=size)
     by_storage = np.stack(

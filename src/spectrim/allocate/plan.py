@@ -56,12 +56,14 @@ class Plan:
         keep: the fraction of target bytes that was asked for.
         rule: name of the allocation rule.
         notes: what a reader of the report should know (floors that bound, reverted targets).
+        unit: of the predicted losses; None where it is not known.
     """
 
     entries: tuple[PlanEntry, ...]
     keep: float
     rule: str
     notes: tuple[str, ...] = field(default=())
+    unit: str | None = field(default=None, compare=False)
 
     @property
     def achieved_keep(self) -> float:

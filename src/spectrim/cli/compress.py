@@ -12,13 +12,17 @@ from spectrim.cli.words import CALIBRATING, takes
 __all__ = ["compress"]
 
 
-CARRYING = ("survey", "on_failure", "work", "resume", "self_contained", "overwrite")
+CARRYING = (
+    *("survey", "on_failure", "work", "resume", "self_contained", "overwrite"),
+    *("measure", "evaluation_text"),
+)
 """Words without effect on what is predicted."""
 
 
 @takes(
-    *("keep", "size", "recipe", "effort", "plan", "survey", "storage", "weights"),
-    *(*CALIBRATING, "batch"),
+    *("keep", "size", "max_loss", "energy", "recipe", "effort", "plan", "survey"),
+    *("only", "skip", "multiple", "storage", "weights", *CALIBRATING, "batch", "bos"),
+    *("measure", "evaluation_text"),
     *("device", "dtype", "out_of_core", "offload_streams", "on_failure", "trust_remote_code"),
     *("work", "resume", "self_contained", "overwrite"),
 )
@@ -29,6 +33,7 @@ def compress(
         bool,
         typer.Option("--dry-run", help="Predict time and peak memory; load and write nothing."),
     ] = False,
+    as_json: options.AsJson = False,
     verbose: options.Verbose = False,
     quiet: options.Quiet = False,
     **words: Any,
@@ -45,7 +50,7 @@ def compress(
     with (
         session(
             verbose=verbose,
-            quiet=quiet,
+            quiet=quiet or as_json,
             output=written,
             resumes=resumes,
             work=None if dry_run else words["work"],
@@ -55,17 +60,23 @@ def compress(
         from spectrim import api
 
         if dry_run:
+            from spectrim.cli.render import print_json
             from spectrim.cli.results import print_estimate
 
             if team.leads:
                 predicted = {name: words[name] for name in words if name not in CARRYING}
                 found = api.estimate(model, **options.given(**predicted))
-                print_estimate(found.summary())
+                (print_json if as_json else print_estimate)(found.summary())
             return
         result = api.compress(
             model, output=output, progress=progress, team=team, **options.given(**words)
         )
+    if not team.leads:
+        return
+    from spectrim.cli.render import print_json
     from spectrim.cli.results import print_compression
 
-    if team.leads:
+    if as_json:
+        print_json({"output": str(output), **result.report})
+    else:
         print_compression(result.report, output)

@@ -18,7 +18,12 @@ def demo(
     ] = Path("demo-output"),
     keep: Annotated[
         float,
-        typer.Option("--keep", metavar="FRACTION", help="Fraction of the targets' bytes to keep."),
+        typer.Option(
+            "--keep",
+            metavar="FRACTION",
+            callback=options.check_keep,
+            help="Fraction of the targets' bytes to keep.",
+        ),
     ] = 0.6,
     overwrite: options.Overwrite = False,
     verbose: options.Verbose = False,

@@ -32,6 +32,7 @@ def evaluate(
     batch: Annotated[
         int | None, typer.Option("--batch", metavar="N", help="Windows per forward pass.")
     ] = None,
+    bos: options.EvaluationBos = None,
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -52,22 +53,26 @@ def evaluate(
     quiet: options.Quiet = False,
     **words: Any,
 ) -> None:
-    """Measure perplexity, parameters and bytes of each MODEL."""
+    """Measure perplexity, parameters and bytes of each MODEL.
+
+    With --against, the dense model comes first, and differences from it are paired.
+    """
     from spectrim.cli.session import session
 
     chosen = options.given(
         against=against,
         window_length=as_length(window_length),
         batch=batch,
+        bos=bos,
         tasks=tasks,
         limit=limit,
         task_folders=task_folders or None,
         **words,
     )
     with session(verbose=verbose, quiet=quiet or as_json):
-        from spectrim import api
+        from spectrim.measure.evaluating import evaluate_models
 
-        results = [api.evaluate(model, **chosen) for model in models]
+        results = evaluate_models(models, **chosen)
     from spectrim.cli.render import print_json
     from spectrim.cli.results import print_evaluations
     from spectrim.cli.study import print_tasks

@@ -28,6 +28,7 @@ def export(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace DIR if it exists and is not empty.")
     ] = False,
+    as_json: options.AsJson = False,
     verbose: options.Verbose = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -38,11 +39,16 @@ def export(
         raise InputError(
             "say either --dense, to confirm the larger folder, or --format compressed-tensors"
         )
-    with session(verbose=verbose, quiet=quiet, output=output):
+    with session(verbose=verbose, quiet=quiet or as_json, output=output):
         from spectrim import api
 
         given = options.given(to=to, overwrite=overwrite or None)
         api.export(folder, output=output, **given)
-    from spectrim.cli.render import print_facts
+    from spectrim.cli.render import format_bytes, print_facts, print_json
+    from spectrim.storage.inspect import inspect_folder
 
-    print_facts({"output": output})
+    written = inspect_folder(output).bytes
+    if as_json:
+        print_json({"output": str(output), "bytes": written})
+    else:
+        print_facts({"bytes": format_bytes(written), "output": output})

@@ -15,6 +15,7 @@ __all__ = ["inspect"]
 
 def inspect(
     folder: Annotated[Path, typer.Argument(metavar="OUT", help="A compressed folder.")],
+    every: options.Every = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Print ranks, shapes and bytes of OUT without loading it."""
@@ -33,4 +34,4 @@ def inspect(
     if as_json:
         print_json(record)
     else:
-        print_inspection(record)
+        print_inspection(record, every=every)

@@ -10,9 +10,13 @@ from typing import Annotated, Any
 
 import typer
 
+from spectrim.arguments import check_fraction
+
 __all__ = [
     "Against",
     "AsJson",
+    "EvaluationBos",
+    "Every",
     "Model",
     "Output",
     "Overwrite",
@@ -20,6 +24,30 @@ __all__ = [
     "Verbose",
     "given",
 ]
+
+
+def check_keep(keep: float | None) -> float | None:
+    """Refuse an impossible keep at once, before anything heavy is imported.
+
+    Raises:
+        BudgetError: not in (0, 1].
+    """
+    check_fraction(keep=keep)
+    return keep
+
+
+def check_size(size: str | None) -> str | None:
+    """Refuse what is no size at once.
+
+    Raises:
+        BudgetError: no positive number of bytes with a unit.
+    """
+    if size is not None:
+        from spectrim.allocate.budget import parse_size
+
+        parse_size(size)
+    return size
+
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Model name on the Hugging Face hub, or a folder.")
@@ -34,11 +62,19 @@ Against = Annotated[
     str | None,
     typer.Option("--against", metavar="MODEL", help="The dense model to compare with."),
 ]
+EvaluationBos = Annotated[
+    str | None,
+    typer.Option("--bos", help="BOS: none (default), at each window's start, or start of text."),
+]
+Every = Annotated[bool, typer.Option("--all", help="Every target instead of a summary.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Log every step to stderr.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress, only warnings.")]
 
 
 def given(**options: Any) -> dict[str, Any]:
-    """The options the user gave; the others keep the library's defaults."""
-    return {name: value for name, value in options.items() if value is not None}
+    """The options the user gave; the others keep the library's defaults.
+
+    A repeatable option that was not given may come as an empty list.
+    """
+    return {name: value for name, value in options.items() if value is not None and value != []}

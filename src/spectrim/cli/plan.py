@@ -42,13 +42,14 @@ def plan(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace FILE if it exists.")
     ] = False,
+    every: options.Every = False,
     as_json: options.AsJson = False,
     verbose: options.Verbose = False,
     **words: Any,
 ) -> None:
     """Choose ranks for a size from a survey.
 
-    Prints ranks, bytes, predicted loss and a map of what each target keeps.
+    Prints ranks, bytes and predicted loss, and what is kept along depth.
     """
     from spectrim.cli.session import session
 
@@ -68,11 +69,18 @@ def plan(
         if output is not None:
             write_text(output, json.dumps(plan_record(made, surveyed), indent=2) + "\n")
     from spectrim.cli.render import print_json
-    from spectrim.cli.summary import print_heat_map, print_plan_summary, print_ranks
+    from spectrim.cli.summary import print_plan_summary
+    from spectrim.cli.target_tables import (
+        print_heat_map,
+        print_projections,
+        print_targets,
+        rows_of_plan,
+    )
 
     if as_json:
         print_json(made.to_json())
         return
-    print_ranks(made)
-    print_heat_map(made)
+    rows = rows_of_plan(made)
+    (print_targets if every else print_projections)(rows)
+    print_heat_map(rows)
     print_plan_summary(made, output=output)

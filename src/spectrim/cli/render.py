@@ -77,7 +77,7 @@ def build_table(headers: Sequence[str], rows: Sequence[Sequence[str | Text]], wo
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False, show_edge=False)
     for position, name in enumerate(headers):
         justify = "left" if position < words else "right"
         table.add_column(name, justify=justify, no_wrap=True)

@@ -19,6 +19,7 @@ def resize(
         Path, typer.Argument(metavar="ELASTIC", help="An elastic artifact, e.g. of recipe acip.")
     ],
     output: options.Output,
+    as_json: options.AsJson = False,
     verbose: options.Verbose = False,
     quiet: options.Quiet = False,
     **words: Any,
@@ -26,10 +27,14 @@ def resize(
     """Write ELASTIC's model at another size to OUT."""
     from spectrim.cli.session import session
 
-    with session(verbose=verbose, quiet=quiet, output=output):
+    with session(verbose=verbose, quiet=quiet or as_json, output=output):
         from spectrim import api
 
         result = api.resize(artifact, output=output, **options.given(**words))
-    from spectrim.cli.summary import print_plan_summary
+    from spectrim.cli.render import print_json
+    from spectrim.cli.results import print_compression
 
-    print_plan_summary(result.plan, output=output)
+    if as_json:
+        print_json({"output": str(output), **result.report})
+    else:
+        print_compression(result.report, output)

@@ -12,8 +12,9 @@ from spectrim.cli.render import (
     print_facts,
     print_note,
     print_table,
-    storage_words,
 )
+from spectrim.cli.summary import loss_words
+from spectrim.cli.target_tables import TargetRow, print_projections, print_targets
 
 __all__ = [
     "print_compression",
@@ -21,6 +22,7 @@ __all__ = [
     "print_estimate",
     "print_evaluations",
     "print_inspection",
+    "short_names",
 ]
 
 REPORT_FILE = "spectrim_report.json"
@@ -36,14 +38,21 @@ def print_compression(report: dict[str, Any], output: Path) -> None:
     keep = report["keep"]
     targets = report["targets"]
     dense = sum(1 for target in targets if target["rank"] is None)
-    loss = report["predicted_loss"]
+    measured = report["measured"] or {"texts": [], "why_not": None}
+    print_before_and_after(report, measured["texts"])
     print_facts(
         {
             "recipe": report["recipe"]["name"],
             "keep": f"{keep['achieved']:.4f} of the target bytes (asked for {keep['asked']:.4g})",
+            "with protected layers": None
+            if keep["with_protected"] == keep["achieved"]
+            else f"{keep['with_protected']:.4f} of the bytes of targets and protected layers",
             "targets": f"{of(keep['target_bytes'])}; {len(targets)}, {dense} left dense",
             "whole model": f"{of(keep['model_bytes'])}, {keep['whole_model']:.1%}",
-            "predicted loss": None if loss is None else f"{loss:.4g} ({report['rule']})",
+            "predicted loss": loss_words(
+                report["predicted_loss"], report["predicted_loss_unit"], measured["texts"]
+            ),
+            "not measured": measured["why_not"],
             "time": format_seconds(sum(report["seconds"].values())),
             "peak memory": format_bytes(report["peak_memory_bytes"]),
             "left alone": f"{len(report['left_alone'])} modules" if report["left_alone"] else None,
@@ -53,8 +62,29 @@ def print_compression(report: dict[str, Any], output: Path) -> None:
     )
 
 
+def print_before_and_after(report: dict[str, Any], texts: list[dict[str, Any]]) -> None:
+    """Print bytes and perplexities of the dense and of the compressed model."""
+    size = report["keep"]["model_bytes"]
+    rows: list[tuple[str, ...]] = [
+        ("bytes", format_bytes(size["dense"]), format_bytes(size["stored"]))
+    ]
+    for measured in texts:
+        pair = (measured["dense"], measured["compressed"])
+        cells = (plus_minus(m["perplexity"], m["standard_error"]) for m in pair)
+        rows.append((f"perplexity, {measured['text']}", *cells))
+    print_table(("", "dense", "compressed"), rows, title=f"{report['model']}")
+    for measured in texts:
+        print_note(
+            f"{measured['text']}: {measured['windows']} windows of {measured['window_length']} "
+            f"tokens, {measured['what']}"
+        )
+
+
 def print_estimate(record: dict[str, Any]) -> None:
     """Print what a run is predicted to take, and which parts make up its memory."""
+    if not record["host_parts"]:
+        print_training(record)
+        return
     seconds = record["seconds"]
     where = "host" if not record["device_bytes"] else record["device"]
     parts = record["device_parts"] or record["host_parts"]
@@ -82,26 +112,32 @@ def print_estimate(record: dict[str, Any]) -> None:
     )
 
 
-def print_inspection(record: dict[str, Any]) -> None:
-    """Print every target of a folder and its totals, as counted from the files."""
+def print_training(record: dict[str, Any]) -> None:
+    """Print what a training is predicted to take; its memory is not predicted."""
+    windows, length = record["windows"]
+    print_facts(
+        {
+            "checkpoint": format_bytes(record["checkpoint_bytes"]),
+            "windows": f"{windows} of {length} tokens",
+            "time": f"at most about {format_seconds(sum(record['seconds'].values()))}",
+            **{f"  {phase}": format_seconds(s) for phase, s in record["seconds"].items() if s},
+            "memory": "not predicted for training",
+            "shorter": "fewer steps in a recipe of your own: `spectrim recipes show NAME`",
+        }
+    )
+
+
+def print_inspection(record: dict[str, Any], *, every: bool = False) -> None:
+    """Print the targets of a folder and its totals, as counted from the files.
+
+    Args:
+        record: as `spectrim inspect --json` prints it.
+        every: each target on a line of its own instead of one line per projection.
+    """
     targets = record["targets"]
     if targets:
-        print_table(
-            ("target", "storage", "dtype", "shape", "rank", "bytes", "kept"),
-            [
-                (
-                    target["name"],
-                    storage_words(target["storage"], target["weights"]),
-                    target["dtype"],
-                    f"{target['out_features']}x{target['in_features']}",
-                    "-" if target["rank"] is None else str(target["rank"]),
-                    format_bytes(target["bytes"]),
-                    f"{target['kept']:.1%}",
-                )
-                for target in targets
-            ],
-            words=3,
-        )
+        rows = [TargetRow.from_record(target) for target in targets]
+        (print_targets if every else print_projections)(rows)
     keep = record["achieved_keep"]
     pair = {"stored": record["bytes"], "dense": record["dense_bytes"]}
     target_pair = {"stored": record["target_bytes"], "dense": record["dense_target_bytes"]}
@@ -112,42 +148,61 @@ def print_inspection(record: dict[str, Any]) -> None:
             "targets": of(target_pair) if targets else None,
             "whole model": of(pair) if targets else format_bytes(record["bytes"]),
             "parameters": format_count(record["parameters"]),
+            "numbers": ", ".join(sorted({t["dtype"] for t in targets})) or None,
             "files": ", ".join(f"{n} {format_bytes(b)}" for n, b in record["files"].items()),
         }
     )
 
 
 def print_evaluations(results: list[dict[str, Any]]) -> None:
-    """Print one table per text, models down.
+    """Print one table per text, models down, the dense one first where there is one.
 
     Args:
-        results: one record per model, as `spectrim.evaluate` returns it.
+        results: one record per model, as `evaluate_models` returns them.
     """
+    names = short_names([result["model"] for result in results])
     for text in dict.fromkeys(text for result in results for text in result["perplexity"]):
-        compared = any("agreement" in result for result in results)
+        shown = [i for i, result in enumerate(results) if text in result["perplexity"]]
+        compared = any("agreement" in results[i] for i in shown)
         rows = []
-        shown = [result for result in results if text in result["perplexity"]]
-        for result in shown:
+        for i in shown:
+            result = results[i]
             measured = result["perplexity"][text]
             row = [
-                result["model"],
-                plus_minus(measured["perplexity"], measured["standard_error"]),
-                format_count(result["parameters"]),
+                names[i],
                 format_bytes(result["stored_bytes"] or result["parameter_bytes"]),
+                plus_minus(measured["perplexity"], measured["standard_error"]),
             ]
             if compared:
-                agreement = result["agreement"][text]
-                row += [
-                    plus_minus(agreement["kl"], agreement["kl_standard_error"]),
-                    f"{agreement['top1']:.1%}",
-                ]
+                row += against_words(result, text)
             rows.append(row)
-        headers = ["model", "perplexity", "parameters", "bytes"]
-        headers += ["KL, nats/token", "same top token"] if compared else []
+        headers = ["model", "bytes", "perplexity"]
+        headers += ["nats more", "KL, nats", "same top"] if compared else []
         print_table(headers, rows, title=text)
         # More than one line only where tokenizers or longest windows differ.
-        for words in dict.fromkeys(protocol_words(r["perplexity"][text]) for r in shown):
+        for words in dict.fromkeys(protocol_words(results[i]["perplexity"][text]) for i in shown):
             print_note(words)
+
+
+def against_words(result: dict[str, Any], text: str) -> list[str]:
+    """What a model loses against the dense one: paired loss, divergence, equal top tokens."""
+    near = result.get("agreement", {}).get(text)
+    if near is None:
+        return ["-", "-", "-"]
+    more = result.get("difference", {}).get(text)
+    return [
+        "-" if more is None else f"{more['nll']:+.3f} ± {more['nll_standard_error']:.1g}",
+        f"{near['kl']:.3g}",
+        f"{near['top1']:.1%}",
+    ]
+
+
+def short_names(models: list[str]) -> list[str]:
+    """The last part of every path or hub name, the whole where two would be called the same."""
+    last = [name.rstrip("/").rpartition("/")[2] or name for name in models]
+    return [
+        short if last.count(short) == 1 else full for short, full in zip(last, models, strict=True)
+    ]
 
 
 def protocol_words(measured: dict[str, Any]) -> str:

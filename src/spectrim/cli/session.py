@@ -54,7 +54,7 @@ def session(
     follows = placement().rank > 0
     quiet = quiet or follows
     set_up_logging(console, verbose=verbose and not follows, quiet=quiet)
-    silence_foreign_bars(console, quiet=quiet)
+    silence_foreign_bars()
     progress = new_progress(console, quiet=quiet)
     before = neighbors(output)
     try:
@@ -92,15 +92,15 @@ def set_up_logging(console: Console, *, verbose: bool, quiet: bool) -> None:
     logger.setLevel(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
 
 
-def silence_foreign_bars(console: Console, *, quiet: bool) -> None:
-    """Switch other libraries' own bars off where nobody would see them move.
+def silence_foreign_bars() -> None:
+    """Switch other libraries' own bars off: they would write across ours, stage by stage.
 
-    The hub, transformers and tqdm (lm-eval's bars) read these variables when they are imported,
-    which happens after this call.
+    The hub, datasets, transformers and tqdm (lm-eval's bars) read these variables when they are
+    imported, which happens after this call. A user who sets them has the last word.
     """
-    if quiet or not console.is_terminal:
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        os.environ.setdefault("TQDM_DISABLE", "1")
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(name, "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def new_progress(console: Console, *, quiet: bool) -> Progress:

@@ -94,7 +94,7 @@ def print_curve(record: dict[str, Any], output: Path) -> None:
     from spectrim.cli.render import format_bytes, print_facts, print_table
 
     print_table(
-        ("recipe", "keep", "model", "bits/weight", "perplexity", "nats above dense", "KL", "same"),
+        ("recipe", "keep", "model", "bits", "perplexity", "nats more", "KL", "same top"),
         [
             (
                 point["recipe"],
@@ -112,6 +112,7 @@ def print_curve(record: dict[str, Any], output: Path) -> None:
     print_facts(
         {
             "dense": f"perplexity {record['dense']['perplexity']:.3f}",
+            "bits": "stored, per original target weight",
             **{f"skipped {name}": why for name, why in record["skipped"].items()},
             "output": output,
         }
@@ -119,49 +120,68 @@ def print_curve(record: dict[str, Any], output: Path) -> None:
 
 
 def print_comparison(record: dict[str, Any], output: Path | None) -> None:
-    """Print the table with the best of every size in bold."""
+    """Print the table with the best of every size in bold; its files have the other columns."""
     from rich.text import Text
 
     from spectrim.cli.render import print_facts, print_note, print_table
-    from spectrim.report.tables import COMPARISON_HEADERS, comparison_rows
 
-    rows = comparison_rows(record["entries"])
-    styles = ["bold" if entry["best"] else "" for entry in record["entries"]]
-    print_table(
-        COMPARISON_HEADERS,
-        [[Text(cell, style=s) for cell in row] for row, s in zip(rows, styles, strict=True)],
-    )
+    rows = []
+    for entry in record["entries"]:
+        low, high = entry["excess_low"], entry["excess_high"]
+        interval = "" if low is None else f" [{low:+.3f}, {high:+.3f}]"
+        cells = (
+            str(entry["recipe"]),
+            f"{entry['achieved']:.3f}",
+            f"{entry['perplexity']:.5g}",
+            f"{entry['excess']:+.3f}{interval}",
+            f"{entry['kl']:.3f}",
+            f"{entry['seconds']:.0f}",
+            "best" if entry["best"] else "as good" if entry["within_noise"] else "",
+        )
+        rows.append([Text(cell, style="bold" if entry["best"] else "") for cell in cells])
+    print_table(("recipe", "keep", "perplexity", "nats more", "KL", "seconds", ""), rows)
     print_note(
         f"dense perplexity {record['dense']['perplexity']:.3f}; intervals are 95 %, from a paired "
-        "bootstrap over windows; every recipe ran in its own process"
+        "bootstrap over windows, 'as good' cannot be told from the best of its size; every recipe "
+        "ran in its own process"
     )
     print_facts({**{f"failed {n}": why for n, why in record["failed"].items()}, "output": output})
 
 
 def print_tasks(results: list[dict[str, Any]]) -> None:
-    """Print accuracies of zero-shot tasks, tasks down and models across, and what was skipped."""
-    from spectrim.cli.render import print_note, print_table
+    """Print accuracies of zero-shot tasks, tasks down and models across, and what was skipped.
 
-    found = [(r["model"], r["zero_shot"]) for r in results if "zero_shot" in r]
-    names = list(dict.fromkeys(name for _, record in found for name in record["tasks"]))
+    Below each model that is held against a dense one stand the paired differences from it.
+    """
+    from spectrim.cli.render import print_note, print_table
+    from spectrim.cli.results import short_names
+
+    found = [r["zero_shot"] for r in results if "zero_shot" in r]
+    models = short_names([r["model"] for r in results if "zero_shot" in r])
+    names = list(dict.fromkeys(name for record in found for name in record["tasks"]))
+    columns: dict[str, list[str]] = {}
+    for model, record in zip(models, found, strict=True):
+        columns[model] = [accuracy_words(record["tasks"].get(name)) for name in names]
+        mean = {"accuracy": record["mean"], "standard_error": record["mean_standard_error"]}
+        columns[model].append(accuracy_words(mean))
+        paired = record.get("difference")
+        if paired is not None:
+            cells = [accuracy_words(paired["tasks"].get(name), sign="+") for name in names]
+            mean = {"accuracy": paired["mean"], "standard_error": paired["mean_standard_error"]}
+            columns[f"{model} - dense"] = [*cells, accuracy_words(mean, sign="+")]
     if names:
-        rows = [
-            (name, *(accuracy_words(record["tasks"].get(name)) for _, record in found))
-            for name in names
-        ]
-        means = [
-            {"accuracy": r["mean"], "standard_error": r["mean_standard_error"]} for _, r in found
-        ]
-        rows.append(("mean", *(accuracy_words(mean) for mean in means)))
-        print_table(("accuracy", *(name for name, _ in found)), rows, title="zero-shot tasks")
+        rows = list(zip([*names, "mean"], *columns.values(), strict=True))
+        print_table(("accuracy, %", *columns), rows, title="zero-shot tasks")
+    if any("difference" in record for record in found):
+        print_note("differences are paired over questions, with their standard errors")
     for reason in dict.fromkeys(why for r in results for why in r.get("skipped", {}).values()):
         print_note(f"skipped: {reason}")
 
 
-def accuracy_words(task: dict[str, Any] | None) -> str:
+def accuracy_words(task: dict[str, Any] | None, *, sign: str = "") -> str:
     """An accuracy with its standard error, in percent."""
     if task is None or task["accuracy"] is None:
         return "-"
     error = task["standard_error"]
-    words = f"{100 * task['accuracy']:.1f}"
+    words = f"{100 * task['accuracy']:{sign}.1f}"
     return words if error is None else f"{words} ± {100 * error:.1f}"

@@ -13,7 +13,7 @@ __all__ = ["survey"]
 
 
 @takes(
-    *("recipe", *CALIBRATING, "batch", "device", "dtype", "out_of_core"),
+    *("recipe", "only", "skip", *CALIBRATING, "batch", "bos", "device", "dtype", "out_of_core"),
     *("trust_remote_code", "overwrite"),
 )
 def survey(
@@ -27,6 +27,7 @@ def survey(
             help="first_order, second_order, kfac, measured, table; default the first two.",
         ),
     ] = None,
+    as_json: options.AsJson = False,
     verbose: options.Verbose = False,
     quiet: options.Quiet = False,
     **words: Any,
@@ -39,7 +40,7 @@ def survey(
     from spectrim.cli.session import session
 
     with (
-        session(verbose=verbose, quiet=quiet, output=output, resumes=True) as progress,
+        session(verbose=verbose, quiet=quiet or as_json, output=output, resumes=True) as progress,
         crew(words["device"], progress) as team,
     ):
         from spectrim import api
@@ -56,16 +57,26 @@ def survey(
     if not team.leads:
         return
     from spectrim.cli.progress import format_seconds
-    from spectrim.cli.render import print_facts
+    from spectrim.cli.render import print_facts, print_json
 
+    record = {
+        "model": made.model_name,
+        "targets": len(made.curves),
+        "scores": list(made.scores),
+        "seconds": sum(made.facts["seconds"].values()),
+        "notes": list(made.notes),
+        "output": str(output),
+    }
+    if as_json:
+        print_json(record)
+        return
     print_facts(
         {
-            "model": made.model_name,
-            "targets": len(made.curves),
+            **record,
             "scores": ", ".join(made.scores),
-            "time": format_seconds(sum(made.facts["seconds"].values())),
+            "seconds": None,
+            "time": format_seconds(record["seconds"]),
             "notes": "; ".join(made.notes) or None,
-            "output": output,
             "next": f"spectrim plan {output} --keep 0.6",
         }
     )

@@ -38,4 +38,5 @@ def interleave(parts: Sequence[Windows]) -> Windows:
         tokenizer_sha256=next((p.tokenizer_sha256 for p in parts if p.tokenizer_sha256), ""),
         seed=parts[0].seed,
         bos="+".join(dict.fromkeys(p.bos for p in parts)),
+        spare=next((p.spare for p in parts if p.spare is not None), None),
     )

@@ -13,12 +13,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from spectrim.data.chat import SHAPES, is_chat, render_chat
 from spectrim.data.corpora import CORPORA, load_corpus
 from spectrim.errors import TextError
 
-__all__ = ["DOCUMENT_SEPARATOR", "SELF", "Split", "Text", "read_text"]
+__all__ = ["DOCUMENT_SEPARATOR", "SELF", "Split", "Text", "read_text", "split_sources"]
 
 DOCUMENT_SEPARATOR = "\n\n"
 SELF = "self"
@@ -42,9 +43,11 @@ class Text:
     sha256: str
 
     @classmethod
-    def from_documents(cls, documents: Sequence[str], *, name: str) -> Text:
+    def from_documents(
+        cls, documents: Sequence[str], *, name: str, separator: str = DOCUMENT_SEPARATOR
+    ) -> Text:
         """Join documents; raises `TextError` when nothing but white space remains."""
-        content = DOCUMENT_SEPARATOR.join(documents)
+        content = separator.join(documents)
         if not content.strip():
             raise TextError(
                 f"the text {name!r} is empty: {len(documents)} documents hold {len(content)} "
@@ -53,15 +56,51 @@ class Text:
         return cls(content, name, hashlib.sha256(content.encode()).hexdigest())
 
 
-def read_text(source: str | Path | Sequence[str] | Text, *, split: Split = "calibration") -> Text:
+def split_sources(text: str | Path) -> list[tuple[str, float]]:
+    """Names and shares of `a.txt:0.7,b.jsonl:0.3`; a source without a share has 1.
+
+    Raises:
+        TextError: a share that is not positive, or only some of several sources have one.
+    """
+    found: list[tuple[str, float]] = []
+    told = 0
+    for part in (part.strip() for part in str(text).split(",")):
+        name, colon, tail = part.rpartition(":")
+        try:
+            share = float(tail) if colon else None
+        except ValueError:
+            share = None  # the colon belongs to the name
+        if share is None:
+            found.append((part, 1.0))
+            continue
+        if not 0 < share < float("inf"):
+            raise TextError(f"the share of {name!r} is {tail}; give a positive number")
+        told += 1
+        found.append((name, share))
+    if 0 < told < len(found):
+        raise TextError(
+            f"{told} of the {len(found)} texts in {str(text)!r} have a share; give all of them "
+            "one, as in a.txt:0.7,b.jsonl:0.3, or none"
+        )
+    return found
+
+
+def read_text(
+    source: str | Path | Sequence[str] | Text,
+    *,
+    split: Split = "calibration",
+    tokenizer: Any = None,
+) -> Text:
     """Read a text from a file, a list of documents, or a corpus name.
 
     Args:
-        source: a `.txt` or `.jsonl` file (field `text`), plain or gzipped; a list of documents;
-            one of the names `wikitext2`, `c4`, `ptb`, which need the extra `text` and a network
-            or a filled cache; a `Text` is returned as it is.
+        source: a `.txt` or `.jsonl` file, plain or gzipped, whose rows have a field `text` or are
+            conversations (`data.chat`); a list of documents; one of the names `wikitext2`, `c4`,
+            `ptb`, which need the extra `text` and a network or a filled cache; a `Text` is
+            returned as it is.
         split: which part of a named corpus: `calibration` is its training text, `evaluation`
             its test text (for c4, which has none, its validation text).
+        tokenizer: its chat template writes conversations; only they need it.
 
     Returns:
         The text with its name and hash.
@@ -73,7 +112,7 @@ def read_text(source: str | Path | Sequence[str] | Text, *, split: Split = "cali
     if isinstance(source, Text):
         return source
     if isinstance(source, str | Path):
-        return _read_named(source, split)
+        return _read_named(source, split, tokenizer)
     documents = list(source)
     strangers = [type(d).__name__ for d in documents if not isinstance(d, str)]
     if strangers:
@@ -84,7 +123,7 @@ def read_text(source: str | Path | Sequence[str] | Text, *, split: Split = "cali
     return Text.from_documents(documents, name="list")
 
 
-def _read_named(source: str | Path, split: Split) -> Text:
+def _read_named(source: str | Path, split: Split, tokenizer: Any) -> Text:
     if isinstance(source, str) and source in CORPORA:
         return Text.from_documents(load_corpus(source, split), name=source)
     if source == SELF:
@@ -94,15 +133,15 @@ def _read_named(source: str | Path, split: Split) -> Text:
         )
     path = Path(source)
     if path.is_file():
-        return Text.from_documents(_read_documents(path), name=path.name)
+        return _read_file(path, tokenizer)
     found = "is a folder" if path.is_dir() else "is neither an existing file nor a known name"
     raise TextError(
         f"the text source {str(source)!r} {found}; known names: {', '.join((*CORPORA, SELF))}; "
-        "files: .txt, .jsonl with a field 'text', either also as .gz"
+        "files: .txt, .jsonl, either also as .gz"
     )
 
 
-def _read_documents(path: Path) -> list[str]:
+def _read_file(path: Path, tokenizer: Any) -> Text:
     suffixes = [s.lower() for s in path.suffixes]
     zipped = suffixes[-1:] == [".gz"]
     kind = (suffixes[:-1] if zipped else suffixes)[-1:]
@@ -119,24 +158,37 @@ def _read_documents(path: Path) -> list[str]:
         raise TextError(
             f"the file {path} is not UTF-8: {error.reason} at byte {error.start}; convert it first"
         ) from error
-    return _json_lines(decoded, path) if kind == [".jsonl"] else [decoded]
+    if kind == [".txt"]:
+        return Text.from_documents([decoded], name=path.name)
+    return _json_lines(decoded, path, tokenizer)
 
 
-def _json_lines(content: str, path: Path) -> list[str]:
+def _json_lines(content: str, path: Path, tokenizer: Any) -> Text:
     documents = []
+    chats = 0
     # Only "\n" ends a JSON line: splitlines() would also cut at U+2028 inside a string.
     for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
+        where = f"{path}, line {number}"
         try:
             entry = json.loads(line)
         except json.JSONDecodeError as error:
-            raise TextError(f"{path}, line {number} is not JSON: {error.msg}") from error
-        if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
+            raise TextError(f"{where} is not JSON: {error.msg}") from error
+        if isinstance(entry, dict) and is_chat(entry):
+            chats += 1
+            documents.append(render_chat(entry, tokenizer, where=where))
+        elif isinstance(entry, dict) and isinstance(entry.get("text"), str):
+            documents.append(entry["text"])
+        else:
             found = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
-            raise TextError(
-                f"{path}, line {number}: expected an object with a string field 'text', "
-                f"found {found}"
-            )
-        documents.append(entry["text"])
-    return documents
+            raise TextError(f"{where}: expected a string field {SHAPES}; found {found}")
+    if chats == 0:
+        return Text.from_documents(documents, name=path.name)
+    if chats < len(documents):
+        raise TextError(
+            f"{path} mixes {chats} conversations with {len(documents) - chats} rows of plain "
+            "text; put them into two files"
+        )
+    name = f"{path.name} (chat template)"
+    return Text.from_documents(documents, name=name, separator="")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,8 @@ class Windows:
         tokenizer_sha256: hash of the tokenizer, empty when unknown.
         seed: of the start positions, None where nothing was drawn.
         bos: `none`, `each`, `half` (every second window), or `start` (once, before the text).
+        spare: some windows of the same texts that overlap none of these, to measure on; None where
+            nothing is left. They are not part of the record.
     """
 
     ids: Tensor
@@ -43,6 +45,7 @@ class Windows:
     tokenizer_sha256: str
     seed: int | None
     bos: str
+    spare: Windows | None = None
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -88,12 +91,16 @@ class Windows:
         """The first `count` windows; several sources alternate, so each keeps its share."""
         if not 1 <= count <= len(self):
             raise TextError(f"asked for {count} windows of {len(self)}; ask for 1 to {len(self)}")
-        changed = {
-            "ids": self.ids[:count],
-            "starts": self.starts[:count],
-            "source_index": self.source_index[:count],
-        }
-        return Windows(**{**vars(self), **changed})
+        return self.pick(torch.arange(count))
+
+    def pick(self, rows: Tensor) -> Windows:
+        """The windows of these indices, int64."""
+        return replace(
+            self,
+            ids=self.ids[rows],
+            starts=self.starts[rows],
+            source_index=self.source_index[rows],
+        )
 
     def check_vocabulary(self, size: int) -> None:
         """Raise `TextError` if an id does not exist in a model with `size` embeddings."""

@@ -8,7 +8,9 @@ policy predicts the same positions of the same text.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -27,9 +29,13 @@ __all__ = [
     "evaluation_windows",
     "given_windows",
     "longest_window",
+    "share_out",
 ]
 
 logger = logging.getLogger(__name__)
+
+MOST_SPARE = 64
+"""Windows beside the calibration that are kept to measure on."""
 
 BosPolicy = Literal["none", "each", "half"]
 EvaluationBos = Literal["none", "each", "start"]
@@ -44,12 +50,13 @@ def calibration_windows(
     seed: int = 0,
     bos: BosPolicy = "none",
     shortest: int | None = None,
+    shares: Sequence[float] | None = None,
 ) -> Windows:
     """Windows at random positions of one or several texts.
 
     Args:
-        text: one text, or several, which share the windows equally and alternate; or a tensor
-            (N, T) whose rows are the windows, with which the other arguments play no part.
+        text: one text, or several, which share the windows and alternate; or a tensor (N, T)
+            whose rows are the windows, with which the other arguments play no part.
         tokenizer: a Hugging Face tokenizer; may be None with a tensor.
         windows: how many, N.
         window_length: tokens per window, T.
@@ -57,6 +64,7 @@ def calibration_windows(
         bos: which windows have their first token replaced by BOS.
         shortest: where a text has too few tokens for one window, all windows are shortened to
             what it allows, but not below this; None refuses.
+        shares: of the windows that each text gives, relative to their sum; None for equal ones.
 
     Raises:
         TextError: too little text, no BOS token where one is asked for, or a malformed tensor.
@@ -64,47 +72,99 @@ def calibration_windows(
     if isinstance(text, Tensor):
         return given_windows(text, tokenizer=tokenizer)
     texts = (text,) if isinstance(text, Text) else tuple(text)
-    if not 1 <= len(texts) <= windows:
-        raise TextError(f"{len(texts)} texts cannot share {windows} windows; give 1 to {windows}")
+    counts = share_out(windows, shares or [1.0] * len(texts))
+    if not texts or min(counts) < 1:
+        raise TextError(f"{len(texts)} texts cannot share {windows} windows so that each has one")
     _check_length(window_length)
     tokenized = [tokenize(source.content, tokenizer) for source in texts]
     if shortest is not None:
         fits = min(len(tokens) for tokens in tokenized) - 2
         window_length = max(min(window_length, fits), min(window_length, shortest))
     generator = torch.Generator().manual_seed(seed)
-    ids, starts, totals = [], [], []
-    for index, (source, tokens) in enumerate(zip(texts, tokenized, strict=True)):
-        count = windows // len(texts) + (index < windows % len(texts))
-        needed = window_length + 2
-        if len(tokens) < needed:
-            raise TextError(
-                f"the text {source.name!r} has {len(tokens)} tokens; windows of {window_length} "
-                f"need at least {needed}: give a longer text or shorter windows"
-            )
-        if len(tokens) < count * window_length:
-            logger.warning(
-                "the text %r has %d tokens; %d windows of %d overlap in it",
-                *(source.name, len(tokens), count, window_length),
-            )
-        start = torch.randint(0, len(tokens) - (window_length + 1), (count,), generator=generator)
-        ids.append(_with_bos(_rows(tokens, start, window_length), tokenizer, bos))
-        starts.append(start)
-        totals.append(len(tokens))
-    # Row r of every source before row r+1 of any: a prefix of the windows is a fair sample too.
-    turn = torch.cat([torch.arange(len(s)) for s in starts])
-    owner = torch.cat([torch.full((len(s),), i) for i, s in enumerate(starts)])
-    order = torch.argsort(turn * len(texts) + owner)
-    return Windows(
-        ids=torch.cat(ids)[order],
-        starts=torch.cat(starts)[order],
-        source_index=owner[order],
-        sources=tuple(t.name for t in texts),
-        text_sha256=tuple(t.sha256 for t in texts),
-        text_tokens=tuple(totals),
-        tokenizer_sha256=tokenizer_hash(tokenizer),
-        seed=seed,
-        bos=bos,
+    drawn = [
+        _drawn(source.name, tokens, count=count, length=window_length, generator=generator)
+        for source, tokens, count in zip(texts, tokenized, counts, strict=True)
+    ]
+
+    def together(rows: list[tuple[Tensor, Tensor]], spare: Windows | None) -> Windows:
+        """One set of windows from (starts, tokens) of every text."""
+        # Position within its text, spread over [0, 1): texts alternate in proportion, so that a
+        # prefix of the windows is a fair sample too.
+        place = torch.cat([(torch.arange(len(s)) + 0.5) / max(1, len(s)) for s, _ in rows])
+        owner = torch.cat([torch.full((len(s),), i) for i, (s, _) in enumerate(rows)])
+        order = torch.argsort(place, stable=True)
+        return Windows(
+            ids=torch.cat([_with_bos(ids, tokenizer, bos) for _, ids in rows])[order],
+            starts=torch.cat([starts for starts, _ in rows])[order],
+            source_index=owner[order],
+            sources=tuple(t.name for t in texts),
+            text_sha256=tuple(t.sha256 for t in texts),
+            text_tokens=tuple(d.total for d in drawn),
+            tokenizer_sha256=tokenizer_hash(tokenizer),
+            seed=seed,
+            bos=bos,
+            spare=spare,
+        )
+
+    left = [d.spare for d in drawn]
+    spare = together(left, None) if sum(len(starts) for starts, _ in left) else None
+    return together([d.rows for d in drawn], spare)
+
+
+def share_out(count: int, shares: Sequence[float]) -> list[int]:
+    """Whole numbers with the sum `count`, in proportion to the shares, by largest remainders."""
+    total = math.fsum(shares)
+    exact = [count * share / total for share in shares]
+    whole = [math.floor(value) for value in exact]
+    order = sorted(range(len(shares)), key=lambda i: (whole[i] - exact[i], i))
+    for i in order[: count - sum(whole)]:
+        whole[i] += 1
+    return whole
+
+
+@dataclass(frozen=True, eq=False)
+class _Drawn:
+    """What one text gives: (starts, ids) of its windows and of some that overlap none of them."""
+
+    rows: tuple[Tensor, Tensor]
+    spare: tuple[Tensor, Tensor]
+    total: int
+
+
+def _drawn(
+    name: str, tokens: Tensor, *, count: int, length: int, generator: torch.Generator
+) -> _Drawn:
+    needed = length + 2
+    if len(tokens) < needed:
+        raise TextError(
+            f"the text {name!r} has {len(tokens)} tokens; windows of {length} "
+            f"need at least {needed}: give a longer text or shorter windows"
+        )
+    if len(tokens) < count * length:
+        logger.warning(
+            "the text %r has %d tokens; %d windows of %d overlap in it",
+            *(name, len(tokens), count, length),
+        )
+    starts = torch.randint(0, len(tokens) - (length + 1), (count,), generator=generator)
+    free = _untouched(starts, length, len(tokens))
+    return _Drawn(
+        (starts, _rows(tokens, starts, length)), (free, _rows(tokens, free, length)), len(tokens)
     )
+
+
+def _untouched(starts: Tensor, length: int, total: int) -> Tensor:
+    """Starts of at most `MOST_SPARE` windows that overlap neither each other nor the given ones."""
+    ends = torch.cat([torch.zeros(1, dtype=torch.int64), starts.sort().values + length])
+    nexts = torch.cat([starts.sort().values, torch.tensor([total])])
+    found = [
+        torch.arange(int(end), int(following) - length + 1, length)
+        for end, following in zip(ends.cummax(0).values, nexts, strict=True)
+        if following - end >= length
+    ]
+    free = torch.cat(found) if found else torch.empty(0, dtype=torch.int64)
+    if len(free) <= MOST_SPARE:
+        return free
+    return free[torch.linspace(0, len(free) - 1, MOST_SPARE).round().long()]
 
 
 def evaluation_windows(

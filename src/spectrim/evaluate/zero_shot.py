@@ -17,7 +17,14 @@ from typing import Any
 
 from spectrim.errors import InputError, MissingExtraError
 
-__all__ = ["LITERATURE_TASKS", "OFFLINE_TASKS", "TASK_FOLDER", "ZeroShot", "zero_shot"]
+__all__ = [
+    "LITERATURE_TASKS",
+    "OFFLINE_TASKS",
+    "TASK_FOLDER",
+    "ZeroShot",
+    "task_difference",
+    "zero_shot",
+]
 
 LITERATURE_TASKS = (
     "openbookqa",
@@ -54,12 +61,14 @@ class ZeroShot:
     Attributes:
         tasks: task -> `accuracy`, `standard_error`, `normalized` (or None), `samples`, `version`.
         skipped: task -> why it was not measured.
-        protocol: shots, limit, batch and versions.
+        protocol: shots, limit, batch, BOS and versions.
+        right: task -> question -> whether it was answered right; for paired differences.
     """
 
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     protocol: dict[str, Any] = field(default_factory=dict)
+    right: dict[str, dict[int, float]] = field(default_factory=dict)
 
     @property
     def mean(self) -> float | None:
@@ -86,6 +95,38 @@ class ZeroShot:
         }
 
 
+def task_difference(model: ZeroShot, reference: ZeroShot) -> dict[str, Any]:
+    """Accuracy minus that of a reference on the same questions, with paired standard errors.
+
+    What makes a question hard for both models cancels: the error is that of the mean of the single
+    differences (-1, 0 or 1), not of two independent accuracies.
+
+    Returns:
+        `tasks`: task -> `accuracy`, `standard_error` and `questions`; `mean` and
+        `mean_standard_error` over these tasks. Tasks that only one of them has are left out.
+    """
+    tasks: dict[str, dict[str, Any]] = {}
+    for name, ours in model.right.items():
+        theirs = reference.right.get(name, {})
+        if not ours or ours.keys() != theirs.keys():
+            continue
+        count = len(ours)
+        pairs = [ours[question] - theirs[question] for question in ours]
+        mean = math.fsum(pairs) / count
+        spread = math.fsum((pair - mean) ** 2 for pair in pairs)
+        error = math.sqrt(spread / (count - 1) / count) if count > 1 else None
+        tasks[name] = {"accuracy": mean, "standard_error": error, "questions": count}
+    errors = [task["standard_error"] for task in tasks.values()]
+    known = bool(errors) and None not in errors
+    return {
+        "tasks": tasks,
+        "mean": math.fsum(t["accuracy"] for t in tasks.values()) / len(tasks) if tasks else None,
+        "mean_standard_error": math.sqrt(math.fsum(e**2 for e in errors)) / len(errors)
+        if known
+        else None,
+    }
+
+
 def task_names(tasks: Sequence[str]) -> list[str]:
     """Names with `literature` and `offline` replaced by their members, without repetition."""
     names = [name for task in tasks for name in _SETS.get(task, (task,))]
@@ -99,6 +140,7 @@ def zero_shot(
     *,
     limit: int | None = None,
     batch: int = 8,
+    bos: bool = False,
     task_folders: Sequence[str | Path] = (),
 ) -> ZeroShot:
     """Evaluate a loaded model on tasks of lm-eval.
@@ -110,6 +152,7 @@ def zero_shot(
             `offline`.
         limit: questions per task, None for all.
         batch: requests per forward pass.
+        bos: put BOS before every request; False leaves that to the tokenizer.
         task_folders: folders with task files of the user's own; a task there takes the place of
             the one that lm-eval brings.
 
@@ -139,8 +182,9 @@ def zero_shot(
     device = str(next(model.parameters()).device)
     # Registered by decorators that hide the signature from type checkers.
     wrap: Any = huggingface.HFLM
-    wrapped = wrap(pretrained=model, tokenizer=tokenizer, batch_size=batch, device=device)
-    result = ZeroShot(protocol=_protocol(model, limit, batch))
+    more = {"add_bos_token": True} if bos else {}
+    wrapped = wrap(pretrained=model, tokenizer=tokenizer, batch_size=batch, device=device, **more)
+    result = ZeroShot(protocol=_protocol(model, limit, batch, bos))
     training = model.training
     model.eval()
     try:
@@ -192,7 +236,7 @@ def _add(result: ZeroShot, name: str, model: Any, manager: Any, limit: int | Non
             limit=limit,
             # Accuracies get their error from a formula; 0 would switch that off too.
             bootstrap_iters=100,
-            log_samples=False,
+            log_samples=True,
         )
     except (*misfits, ValueError) as error:
         # A later row that does not fit ends this task; the others still get their numbers.
@@ -204,6 +248,8 @@ def _add(result: ZeroShot, name: str, model: Any, manager: Any, limit: int | Non
             result.skipped[task] = f"{task!r} reports no accuracy, only {', '.join(values)}"
             continue
         result.tasks[task] = _facts(values, found, task)
+        rows = found.get("samples", {}).get(task, [])
+        result.right[task] = {row["doc_id"]: float(row["acc"]) for row in rows}
 
 
 def _skip(result: ZeroShot, name: str, reason: str) -> None:
@@ -232,7 +278,7 @@ def _facts(values: dict[str, Any], found: dict[str, Any], task: str) -> dict[str
     }
 
 
-def _protocol(model: Any, limit: int | None, batch: int) -> dict[str, Any]:
+def _protocol(model: Any, limit: int | None, batch: int, bos: bool) -> dict[str, Any]:
     from importlib.metadata import version
 
     return {
@@ -240,6 +286,7 @@ def _protocol(model: Any, limit: int | None, batch: int) -> dict[str, Any]:
         "shots": "as each task file says (0 for the literature's)",
         "limit": limit,
         "batch": batch,
+        "bos": "each" if bos else "as the tokenizer does",
         "dtype": str(model.dtype).removeprefix("torch."),
         "accuracy": "unnormalized log-likelihood",
     }

@@ -1,26 +1,38 @@
-"""Measure one model, dense or compressed: perplexity with its protocol, parameters, bytes."""
+"""Measure models, dense or compressed: perplexity with its protocol, tasks, parameters, bytes.
+
+With a dense model to compare with, that one is measured first and once, on the same windows and
+questions, so that differences are paired.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
 from spectrim.arguments import check_whole, refuse_unused
 from spectrim.data.text import read_text
-from spectrim.data.windows import Windows, evaluation_windows, given_windows, longest_window
+from spectrim.data.windows import (
+    EvaluationBos,
+    Windows,
+    evaluation_windows,
+    given_windows,
+    longest_window,
+)
 from spectrim.errors import InputError, TextError
 from spectrim.evaluate.agreement import agreement
-from spectrim.evaluate.perplexity import perplexity
-from spectrim.evaluate.zero_shot import zero_shot
+from spectrim.evaluate.bootstrap import perplexity_difference
+from spectrim.evaluate.perplexity import Perplexity, perplexity
+from spectrim.evaluate.zero_shot import ZeroShot, task_difference, zero_shot
 from spectrim.run.loading import LoadedModel, load_model
 from spectrim.run.texts import SHORTEST, UserText, own_text
 
-__all__ = ["evaluate_model", "evaluation_windows_of"]
+__all__ = ["evaluate_model", "evaluate_models", "evaluation_windows_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +45,7 @@ def evaluation_windows_of(
     text: UserText,
     window_length: int | Literal["max"] | None,
     max_tokens: int | None,
+    bos: EvaluationBos = "none",
 ) -> Windows:
     """Windows to measure a model on; the literature's text and length where nothing is given."""
     check_whole(least=2, max_tokens=max_tokens)
@@ -49,11 +62,16 @@ def evaluation_windows_of(
     longest = longest_window(loaded.model.config)
     length = window_length or min(LITERATURE_WINDOW, longest or LITERATURE_WINDOW)
     return evaluation_windows(
-        read_text(DEFAULT_TEXT if source is None else source, split="evaluation"),
+        read_text(
+            DEFAULT_TEXT if source is None else source,
+            split="evaluation",
+            tokenizer=loaded.tokenizer,
+        ),
         loaded.tokenizer,
         window_length=length,
         max_tokens=max_tokens,
         shortest=SHORTEST if window_length is None else None,
+        bos=bos,
         config=loaded.model.config,
     )
 
@@ -73,14 +91,45 @@ def _folder_bytes(name: str) -> int | None:
     return sum(f.stat().st_size for f in folder.glob("*.safetensors"))
 
 
-def evaluate_model(
-    model: str | Path | nn.Module,
+@dataclass(frozen=True)
+class _Protocol:
+    """How every model of one evaluation is measured."""
+
+    texts: tuple[Any, ...]
+    tasks: tuple[str, ...]
+    window_length: int | Literal["max"] | None
+    max_tokens: int | None
+    batch: int
+    bos: EvaluationBos
+    limit: int | None
+    task_folders: tuple[str | Path, ...]
+
+
+@dataclass
+class _Measured:
+    """One model with what paired differences need."""
+
+    loaded: LoadedModel
+    record: dict[str, Any]
+    windows: dict[str, Windows] = field(default_factory=dict)
+    perplexities: dict[str, Perplexity] = field(default_factory=dict)
+    tasks: ZeroShot | None = None
+
+
+def evaluate_model(model: str | Path | nn.Module, **options: Any) -> dict[str, Any]:
+    """One model, measured as `evaluate_models` does it; with `against` also held against it."""
+    return evaluate_models([model], **options)[-1]
+
+
+def evaluate_models(
+    models: Sequence[str | Path | nn.Module],
     *,
     text: UserText = None,
     against: str | Path | nn.Module | None = None,
     window_length: int | Literal["max"] | None = None,
     max_tokens: int | None = None,
     batch: int = 8,
+    bos: EvaluationBos = "none",
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     tokenizer: Any = None,
@@ -88,18 +137,20 @@ def evaluate_model(
     tasks: str | Sequence[str] = (),
     limit: int | None = None,
     task_folders: Sequence[str | Path] = (),
-) -> dict[str, Any]:
-    """Perplexity on every text, parameters and bytes; with `against` also agreement with it.
+) -> list[dict[str, Any]]:
+    """Perplexity on every text, task accuracies, parameters and bytes of every model.
 
     Of several texts and tasks, one whose data is not to be had is named under `skipped`.
 
     Args:
-        model: a hub name, a folder, or a model object.
+        models: hub names, folders, or model objects.
         text: source names or files separated by commas, documents, or token windows (N, T).
-        against: the dense model to compare distributions with.
+        against: the dense model: measured first, and every other one is held against it: KL
+            divergence and agreement, and paired differences of losses and accuracies.
         window_length: tokens per window; None for 2048 or the model's longest, or `max`.
         max_tokens: score at most this many tokens of a text.
         batch: windows per forward pass.
+        bos: BOS at the start of `none`, of `each` window, or at the `start` of the text.
         device: `auto` or a torch device.
         dtype: `auto` is fp32 on a CPU.
         tokenizer: for model objects.
@@ -107,6 +158,9 @@ def evaluate_model(
         tasks: zero-shot tasks by name, or `literature` or `offline`; see `evaluate.zero_shot`.
         limit: questions per task, None for all.
         task_folders: task files of the user's own.
+
+    Returns:
+        One record per model, the dense one first where there is one to compare with.
 
     Raises:
         SpectrimError: unknown text or task, non-finite losses, unloadable models.
@@ -116,53 +170,105 @@ def evaluate_model(
     if not wanted:
         given = {"limit": limit, "task_folders": tuple(task_folders)}
         refuse_unused("it is for tasks, and none are named", given)
-    elif text is None and against is None:
+    elif text is None:
         given = {"window_length": window_length, "max_tokens": max_tokens}
         refuse_unused("it is for a text, and tasks alone read none", given)
     options = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    loaded = load_model(model, tokenizer=tokenizer, **options)
-    reference = None if against is None else load_model(against, **options)
-    result: dict[str, Any] = {
-        "model": loaded.name,
-        "stored_bytes": _folder_bytes(loaded.name),
-        **_sizes(loaded.model),
-        "perplexity": {},
-        "skipped": {},
-    }
-    # Tasks alone need no text; a comparison does.
-    names = [] if text is None and wanted and reference is None else _text_names(text)
-    for name in names:
+    if bos not in get_args(EvaluationBos):
+        raise InputError(f"bos is {bos!r}; use {', '.join(get_args(EvaluationBos))}")
+    # Tasks alone need no text.
+    texts = [] if text is None and wanted else _text_names(text)
+    protocol = _Protocol(
+        tuple(texts),
+        tuple(wanted),
+        window_length,
+        max_tokens,
+        batch,
+        bos,
+        limit,
+        tuple(task_folders),
+    )
+    records, dense = [], None
+    if against is not None:
+        dense = _measure(load_model(against, **options), protocol)
+        records.append(dense.record)
+    for model in models:
+        named = isinstance(model, str | Path) and str(model) == str(against)
+        if named and len(models) > 1:
+            continue  # it has its row already
+        found = _measure(load_model(model, tokenizer=tokenizer, **options), protocol)
+        if dense is not None:
+            _hold_against(dense, found, batch)
+        records.append(found.record)
+    return records
+
+
+def _measure(loaded: LoadedModel, protocol: _Protocol) -> _Measured:
+    found = _Measured(
+        loaded,
+        {
+            "model": loaded.name,
+            "stored_bytes": _folder_bytes(loaded.name),
+            **_sizes(loaded.model),
+            "perplexity": {},
+            "skipped": {},
+        },
+    )
+    for name in protocol.texts:
         try:
-            windows = evaluation_windows_of(loaded, name, window_length, max_tokens)
+            windows = evaluation_windows_of(
+                loaded, name, protocol.window_length, protocol.max_tokens, protocol.bos
+            )
         except TextError as error:
             # One of several things that was asked for: the others still get their numbers.
-            if len(names) + len(wanted) == 1:
+            if len(protocol.texts) + len(protocol.tasks) == 1:
                 raise
-            result["skipped"][str(name)] = str(error)
+            found.record["skipped"][str(name)] = str(error)
             logger.warning("%s was skipped: %s", name, error)
             continue
         label = name if isinstance(name, str) else windows.sources[0]
-        result["perplexity"][label] = perplexity(loaded.model, windows, batch=batch).record()
-        if reference is not None:
-            result.setdefault("agreement", {})[label] = agreement(
-                reference.model, loaded.model, windows, batch=batch
-            ).record()
-    if wanted:
-        result["zero_shot"] = zero_shot(
+        found.windows[label] = windows
+        found.perplexities[label] = perplexity(loaded.model, windows, batch=protocol.batch)
+        found.record["perplexity"][label] = found.perplexities[label].record()
+    if protocol.tasks:
+        found.tasks = zero_shot(
             loaded.model,
             loaded.tokenizer,
-            wanted,
-            limit=limit,
-            batch=batch,
-            task_folders=task_folders,
-        ).record()
-        result["skipped"] |= result["zero_shot"]["skipped"]
-        if not result["zero_shot"]["tasks"] and not result["perplexity"]:
+            protocol.tasks,
+            limit=protocol.limit,
+            batch=protocol.batch,
+            bos=protocol.bos != "none",
+            task_folders=protocol.task_folders,
+        )
+        found.record["zero_shot"] = found.tasks.record()
+        found.record["skipped"] |= found.tasks.skipped
+        if not found.tasks.tasks and not found.perplexities:
             raise InputError(
                 "none of what was asked for could be measured: "
-                + "; ".join(result["skipped"].values())
+                + "; ".join(found.record["skipped"].values())
             )
-    return result
+    return found
+
+
+def _hold_against(dense: _Measured, found: _Measured, batch: int) -> None:
+    """Add agreement and paired differences to a model's record.
+
+    Where the two tokenize or window a text in different ways nothing is paired, and `agreement`
+    refuses models of different vocabularies.
+    """
+    for label, windows in found.windows.items():
+        near = agreement(dense.loaded.model, found.loaded.model, windows, batch=batch)
+        found.record.setdefault("agreement", {})[label] = near.record()
+        ours, theirs = found.perplexities[label], dense.perplexities.get(label)
+        paired = theirs is not None and (
+            ours.protocol["fingerprint"] == theirs.protocol["fingerprint"]
+        )
+        if theirs is not None and paired and len(windows) > 1:
+            generator = torch.Generator().manual_seed(0)
+            difference = perplexity_difference(ours, theirs, generator=generator)
+            found.record.setdefault("difference", {})[label] = difference.record()
+    if found.tasks is not None and dense.tasks is not None:
+        found.record["zero_shot"]["difference"] = task_difference(found.tasks, dense.tasks)
 
 
 def _text_names(text: UserText) -> list[Any]:

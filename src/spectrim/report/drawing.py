@@ -16,10 +16,20 @@ from typing import TYPE_CHECKING, Any
 from spectrim.errors import MissingExtraError
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-__all__ = ["INK", "logarithmic", "new_figure", "save_figure", "series_styles", "svg_text"]
+__all__ = [
+    "INK",
+    "PAGE_WIDTH",
+    "legend_above",
+    "logarithmic",
+    "new_figure",
+    "save_figure",
+    "series_styles",
+    "svg_text",
+]
 
 INK = "#0a0b0c"
 """Stands for the text color; no other mark uses it."""
@@ -29,6 +39,9 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 # Okabe and Ito's colors without yellow and black: told apart by color-blind readers, and with
 # enough contrast on white and on black.
 _COLORS = ("#1f80c4", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+
+PAGE_WIDTH = 4.4
+"""Inches of a figure on a page: as wide as a phone, so that its text is as large there as set."""
 
 _SETTINGS: dict[Any, Any] = {
     "text.color": INK,
@@ -47,7 +60,9 @@ _SETTINGS: dict[Any, Any] = {
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
     "legend.frameon": False,
-    "legend.fontsize": 10,
+    "legend.fontsize": 9.5,
+    "legend.handlelength": 2.2,
+    "legend.columnspacing": 1.2,
     "font.family": "DejaVu Sans",
     "font.size": 11,
     "lines.linewidth": 1.6,
@@ -87,16 +102,31 @@ def new_figure(*, width: float = 5.6, height: float = 3.7, **grid: Any) -> Itera
 
 
 def series_styles(count: int) -> list[dict[str, Any]]:
-    """Line style, marker and color of each of `count` series; each alone tells them apart."""
+    """Line style, marker and color of each of `count` series.
+
+    Each alone tells the first six apart; no two of the first 36 share both color and line.
+    """
     return [
         {
-            "linestyle": _LINES[i % len(_LINES)],
+            "linestyle": _LINES[(i + i // len(_COLORS)) % len(_LINES)],
             "marker": _MARKERS[i % len(_MARKERS)],
             "color": _COLORS[i % len(_COLORS)],
             "markerfacecolor": _COLORS[i % len(_COLORS)] if i % 2 == 0 else "none",
         }
         for i in range(count)
     ]
+
+
+def legend_above(axes: Axes, *, most: int = 3) -> None:
+    """The legend over the axes, where it covers nothing, in as many columns as fit the width."""
+    _, labels = axes.get_legend_handles_labels()
+    if not labels:
+        return
+    figure: Any = axes.get_figure()
+    # Ten characters to an inch at our size, and half an inch for the handle.
+    fitting = int(figure.get_figwidth() / (0.6 + max(map(len, labels)) / 12))
+    columns = max(1, min(most, fitting, len(labels)))
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns)
 
 
 def logarithmic(axis: Axis) -> None:

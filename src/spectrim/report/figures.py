@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from spectrim.evaluate.curve import CurvePoint, is_dense_format, lower_hull
 from spectrim.evaluate.distortion import BLOCK, Distortion
-from spectrim.report.drawing import INK, logarithmic, series_styles
+from spectrim.report.drawing import INK, legend_above, logarithmic, series_styles
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,6 +27,9 @@ _LEAST_SHOWN = 1e-5
 """Share of a spectrum below which it is not drawn."""
 
 _FORMAT_MARKERS = ("*", "P")
+
+_MOST_WRITTEN = 9
+"""Columns of the heat map whose cells are wide enough for a number."""
 
 _CHORD_STEPS = 40
 _BELOW = 3.0
@@ -60,9 +63,9 @@ def draw_curve(axes: Axes, points: Sequence[CurvePoint], *, measure: str = "exce
     floor = min(positive) / _BELOW if log else min(values)
     groups = group_by_recipe([p for p in points if not is_dense_format(p)])
     for (name, group), style in zip(groups.items(), series_styles(len(groups)), strict=True):
-        x = [p.bits_per_weight for p in group]
-        y = [max(getattr(p, measure), floor) for p in group]
-        axes.plot(x, y, label=name, **style)
+        line = _chords([(p.bits_per_weight, max(getattr(p, measure), floor)) for p in group])
+        # Mixing two sizes reaches every point of their chord, here as for the hull.
+        axes.plot(*zip(*line, strict=True), label=name, markevery=_CHORD_STEPS, **style)
         _draw_intervals(axes, group, measure, style["color"])
     formats = group_by_recipe([p for p in points if is_dense_format(p)])
     for (name, group), marker in zip(formats.items(), _FORMAT_MARKERS, strict=False):
@@ -71,26 +74,26 @@ def draw_curve(axes: Axes, points: Sequence[CurvePoint], *, measure: str = "exce
         axes.plot(x, y, color=INK, linestyle="none", marker=marker, markersize=9, label=name)
         _draw_intervals(axes, group, measure, INK)
     hull = _chords(lower_hull((p.bits_per_weight, max(getattr(p, measure), floor)) for p in points))
-    axes.plot(
-        [r for r, _ in hull],
-        [d for _, d in hull],
-        color=INK,
-        linewidth=5,
-        alpha=0.16,
-        label="lower convex hull",
-        zorder=1,
-    )
     if log:
         logarithmic(axes.yaxis)
         axes.set_ylim(bottom=floor / 1.3)
+    _draw_hull(axes, hull)
     none = log and len(positive) < len(values)
     lost = "\n(on the lower edge: no loss could be measured)" if none else ""
     axes.set_xlabel(f"rate: bits per original target weight{lost}")
     axes.set_ylabel(
         "nats per token above dense" if measure == "excess" else "KL to dense, nats per token"
     )
-    # Above the axes: curves, formats and hull leave no corner that is always free.
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+    legend_above(axes)
+
+
+def _draw_hull(axes: Axes, hull: Sequence[tuple[float, float]]) -> None:
+    """The area under the hull: nothing measured lies in it, and its edge covers no point."""
+    bottom, top = axes.get_ylim()
+    x, y = zip(*hull, strict=True)
+    axes.plot(x, y, color=INK, linewidth=0.6, alpha=0.4, zorder=1, label="lower convex hull")
+    axes.fill_between(x, y, bottom, color=INK, alpha=0.07, linewidth=0, zorder=0.5)
+    axes.set_ylim(bottom, top)
 
 
 def _chords(hull: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -146,7 +149,7 @@ def draw_heat_map(axes: Axes, kept: Mapping[tuple[int, str], float]) -> None:
     step = max(1, len(blocks) // 24)
     axes.set_yticks(range(0, len(blocks), step), [str(b) for b in blocks[::step]])
     axes.set_ylabel("block")
-    if len(blocks) <= 40:
+    if len(blocks) <= 40 and len(projections) <= _MOST_WRITTEN:
         for row in range(len(blocks)):
             for column in range(len(projections)):
                 value = table[row, column]
@@ -179,7 +182,7 @@ def draw_spectra(
     logarithmic(axes.yaxis)
     axes.set_xlabel("share of components kept")
     axes.set_ylabel("relative error that remains")
-    axes.legend(fontsize=9)
+    legend_above(axes, most=2)
 
 
 def _remaining(energies: Sequence[float]) -> list[float]:
@@ -219,7 +222,7 @@ def draw_errors(axes: Axes, errors: Mapping[str, Sequence[tuple[float, float]]])
     logarithmic(axes.yaxis)
     axes.set_xlabel("predicted relative error")
     axes.set_ylabel("measured relative error")
-    axes.legend(fontsize=9)
+    legend_above(axes)
 
 
 def draw_depth(axes: Axes, found: Sequence[Distortion], *, measure: str) -> None:
@@ -244,7 +247,7 @@ def draw_depth(axes: Axes, found: Sequence[Distortion], *, measure: str) -> None
     axes.set_ylabel(words[measure])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(lines) > 1:
-        axes.legend()
+        legend_above(axes)
 
 
 def _maybe_log(axes: Axes, values: Sequence[float]) -> None:

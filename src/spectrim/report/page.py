@@ -17,6 +17,7 @@ from spectrim.errors import MissingExtraError
 from spectrim.evaluate.distortion import distortion_rows
 from spectrim.report.content import PageContent
 from spectrim.report.pictures import pictures_of
+from spectrim.storage.paths import last_part, without_folders
 
 __all__ = ["PAGE_MARK", "render_page"]
 
@@ -50,21 +51,107 @@ def render_page(content: PageContent) -> str:
     )
     report = content.report
     return environment.from_string(source).render(
-        title=f"{_last(report['model'])} at keep {number(report['keep']['achieved'])}",
+        title=headline(content),
+        subtitle=f"{last_part(report['model'])} after {report['recipe']['name']}",
         version=__version__,
+        bars=_bars(content),
+        remarks=_remarks(content),
         summary=_summary(content),
         evaluation=_evaluation_table(content.evaluations),
         pictures=[(p, Markup(p.svg)) for p in pictures_of(content)],  # noqa: S704
         depth=_depth_table(content),
         targets=_target_table(report["targets"]),
         protocol=_protocol(content),
-        notes=[str(note) for note in report["notes"]],
-        left_alone=[(str(k), str(v)) for k, v in report["left_alone"].items()],
+        notes=[without_folders(str(note)) for note in report["notes"]],
+        left_alone=[(str(k), without_folders(str(v))) for k, v in report["left_alone"].items()],
         seconds=[(str(k), number(v)) for k, v in report["seconds"].items()],
         environment=[(str(k), str(v)) for k, v in report["environment"].items()],
-        recipe=content.recipe_yaml,
+        recipe=without_folders(content.recipe_yaml),
         samples=_samples(content),
     )
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Perplexity before and after on one text."""
+
+    text: str
+    dense: float
+    compressed: float
+    how: str
+
+
+def quality_of(content: PageContent) -> Quality | None:
+    """The measurement a page leads with: beside the dense model if there is one, or the run's own.
+
+    Of the texts that the run measured, one that it was not calibrated on goes first.
+    """
+    if len(content.evaluations) > 1:
+        dense, compressed = content.evaluations[:2]
+        text = next(iter(compressed["perplexity"]))
+        pair = (dense["perplexity"].get(text), compressed["perplexity"][text])
+        if pair[0] is not None:
+            return Quality(text, *(m["perplexity"] for m in pair), how=f"on {last_part(text)}")
+    texts = (content.report.get("measured") or {}).get("texts") or []
+    if not texts:
+        return None
+    chosen = next((t for t in texts if t["kind"] == "other"), texts[0])
+    pair = (chosen["dense"]["perplexity"], chosen["compressed"]["perplexity"])
+    how = f"on {chosen['windows']} windows of {last_part(chosen['text'])}: {chosen['what']}"
+    return Quality(chosen["text"], *pair, how=how)
+
+
+def headline(content: PageContent) -> str:
+    """`34 % smaller, perplexity 41.4 → 45.5`."""
+    smaller = 1 - content.report["keep"]["whole_model"]
+    size = f"{smaller:.0%} smaller" if smaller > 0 else f"{-smaller:.0%} larger"
+    size = size.replace("%", " %")
+    quality = quality_of(content)
+    if quality is None:
+        return size
+    return f"{size}, perplexity {quality.dense:.3g} → {quality.compressed:.3g}"
+
+
+@dataclass(frozen=True)
+class Bars:
+    """One quantity before and after; widths in percent of the longer bar."""
+
+    title: str
+    rows: tuple[tuple[str, str, float], ...]
+    caption: str
+
+
+def _bars(content: PageContent) -> list[Bars]:
+    sizes = content.report["keep"]["model_bytes"]
+    pairs = [("Size", sizes["dense"], sizes["stored"], format_bytes, "the whole model, as stored")]
+    quality = quality_of(content)
+    if quality is not None:
+        caption = f"perplexity {quality.how}; lower is better"
+        pairs.append(("Quality", quality.dense, quality.compressed, "{:.3g}".format, caption))
+    bars = []
+    for title, dense, compressed, words, caption in pairs:
+        longest = max(dense, compressed) or 1
+        named = (("dense", dense), ("compressed", compressed))
+        rows = tuple((name, words(value), 100 * value / longest) for name, value in named)
+        bars.append(Bars(title, rows, caption))
+    return bars
+
+
+def _remarks(content: PageContent) -> list[str]:
+    """What a reader should know, in plain words; the run's own notes are among the details."""
+    report = content.report
+    found = []
+    dense = sum(1 for t in report["targets"] if t.get("rank") is None)
+    if dense:
+        found.append(f"{dense} of {len(report['targets'])} layers were left as they were.")
+    if report["left_alone"]:
+        found.append(f"{len(report['left_alone'])} other modules were not compressed.")
+    measured = report.get("measured") or {}
+    if measured.get("why_not"):
+        found.append(f"Quality was not measured: {measured['why_not']}.")
+    elif quality_of(content) is None:
+        found.append("Quality was not measured.")
+    return found
 
 
 def number(value: Any) -> str:
@@ -72,11 +159,6 @@ def number(value: Any) -> str:
     if not isinstance(value, int | float) or isinstance(value, bool):
         return "–" if value is None else str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-
-
-def _last(name: str) -> str:
-    """The last part of a path or hub name."""
-    return name.rstrip("/").rpartition("/")[2] or name
 
 
 def _pair(pair: Mapping[str, int]) -> str:
@@ -87,16 +169,17 @@ def _summary(content: PageContent) -> list[tuple[str, str]]:
     report, keep = content.report, content.report["keep"]
     dense = sum(1 for t in report["targets"] if t.get("rank") is None)
     facts = [
-        ("model", report["model"]),
+        ("model", last_part(report["model"])),
         ("recipe", report["recipe"]["name"]),
         ("keep", f"{number(keep['achieved'])} (asked for {number(keep['asked'])})"),
-        ("target layers", _pair(keep["target_bytes"])),
+        ("compressed layers", _pair(keep["target_bytes"])),
         ("whole model", f"{_pair(keep['model_bytes'])}, {keep['whole_model']:.1%}"),
-        ("targets", f"{len(report['targets'])}, {dense} left dense"),
+        ("layers", f"{len(report['targets'])}, {dense} left dense"),
         ("ranks chosen by", str(report["rule"])),
     ]
     if isinstance(report.get("predicted_loss"), int | float):
-        facts.append(("predicted loss", number(report["predicted_loss"])))
+        unit = report.get("predicted_loss_unit") or ""
+        facts.append(("predicted loss", f"{number(report['predicted_loss'])} {unit}".strip()))
     facts.append(("time", f"{sum(_finite(report['seconds'].values())):.0f} s"))
     if isinstance(report.get("peak_memory_bytes"), int):
         facts.append(("peak memory", format_bytes(report["peak_memory_bytes"])))
@@ -114,14 +197,16 @@ def _protocol(content: PageContent) -> list[tuple[str, str]]:
         facts = [(f"calibration {k}", _words(v)) for k, v in calibration.items()]
     for record in content.evaluations[:1]:
         for text, measured in record["perplexity"].items():
-            facts += [(f"{text} {k}", _words(v)) for k, v in measured["protocol"].items()]
+            facts += [
+                (f"{last_part(text)} {k}", _words(v)) for k, v in measured["protocol"].items()
+            ]
     return facts
 
 
 def _words(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(_words(v) for v in value)
-    return number(value)
+    return without_folders(value) if isinstance(value, str) else number(value)
 
 
 def _evaluation_table(evaluations: Sequence[Mapping[str, Any]]) -> Table | None:
@@ -133,8 +218,8 @@ def _evaluation_table(evaluations: Sequence[Mapping[str, Any]]) -> Table | None:
             compared = record.get("agreement", {}).get(text, {})
             rows.append(
                 (
-                    str(record["model"]),
-                    str(text),
+                    last_part(str(record["model"])),
+                    last_part(str(text)),
                     _with_error(measured["perplexity"], measured["standard_error"]),
                     number(measured["nll"]),
                     _with_error(compared.get("kl"), compared.get("kl_standard_error")),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spectrim.report.content import PageContent, block_and_projection
-from spectrim.report.drawing import new_figure, svg_text
+from spectrim.report.drawing import PAGE_WIDTH, new_figure, svg_text
 from spectrim.report.figures import (
     draw_curve,
     draw_depth,
@@ -29,12 +29,14 @@ class Picture:
     """One figure of the page.
 
     Attributes:
+        part: `trade-off` or `layers`.
         name: id on the page.
         title: heading.
         svg: our own markup.
         caption: what to read from it.
     """
 
+    part: str
     name: str
     title: str
     svg: str
@@ -42,13 +44,13 @@ class Picture:
 
 
 def _picture(
-    name: str, title: str, caption: str, draw: Callable[[Any], None], *, height: float = 3.7
+    name: str, title: str, caption: str, draw: Callable[[Any], None], *, height: float = 3.5
 ) -> Picture:
-    with new_figure(height=height) as (figure, axes):
+    with new_figure(width=PAGE_WIDTH, height=height) as (figure, axes):
         draw(axes)
-        return Picture(
-            name, title, svg_text(figure, name=name, label=f"{title}. {caption}"), caption
-        )
+        part = "trade-off" if name.startswith("curve") else "layers"
+        svg = svg_text(figure, name=name, label=f"{title}. {caption}")
+        return Picture(part, name, title, svg, caption)
 
 
 def pictures_of(content: PageContent) -> list[Picture]:
@@ -61,8 +63,8 @@ def pictures_of(content: PageContent) -> list[Picture]:
         pictures.append(
             _picture(
                 "kept",
-                "Kept fraction of every target",
-                "Share of the dense bytes that remains; darker cells keep more.",
+                "What every layer keeps",
+                "Share of each layer's bytes that remains; darker cells keep more.",
                 lambda axes: draw_heat_map(axes, kept),
                 height=min(9.0, 1.6 + 0.3 * blocks),
             )
@@ -73,9 +75,9 @@ def pictures_of(content: PageContent) -> list[Picture]:
             _picture(
                 "errors",
                 "Predicted and measured error",
-                "Relative squared error of each target on its calibration inputs: predicted in "
-                "the recipe's own objective, measured of the layer's plain output. On the dotted "
-                "line both agree; an objective with weights of its own promises another number.",
+                "How far each layer's output is off on the text it was fitted to (0 is exact, 1 is "
+                "all of it): as the recipe predicted, and as measured. On the dotted line both "
+                "agree; a recipe that weighs outputs predicts another number.",
                 lambda axes: draw_errors(axes, errors),
             )
         )
@@ -86,8 +88,8 @@ def _curve_pictures(content: PageContent) -> list[Picture]:
     if not content.curve:
         return []
     caption = (
-        "Bars are 95 % intervals. The wide line is the lower convex hull of all points: an "
-        "empirical upper bound on the distortion-rate function of the model."
+        "Lower left is better. Bars are 95 % intervals. Nothing that was measured lies in the "
+        "gray area; mixing two sizes reaches every point of its edge, the lower convex hull."
     )
     return [
         _picture(

@@ -67,6 +67,41 @@ class TargetRecord(_Shown):
     damping: Finite | None = None
 
 
+class PerplexityRecord(_Shown):
+    """One model on one text."""
+
+    perplexity: Share
+    nll: Finite
+    standard_error: Finite | None = None
+
+
+class DifferenceRecord(_Shown):
+    """Compressed minus dense on the same windows."""
+
+    nll: Finite
+    nll_standard_error: Finite
+
+
+class MeasuredText(_Shown):
+    """Both models on one text."""
+
+    text: Line
+    kind: Line
+    what: Line
+    windows: Annotated[int, Field(ge=1)]
+    window_length: Annotated[int, Field(ge=1)]
+    dense: PerplexityRecord
+    compressed: PerplexityRecord
+    difference: DifferenceRecord | None = None
+
+
+class MeasuredRecord(_Shown):
+    """Quality before and after, as the run itself measured it."""
+
+    texts: Annotated[list[MeasuredText], Field(max_length=1000)]
+    why_not: Line | None = None
+
+
 class ReportRecord(_Shown):
     """The whole report, as far as a page shows it."""
 
@@ -76,6 +111,8 @@ class ReportRecord(_Shown):
     keep: KeepRecord
     rule: Line
     predicted_loss: Finite | None = None
+    predicted_loss_unit: Line | None = None
+    measured: MeasuredRecord | None = None
     targets: Annotated[list[TargetRecord], Field(max_length=MOST_TARGETS)]
     notes: Annotated[list[Note], Field(max_length=10_000)]
     seconds: Annotated[dict[Line, Finite], Field(max_length=1000)]

@@ -18,10 +18,12 @@ from spectrim.run.cutting_all import choose, cut_targets
 from spectrim.run.job import Job, Progress
 from spectrim.run.learned.learned import learn
 from spectrim.run.loading import LoadedModel
-from spectrim.run.opening import open_job, other_bytes
+from spectrim.run.opening import open_job, other_bytes, protected_bytes
+from spectrim.run.quality import measure_after, measure_before
 from spectrim.run.reporting import build_report
 from spectrim.run.room import said
 from spectrim.run.store.storing import cast_parameters, check_storage, store
+from spectrim.run.survey.pinning import check_own
 from spectrim.run.survey.survey_key import survey_key
 from spectrim.run.texts import UserText
 from spectrim.run.train.refining import check_steps
@@ -78,6 +80,8 @@ def run_recipe(
     work: Work | None = None,
     team: Team | None = None,
     exactly: bool = False,
+    measure: bool = False,
+    evaluation_text: UserText = None,
 ) -> Outcome:
     """Compress a loaded model in place.
 
@@ -99,12 +103,15 @@ def run_recipe(
         team: the processes that share the run; every one ends with the compressed model, the
             leader's report has everything.
         exactly: whether the user asked for the recipe's window length.
+        measure: also measure perplexity before and after (`quality.py`).
+        evaluation_text: to measure on besides parts of the calibration text.
 
     Raises:
         SpectrimError: anything that keeps the run from an honest result.
     """
     check_steps(recipe)
     check_storage(recipe)
+    check_own(recipe)
     team = team or Team()
     _check_shareable(recipe, team)
     job = open_job(
@@ -124,6 +131,10 @@ def run_recipe(
     model, log = job.model, job.log
     if survey is not None:
         _check_survey(loaded, job, survey)
+    before = None
+    if measure and team.leads:
+        with log.timed("measure"):
+            before = measure_before(job, loaded, evaluation_text)
     elastic = None
     if recipe.flow == "learned":
         if plan is not None or survey is not None:
@@ -138,6 +149,10 @@ def run_recipe(
     chosen = store(job, chosen, loaded.stored_dtype)
     other = other_bytes(model, job.anatomy, loaded.stored_dtype)
     cast_parameters(model, loaded.stored_dtype)
+    measured = None
+    if before is not None:
+        with log.timed("measure"):
+            measured = measure_after(job, before, loaded.stored_dtype)
     report = build_report(
         model_name=loaded.name,
         recipe=job.recipe,
@@ -147,6 +162,8 @@ def run_recipe(
         shapes={t.name: (t.out_features, t.in_features) for t in job.anatomy.targets},
         other_bytes=other,
         left_alone=job.anatomy.left_alone,
+        measured=measured,
+        protected_bytes=protected_bytes(model, job.anatomy, loaded.stored_dtype),
     )
     if job.windows is None and survey is not None:
         report["calibration"] = survey.facts.get("calibration")

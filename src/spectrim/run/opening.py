@@ -17,9 +17,10 @@ from spectrim.devices import on_host
 from spectrim.distributed.team import Team
 from spectrim.errors import InputError
 from spectrim.model.anatomy import Anatomy
+from spectrim.model.choosing import PROTECTED, check_patterns, choose_targets
 from spectrim.model.onload import unit_names
 from spectrim.model.tracing import trace
-from spectrim.model.weights import check_model
+from spectrim.model.weights import check_model, get_module
 from spectrim.recipe import Recipe
 from spectrim.run.cost import calibrated_on, costs, settle, stage_seconds
 from spectrim.run.footprint import Room, Setting, Sizes, sizes_of
@@ -35,7 +36,7 @@ from spectrim.run.texts import UserText, gather_windows, vocabulary_size
 from spectrim.run.thinness import thin_notes
 from spectrim.storage.shared_work import Work
 
-__all__ = ["open_job", "other_bytes"]
+__all__ = ["open_job", "other_bytes", "protected_bytes"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,13 @@ def other_bytes(model: nn.Module, anatomy: Anatomy, dtype: torch.dtype) -> int:
         if not any(name.startswith(prefix) for prefix in inside):
             total += p.numel() * dtype.itemsize
     return total
+
+
+def protected_bytes(model: nn.Module, anatomy: Anatomy, dtype: torch.dtype) -> int:
+    """Bytes of the targets that the user's patterns protect."""
+    names = [name for name, why in anatomy.left_alone.items() if why.startswith(PROTECTED)]
+    layers = (get_module(model, name) for name in names)
+    return sum(p.numel() * dtype.itemsize for layer in layers for p in layer.parameters())
 
 
 def open_job(
@@ -92,6 +100,8 @@ def open_job(
     check_model(model, elsewhere=() if loaded.onloader is None else unit_names(model))
     anatomy = trace(model, torch.arange(8)[None].to(device) % vocabulary_size(model))
     rehearse(model, anatomy)
+    anatomy = choose_targets(anatomy, recipe.targets.only, recipe.targets.skip)
+    check_patterns([own.match for own in recipe.targets.own], [t.name for t in anatomy.targets])
     dtype_bytes = loaded.stored_dtype.itemsize
     if size is not None:
         other = other_bytes(model, anatomy, loaded.stored_dtype)

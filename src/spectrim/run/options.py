@@ -146,6 +146,30 @@ _RECIPE = (
         metavar="FRACTION",
         field="keep",
     ),
+    Word(
+        "only",
+        list[str],
+        "Compress these layers alone; repeatable.",
+        MAKE,
+        metavar="GLOB",
+        field="targets.only",
+    ),
+    Word(
+        "skip",
+        list[str],
+        "Protect layers, e.g. 'model.layers.0.*'; repeatable.",
+        MAKE,
+        metavar="GLOB",
+        field="targets.skip",
+    ),
+    Word(
+        "multiple",
+        int,
+        "Ranks are multiples of N.",
+        MAKE,
+        metavar="N",
+        field="allocate.multiple",
+    ),
     Word("storage", str, "factored, packed or auto.", MAKE, field="storage.kind"),
     Word(
         "weights",
@@ -157,7 +181,8 @@ _RECIPE = (
     Word(
         "text",
         str,
-        "wikitext2, c4, ptb, self (sampled from the model), FILE.txt or FILE.jsonl.",
+        "wikitext2, c4, ptb, self (sampled from the model), FILE.txt or FILE.jsonl; several "
+        "with shares as in a.txt:0.7,b.jsonl:0.3.",
         CALIBRATION,
         metavar="SOURCE",
         field="calibration.text",
@@ -186,10 +211,25 @@ _RECIPE = (
         metavar="N",
         field="calibration.batch",
     ),
+    Word(
+        "bos",
+        str,
+        "BOS at the start of calibration windows: none, each or half.",
+        CALIBRATION,
+        field="calibration.bos",
+    ),
     Word("seed", int, "Seed of all randomness.", CALIBRATION, metavar="N", field="seed"),
 )
 _BROUGHT = (
     Word("size", str, 'Size of the whole checkpoint, e.g. "3.5GB", for --keep.', MAKE, "BYTES"),
+    Word(
+        "max_loss",
+        float,
+        "As small as possible at this loss per token, for --keep; compresses twice.",
+        MAKE,
+        "NATS",
+    ),
+    Word("energy", float, "Of its objective that each layer keeps, for --keep.", MAKE, "SHARE"),
     Word("recipe", str, "A recipe by name (`spectrim recipes`) or YAML file.", MAKE, "NAME|FILE"),
     Word("effort", str, "fast, balanced or thorough, of the default recipe.", MAKE),
     Word("plan", Path, "Ranks from `spectrim plan -o FILE`.", MAKE, "FILE"),
@@ -205,7 +245,7 @@ _BROUGHT = (
     Word(
         "evaluation_text",
         str,
-        "Text to measure on: wikitext2 (the default), c4, ptb, FILE.txt or FILE.jsonl.",
+        "Text to measure on: wikitext2 (the default of studies), c4, ptb, FILE.txt or FILE.jsonl.",
         MEASURE,
         "SOURCE",
     ),
@@ -215,6 +255,13 @@ _BROUGHT = (
         "Tokens per evaluation window; default 2048 or the model's longest.",
         MEASURE,
         "TOKENS|max",
+    ),
+    Word(
+        "measure",
+        bool,
+        "Perplexity before and after, at most a tenth of the time; the default.",
+        MEASURE,
+        flag="--measure/--no-measure",
     ),
     Word("max_tokens", int, "Score at most N tokens.", MEASURE, "N"),
 )

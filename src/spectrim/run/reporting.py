@@ -47,6 +47,8 @@ def build_report(
     shapes: dict[str, tuple[int, int]],
     other_bytes: int,
     left_alone: dict[str, str],
+    measured: dict[str, Any] | None = None,
+    protected_bytes: int = 0,
 ) -> dict[str, Any]:
     """Everything as JSON-ready values.
 
@@ -59,6 +61,8 @@ def build_report(
         shapes: target -> (out, in).
         other_bytes: bytes of everything that is not a target, as stored.
         left_alone: what was not compressed, and why.
+        measured: perplexity before and after, where it was measured.
+        protected_bytes: of linear layers that the user protects; they are no targets.
     """
     dense = sum(e.dense_bytes for e in plan.entries)
     kept = sum(e.bytes for e in plan.entries)
@@ -84,12 +88,15 @@ def build_report(
         "keep": {
             "asked": plan.keep,
             "achieved": plan.achieved_keep,
+            "with_protected": (kept + protected_bytes) / (dense + protected_bytes),
             "target_bytes": {"dense": dense, "stored": kept},
             "model_bytes": {"dense": dense + other_bytes, "stored": kept + other_bytes},
             "whole_model": (kept + other_bytes) / (dense + other_bytes),
         },
         "rule": plan.rule,
         "predicted_loss": plan.predicted_loss,
+        "predicted_loss_unit": plan.unit,
+        "measured": measured,
         "targets": targets,
         "blocks": log.blocks,
         "network": log.network,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,13 @@ def resolve_recipe(
     windows: int | None = None,
     window_length: int | None = None,
     batch: int | None = None,
+    bos: str | None = None,
     storage: str | None = None,
     weights: str | None = None,
     effort: str | None = None,
+    only: str | Sequence[str] = (),
+    skip: str | Sequence[str] = (),
+    multiple: int | None = None,
 ) -> Recipe:
     """A recipe with the user's changes, validated.
 
@@ -69,7 +74,7 @@ def resolve_recipe(
             has none.
     """
     check_fraction(keep=keep)
-    check_whole(windows=windows)
+    check_whole(windows=windows, multiple=multiple)
     check_whole(batch=batch)
     check_whole(window_length=window_length, least=2)
     check_whole(seed=seed, least=0, most=2**63 - 1)
@@ -85,6 +90,8 @@ def resolve_recipe(
                     f"{name} is {asked}, and the text is {shape[0]} windows of {shape[1]} tokens"
                 )
     calibration["batch"] = batch
+    if bos is not None:
+        calibration["bos"] = bos
     if isinstance(text, (str, Path)):
         parts = [part.strip() for part in str(text).split(",")]
         calibration["text"] = parts[0] if len(parts) == 1 else parts
@@ -96,6 +103,14 @@ def resolve_recipe(
             k: v for k, v in {"kind": storage, "weights": weights}.items() if v is not None
         },
     }
+    patterns = {"only": only, "skip": skip}
+    changes["targets"] = {
+        name: (given,) if isinstance(given, str) else tuple(given)
+        for name, given in patterns.items()
+        if given
+    }
+    if multiple is not None:
+        changes["allocate"] = {"multiple": multiple}
     if keep is not None:
         changes["keep"] = keep
     if seed is not None:

@@ -14,6 +14,9 @@ from spectrim.storage.ownership import Source
 __all__ = ["sources_of"]
 
 _HUB_NAME = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
+_SHARE = re.compile(r":[\d.]+$")
+"""Of the windows, after a text's name."""
+
 _NAMES_ITS_MODEL = {"survey.json": ("model_name",), "elastic.json": ("base", "name")}
 
 
@@ -52,7 +55,7 @@ def sources_of(
     found = [(what, place) for what, values in named.items() for place in _places(_several(values))]
     for value in _several(text):
         if isinstance(value, str | Path):
-            parts = (Path(part.strip()) for part in str(value).split(","))
+            parts = (Path(_SHARE.sub("", part.strip())) for part in str(value).split(","))
             found += [("the text", part) for part in parts if _exists(part)]
     for what, place in list(found):
         found += _named_by(what, place)

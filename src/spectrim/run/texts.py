@@ -13,8 +13,14 @@ from torch import Tensor
 from spectrim.allocate.budget import format_bytes
 from spectrim.data.mixing import interleave
 from spectrim.data.self_text import sample_windows
-from spectrim.data.text import read_text
-from spectrim.data.windows import Windows, calibration_windows, given_windows, longest_window
+from spectrim.data.text import SELF, read_text, split_sources
+from spectrim.data.windows import (
+    Windows,
+    calibration_windows,
+    given_windows,
+    longest_window,
+    share_out,
+)
 from spectrim.devices import HOST
 from spectrim.distributed.team import Team
 from spectrim.errors import InputError, TextError
@@ -110,10 +116,16 @@ def gather_windows(
         )
     length = min(calibration.window_length, longest or calibration.window_length)
     _check_room(calibration.windows, length)
-    sources = _named(calibration.text) if text is None else _user_sources(text)
-    own = calibration.windows // len(sources) if "self" in sources else 0
+    sources = _sources(calibration.text) if text is None else _user_sources(text)
+    counts = share_out(calibration.windows, [share for _, share in sources])
+    if min(counts) < 1:
+        raise TextError(
+            f"{calibration.windows} windows cannot be shared by {len(sources)} texts so that each "
+            "has one; give more windows or larger shares"
+        )
+    own = sum(count for (s, _), count in zip(sources, counts, strict=True) if s == SELF)
     parts = []
-    if "self" in sources:
+    if own:
         parts.append(
             sample_windows(
                 loaded.model,
@@ -124,13 +136,13 @@ def gather_windows(
                 team=team,
             )
         )
-    others = [s for s in sources if s != "self"]
+    others = [(s, count) for (s, _), count in zip(sources, counts, strict=True) if s != SELF]
     if others:
         parts.append(
             _text_windows(
                 loaded,
                 others,
-                calibration.model_copy(update={"windows": calibration.windows - own}),
+                calibration,
                 length,
                 seed,
                 shortest=None if exactly or own else SHORTEST,
@@ -156,7 +168,7 @@ def _check_room(windows: int, length: int) -> None:
 
 def _text_windows(
     loaded: LoadedModel,
-    sources: list,
+    sources: Sequence[tuple[Any, int]],
     calibration: Calibration,
     length: int,
     seed: int,
@@ -167,25 +179,26 @@ def _text_windows(
         raise TextError(
             f"{loaded.name!r} has no tokenizer; give token windows (N, T) or text 'self'"
         )
+    counts = [count for _, count in sources]
     windows = calibration_windows(
-        [read_text(source) for source in sources],
+        [read_text(source, tokenizer=loaded.tokenizer) for source, _ in sources],
         loaded.tokenizer,
-        windows=calibration.windows,
+        windows=sum(counts),
         window_length=length,
         shortest=shortest,
         seed=seed,
         bos=calibration.bos,
+        shares=counts,
     )
     windows.check_vocabulary(vocabulary_size(loaded.model))
     return windows
 
 
-def _named(text: str | tuple[str, ...]) -> list:
-    return [text] if isinstance(text, str) else list(text)
+def _sources(text: str | tuple[str, ...]) -> list[tuple[Any, float]]:
+    """A recipe's sources with their shares."""
+    return list(split_sources(text if isinstance(text, str) else ",".join(text)))
 
 
-def _user_sources(text) -> list:
-    """A source name or path, several of them separated by commas, or one list of documents."""
-    if isinstance(text, (str, Path)):
-        return [part.strip() for part in str(text).split(",")]
-    return [list(text)]
+def _user_sources(text: Any) -> list[tuple[Any, float]]:
+    """Sources or files separated by commas, with their shares, or one list of documents."""
+    return _sources(str(text)) if isinstance(text, str | Path) else [(list(text), 1.0)]

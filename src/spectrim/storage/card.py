@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import yaml
 
+from spectrim.storage.origin import Origin
+from spectrim.storage.paths import last_part, without_folders
+
 __all__ = ["model_card"]
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*")
+TAGS = ["spectrim", "low-rank", "svd", "compressed"]
 
 
 def model_card(
@@ -21,8 +25,10 @@ def model_card(
     numbers: Mapping[str, tuple[str, str]],
     protocol: str = "",
     notes: Sequence[str] = (),
+    origin: Origin | None = None,
+    measured: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """Markdown with the front matter of the Hub.
+    """Markdown with the front matter of the Hub; no path of this machine is in it.
 
     Args:
         title: heading of the card.
@@ -32,42 +38,121 @@ def model_card(
         numbers: quantity -> (original, compressed), as text.
         protocol: how the numbers were measured.
         notes: what a reader should know, one sentence each.
+        origin: what is carried over from the original.
+        measured: perplexities before and after, as in a report's `measured`.
     """
-    matter = {"library_name": "transformers", "tags": ["spectrim", "low-rank", "svd", "compressed"]}
-    if base_model is not None and HUB_ID.fullmatch(base_model):
-        matter["base_model"] = base_model
-    origin = f"`{base_model}`" if base_model else "a model"
-    rows = [
-        f"| {_cell(quantity)} | {_cell(before)} | {_cell(after)} |"
-        for quantity, (before, after) in numbers.items()
-    ]
-    table = ["| | original | compressed |", "|---|---|---|", *rows] if rows else []
+    origin = origin or Origin()
+    name = last_part(base_model) if base_model else "a model"
+    made_from = f"[{origin.hub_id}](https://huggingface.co/{origin.hub_id})"
+    recipe_yaml = without_folders(recipe_yaml)
     fence = _fence(recipe_yaml)
     parts = [
-        f"---\n{yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)}---",
-        f"# {' '.join(title.split())}",
-        f"Made from {origin} by [spectrim](https://github.com/spectrim/spectrim) with the recipe "
+        f"---\n{yaml.safe_dump(_matter(title, origin, measured), sort_keys=False)}---",
+        f"# {_line(title)}",
+        f"Made from {made_from if origin.hub_id else f'`{name}`'} by "
+        "[spectrim](https://github.com/spectrim/spectrim) with the recipe "
         f"`{recipe_name}`: linear layers of the decoder are stored as low-rank factors.",
-        "## Use",
+        "## How to load it",
+        "```sh\npip install spectrim\n```",
         "```python\n"
         "import spectrim  # lets transformers load the factors\n"
-        "from transformers import AutoModelForCausalLM\n\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("this-folder", dtype="auto")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("this-folder")\n'
         "```",
-        "Without `import spectrim` loading stops at a shape mismatch. Change the dtype with "
-        "`model.to(dtype)`. For tools that need ordinary weights: "
-        "`spectrim export this-folder --dense -o dense-folder`.",
+        "Without `import spectrim` loading stops at a shape mismatch. For tools that need ordinary "
+        "weights: `spectrim export this-folder --dense -o dense-folder`.",
+        "## What is lost",
+        "\n".join(_table(numbers, measured)),
+        _loss(measured),
+        protocol,
+        "\n".join(f"- {_line(without_folders(note))}" for note in notes),
+        "## License",
+        _license(origin),
+        "## Recipe",
+        f"{fence}yaml\n{recipe_yaml.rstrip()}\n{fence}",
     ]
-    if table:
-        parts += ["## What it costs", "\n".join(table)]
-    parts += [protocol] if protocol else []
-    parts += ["\n".join(f"- {note}" for note in notes)] if notes else []
-    parts += ["## Recipe", f"{fence}yaml\n{recipe_yaml.rstrip()}\n{fence}"]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _matter(title: str, origin: Origin, measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    matter: dict[str, Any] = {
+        **origin.matter,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": TAGS,
+    }
+    if origin.hub_id:
+        matter |= {"base_model": origin.hub_id, "base_model_relation": "quantized"}
+    results = [
+        {
+            "task": {"type": "text-generation"},
+            "dataset": {"name": _line(last_part(m["text"])), "type": "text"},
+            "metrics": [
+                {
+                    "type": "perplexity",
+                    "name": f"perplexity ({which})",
+                    "value": round(float(m[key]["perplexity"]), 4),
+                }
+                for key, which in (("compressed", "this model"), ("dense", "the original"))
+            ],
+        }
+        for m in measured
+    ]
+    if results:
+        matter["model-index"] = [{"name": _line(title), "results": results}]
+    return matter
+
+
+def _table(
+    numbers: Mapping[str, tuple[str, str]], measured: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    rows = [(quantity, *pair) for quantity, pair in numbers.items()]
+    rows += [
+        (
+            f"perplexity, {last_part(m['text'])}",
+            f"{m['dense']['perplexity']:.2f}",
+            f"{m['compressed']['perplexity']:.2f}",
+        )
+        for m in measured
+    ]
+    body = ["| " + " | ".join(_cell(cell) for cell in row) + " |" for row in rows]
+    return ["| | original | compressed |", "|---|---|---|", *body] if body else []
+
+
+def _loss(measured: Sequence[Mapping[str, Any]]) -> str:
+    if not measured:
+        return "Quality was not measured; measure it on your own text before you rely on it."
+    words = [
+        f"{last_part(m['text'])}: {m['windows']} windows of {m['window_length']} tokens, "
+        f"{m['what']}"
+        for m in measured
+    ]
+    return (
+        f"Perplexity was measured on {'; '.join(words)}. Other abilities (long answers, rare "
+        "facts, other languages, refusals) may suffer more than perplexity shows and were not "
+        "measured."
+    )
+
+
+def _license(origin: Origin) -> str:
+    name = origin.matter.get("license_name") or origin.matter.get("license")
+    files = ", ".join(f"`{path.name}`" for path in origin.files)
+    if name is None and not files:
+        return (
+            "The original's folder names no license. Its terms hold for this model too; look them "
+            "up before you share it."
+        )
+    named = f" ({name})" if name is not None else ""
+    return f"That of the original{named}{f'; see {files}' if files else ''}."
+
+
+def _line(text: str) -> str:
+    return " ".join(str(text).split())
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", r"\|")
+    return _line(text).replace("|", r"\|")
 
 
 def _fence(text: str) -> str:

@@ -6,10 +6,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from spectrim.devices import HOST
 from spectrim.errors import ArtifactError
 from spectrim.storage.atomic import check_output, new_folder
 from spectrim.storage.inspect import inspect_folder
+from spectrim.storage.origin import LICENSES, read_origin
 
 __all__ = ["export_dense", "is_companion"]
 
@@ -53,10 +56,15 @@ def export_dense(
     with new_folder(output, overwrite=overwrite) as destination:
         model.save_pretrained(destination, max_shard_size=max_shard_size)
         for path in sorted(source.iterdir()):
-            if path.is_file() and is_companion(path.name):
+            if path.is_file() and (is_companion(path.name) or LICENSES.fullmatch(path.name)):
                 shutil.copyfile(path, destination / path.name)
+        matter = {
+            **read_origin(source).matter,
+            "library_name": "transformers",
+            "pipeline_tag": "text-generation",
+        }
         card = (
-            "---\nlibrary_name: transformers\n---\n\n"
+            f"---\n{yaml.safe_dump(matter, sort_keys=False)}---\n\n"
             "# Dense export\n\nOrdinary weights, multiplied out from a model compressed by "
             "spectrim. Quality is that of the compressed model, size that of the original.\n"
         )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ def save_model(
     max_shard_size: str | int = "5GB",
     overwrite: bool = False,
     read: Callable[[str], Tensor] | None = None,
+    companions: Sequence[Path] = (),
 ) -> FolderInspection:
     """Write weights, configuration, tokenizer, recipe, report and card.
 
@@ -47,6 +49,7 @@ def save_model(
         card: see `model_card`.
         max_shard_size: of one weight file, in bytes or as transformers spells it.
         overwrite: replace the model folder that is there.
+        companions: files to copy beside them, such as the original's license.
         read: gives the tensors of the model that are on the meta device, if some are.
 
     Returns:
@@ -65,6 +68,8 @@ def save_model(
             save_in_parts(model, folder, read, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        for path in companions:
+            shutil.copyfile(path, folder / path.name)
         stored = inspect_folder(folder).summary()
         text = json.dumps({**report, "stored": stored}, indent=2, allow_nan=False)
         (folder / REPORT_FILE).write_text(text + "\n", encoding="utf-8")

@@ -46,6 +46,7 @@ class _Record(Strict):
     keep: Annotated[float, Field(gt=0, le=1)]
     rule: Text
     notes: Annotated[tuple[Text, ...], Field(max_length=10_000)] = ()
+    unit: Text | None = None
     survey: _Path | None = None
     model: _Path | None = None
     identity: Text | None = None
@@ -59,7 +60,7 @@ def load_plan(path: str | Path) -> tuple[Plan, str | None]:
     """
     record = _load(path)
     entries = tuple(PlanEntry(**dict(entry)) for entry in record.entries)
-    return Plan(entries, record.keep, record.rule, record.notes), record.survey
+    return Plan(entries, record.keep, record.rule, record.notes, record.unit), record.survey
 
 
 class _Identified(Protocol):

@@ -21,7 +21,7 @@ from spectrim.run.job import Progress
 from spectrim.run.sources import sources_of
 from spectrim.run.texts import own_text
 from spectrim.studies.files import open_study, save_pictures, write_text
-from spectrim.studies.measure import Measure, different_names
+from spectrim.studies.measure import Measure, different_names, measured_on
 
 __all__ = ["WINDOWS", "calibration_study"]
 
@@ -59,7 +59,7 @@ def calibration_study(
     Raises:
         SpectrimError: unknown recipes, texts or models; texts too short for every number.
     """
-    measure = measure or Measure()
+    measure = measured_on(measure, calibration.get("text"))
     if not recipes or not windows or not seeds:
         raise InputError("a calibration study needs recipes, numbers of windows, and seeds")
     if min(windows) < 1:

@@ -19,7 +19,7 @@ from spectrim.run.job import Progress
 from spectrim.run.sources import sources_of
 from spectrim.run.texts import own_text
 from spectrim.studies.files import open_study, write_text
-from spectrim.studies.measure import Measure, different_names
+from spectrim.studies.measure import Measure, different_names, measured_on
 
 __all__ = ["compare"]
 
@@ -55,7 +55,7 @@ def compare(
         raise InputError("compare needs recipes, for example svd-llm,aa-svd")
     if own_text(calibration.get("text")) is not None:
         raise InputError("compare runs in other processes; give the text as names or files")
-    measure = measure or Measure()
+    measure = measured_on(measure, calibration.get("text"))
     keeps = parse_keeps(keep) if isinstance(keep, str) else list(keep)
     resolved = different_names([resolve_recipe(r, **calibration) for r in recipes])
     folder, store = open_study(

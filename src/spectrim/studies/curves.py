@@ -23,7 +23,7 @@ from spectrim.run.job import Progress
 from spectrim.run.sources import sources_of
 from spectrim.run.texts import own_text
 from spectrim.studies.files import open_study, save_pictures, write_text
-from spectrim.studies.measure import Measure, different_names
+from spectrim.studies.measure import Measure, different_names, measured_on
 from spectrim.studies.opening import dense_twin, has_every_size, open_sizes
 
 __all__ = ["curve"]
@@ -59,7 +59,7 @@ def curve(
     Raises:
         SpectrimError: unknown recipes, texts or models; sizes that no recipe reaches.
     """
-    measure = measure or Measure()
+    measure = measured_on(measure, calibration.get("text"))
     keeps = parse_keeps(keep) if isinstance(keep, str) else list(keep)
     texts = [calibration.get("text"), measure.text]
     folder, store = open_study(

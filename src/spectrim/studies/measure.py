@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,12 +12,16 @@ import torch
 from torch import nn
 
 from spectrim.arguments import check_whole
+from spectrim.data.corpora import CORPORA
+from spectrim.data.text import SELF, split_sources
 from spectrim.errors import InputError
 from spectrim.measure.measuring import Reference, open_reference
 from spectrim.recipe import Recipe
 from spectrim.run.texts import UserText
 
-__all__ = ["Measure", "different_names"]
+__all__ = ["Measure", "different_names", "measured_on"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,36 @@ class Measure:
     def reference(self, model: str | Path | nn.Module, tokenizer: Any = None) -> Reference:
         """The dense model, loaded and measured."""
         return open_reference(model, tokenizer=tokenizer, **vars(self))
+
+
+def measured_on(measure: Measure | None, text: UserText) -> Measure:
+    """The measure, on the calibration text where the user names no other text.
+
+    A study of local files then needs no network. Named corpora have a part of their own for
+    evaluation; of a file the same words are read, and the log says so before anything starts.
+
+    Raises:
+        InputError: windows sampled from the model are no text to measure on.
+    """
+    measure = measure or Measure()
+    if measure.text is not None or text is None:
+        return measure
+    if not isinstance(text, str | Path):
+        return replace(measure, text=text)
+    names = [name for name, _ in split_sources(text)]
+    chosen = next((name for name in names if name != SELF), None)
+    if chosen is None:
+        raise InputError(
+            "the calibration text is sampled from the model; name a text to measure on "
+            "(--evaluation-text)"
+        )
+    if chosen not in CORPORA:
+        logger.warning(
+            "measuring on the calibration text %s itself, for want of another "
+            "(--evaluation-text): losses on unread text are larger",
+            *(Path(chosen).name,),
+        )
+    return replace(measure, text=chosen)
 
 
 def different_names(recipes: Sequence[Recipe]) -> list[Recipe]:

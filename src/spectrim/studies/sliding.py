@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
+from spectrim.api import resize
 from spectrim.arguments import check_whole, refuse_unused
 from spectrim.data.windows import Windows
 from spectrim.errors import InputError
@@ -15,7 +17,8 @@ from spectrim.run.job import Progress, Silent
 from spectrim.run.learned.elastic import ElasticModel
 from spectrim.run.loading import LoadedModel
 from spectrim.serve.slider.engine import Engine
-from spectrim.serve.slider.server import SliderServer
+from spectrim.serve.slider.server import LOCAL_NAMES, SliderServer
+from spectrim.storage.paths import last_part
 from spectrim.studies.measure import Measure
 from spectrim.studies.opening import dense_twin, has_every_size, open_sizes
 
@@ -42,7 +45,7 @@ def slider(
         measure: with a text, the page shows perplexities.
         curve: what `spectrim curve` wrote for this artifact and text, for predictions; without
             it a few sizes are measured first.
-        host: address to listen on.
+        host: address to listen on; the page writes folders for this machine's users only.
         port: 0 takes any free one.
         progress: told of the sizes that are measured first.
 
@@ -84,8 +87,17 @@ def slider(
         windows=windows,
         known=known,
         measured=measured,
+        model_name=last_part(elastic.elastic.base.name),
+        save=partial(_save, Path(artifact), Path.cwd()) if host in LOCAL_NAMES else None,
     )
     return SliderServer(engine, host=host, port=port)
+
+
+def _save(artifact: Path, place: Path, keep: float) -> Path:
+    """Write a size of the artifact to a folder of its own, named after both."""
+    output = place / f"{artifact.resolve().name}-{keep:.2f}"
+    resize(artifact, keep=keep, output=output)
+    return output
 
 
 def _landmarks(

@@ -101,6 +101,10 @@ class ElasticModel:
             smallest_keep=order.smallest_keep,
         )
 
+    def planned(self, keep: float) -> Plan:
+        """What a size would be, without taking it."""
+        return self.elastic.order.plan(keep)
+
     def resize(
         self, keep: float | None = None, *, size: int | str | None = None, repair: bool = False
     ) -> Plan:

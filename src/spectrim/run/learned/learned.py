@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from spectrim.allocate.plan import Plan
@@ -10,9 +11,12 @@ from spectrim.recipe import AcipLearning, SocoLearning
 from spectrim.run.job import Job
 from spectrim.run.learned.every_size import learn_every_size
 from spectrim.run.learned.one_size import learn_one_size
+from spectrim.run.learned.predicting import learning_steps
 from spectrim.storage.elastic import Base, Elastic
 
 __all__ = ["learn"]
+
+logger = logging.getLogger(__name__)
 
 
 def learn(
@@ -35,6 +39,12 @@ def learn(
         BudgetError: the keep lies below what the training reaches.
     """
     section = job.recipe.learn
+    if section is not None:
+        steps = sum(learning_steps(section).values())
+        logger.info(
+            "%s trains for at most %d steps; `--dry-run` says how long that takes here",
+            *(section.method, steps),
+        )
     if isinstance(section, AcipLearning):
         return learn_every_size(job, section, base, work)
     if isinstance(section, SocoLearning):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from spectrim.allocate.budget import format_bytes
 from spectrim.devices import HOST
 from spectrim.recipe import Recipe, validated
@@ -14,6 +16,8 @@ from spectrim.run.loading import load_model
 from spectrim.run.sources import sources_of
 from spectrim.storage.atomic import check_output
 from spectrim.storage.elastic import Elastic, save_elastic
+from spectrim.storage.origin import read_origin
+from spectrim.storage.paths import last_part, without_folders
 from spectrim.storage.survey_file import load_survey
 from spectrim.storage.survey_record import Survey
 
@@ -113,12 +117,17 @@ def _sizes(elastic: Elastic) -> dict[str, Any]:
 
 def _card(elastic: Elastic, recipe: Recipe) -> str:
     order, other = elastic.order, elastic.base.other_bytes
-    name = Path(elastic.base.name).name
+    name = last_part(elastic.base.name)
+    origin = read_origin(elastic.base.name)
+    matter = {**origin.matter, "library_name": "spectrim", "tags": ["spectrim", "low-rank"]}
+    if origin.hub_id:
+        matter["base_model"] = origin.hub_id
     return (
         "\n\n".join(
             [
+                f"---\n{yaml.safe_dump(matter, sort_keys=False)}---",
                 f"# {name} at every size",
-                f"Ordered low-rank components of the linear layers of `{elastic.base.name}`, made "
+                f"Ordered low-rank components of the linear layers of `{name}`, made "
                 "by [spectrim](https://github.com/spectrim/spectrim) with the recipe "
                 f"`{recipe.name}`. This folder is no model by itself: it gives one of any "
                 f"size from {format_bytes(order.smallest_bytes + other)} (keep "
@@ -128,7 +137,7 @@ def _card(elastic: Elastic, recipe: Recipe) -> str:
                 f"elastic.resize({max(order.smallest_keep, 0.5):.2f})  # at once, and reversible\n"
                 "elastic.model\n```",
                 "```\nspectrim resize this-folder --keep 0.5 -o smaller\n```",
-                f"```yaml\n{recipe.to_yaml().rstrip()}\n```",
+                f"```yaml\n{without_folders(recipe.to_yaml()).rstrip()}\n```",
             ]
         )
         + "\n"

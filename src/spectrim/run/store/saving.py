@@ -10,6 +10,8 @@ from spectrim.run.learned.saving_elastic import save_elastic_outcome
 from spectrim.storage.attach import attach
 from spectrim.storage.card import model_card
 from spectrim.storage.folder import save_model
+from spectrim.storage.origin import Origin, read_origin
+from spectrim.storage.paths import last_part
 from spectrim.storage.table import Provenance
 
 __all__ = ["save_outcome"]
@@ -51,20 +53,22 @@ def save_outcome(
             base_model=report["model"],
         ),
     )
+    origin = read_origin(report["model"])
     inspection = save_model(
         outcome.model,
         outcome.tokenizer,
         output,
         recipe_yaml=recipe.to_yaml(),
         report=report,
-        card=_card(outcome),
+        card=_card(outcome, origin),
+        companions=origin.files,
         overwrite=overwrite,
         read=None if outcome.onloader is None else outcome.onloader.tensor,
     )
     report["stored"] = inspection.summary()
 
 
-def _card(outcome: Outcome) -> str:
+def _card(outcome: Outcome, origin: Origin) -> str:
     keep = outcome.report["keep"]
     pairs = {
         "target layers": keep["target_bytes"],
@@ -84,11 +88,13 @@ def _card(outcome: Outcome) -> str:
     )
     base = outcome.report["model"]
     return model_card(
-        f"{Path(base).name} at keep {outcome.recipe.keep:g}",
+        f"{last_part(base)} at keep {outcome.recipe.keep:g}",
         base_model=base,
         recipe_name=outcome.recipe.name,
         recipe_yaml=outcome.recipe.to_yaml(),
         numbers=numbers,
         protocol=protocol,
         notes=outcome.report["notes"],
+        origin=origin,
+        measured=(outcome.report.get("measured") or {}).get("texts", []),
     )

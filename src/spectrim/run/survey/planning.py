@@ -21,22 +21,25 @@ from spectrim.allocate.forms import AUTO, Form, dense_forms
 from spectrim.allocate.ladder import Limits, ladders_for, smallest_keep
 from spectrim.allocate.plan import Plan, PlanEntry
 from spectrim.allocate.rules import allocate
-from spectrim.allocate.sensitivity import CANDIDATES
+from spectrim.allocate.sensitivity import CANDIDATES, Table
 from spectrim.allocate.yardstick import YARDSTICKS
 from spectrim.allocate.zero_sum import zero_sum
 from spectrim.errors import BudgetError, InputError
 from spectrim.recipe import Allocation, Recipe, validated
+from spectrim.run.survey.pinning import own_storages, plan_around
 
 if TYPE_CHECKING:
     from spectrim.model.anatomy import Anatomy
     from spectrim.storage.survey_record import Survey
 
 __all__ = [
+    "NATS",
     "candidate_ranks",
     "check_plan",
     "judged_forms",
     "keep_of_size",
     "largest_rank",
+    "loss_unit",
     "make_plan",
     "needed_scores",
     "plan_from_survey",
@@ -46,6 +49,9 @@ __all__ = [
 
 STABLE_SIGNS = 0.75
 """Least share of agreeing signs at which zero-sum believes them; noise gives a half."""
+
+NATS = "nats per token"
+"""Unit of predicted losses that can be held against measured ones."""
 
 TABLE = "table"
 """Stands beside the scores for ASVD's measured sensitivities."""
@@ -136,33 +142,63 @@ def make_plan(
             "the survey holds no measured sensitivities; survey with the recipe asvd, or predict "
             "them from spectra with score energy"
         )
-    if rule.rule == "zero_sum" and survey is not None:
-        return _zero_sum(recipe, survey, plan_limits(recipe, dtype_bytes))
-    return allocate(
-        curves or [],
-        rule.rule,
+    limits = plan_limits(recipe, dtype_bytes)
+
+    def by_rule(some: Sequence[Curve], keep: float) -> Plan:
+        if rule.rule == "zero_sum" and survey is not None:
+            return _zero_sum(some, keep, limits, faithful=rule.faithful, of=survey)
+        return allocate(
+            some,
+            rule.rule,
+            keep=keep,
+            limits=limits,
+            score=rule.score,
+            fill=rule.fill,
+            scale=scale,
+            table=_of_targets(table, some) if rule.score == "measured" else None,
+        )
+
+    made = plan_around(
+        own_storages(curves or [], recipe.targets.own),
+        recipe.targets.own,
         keep=recipe.keep,
-        limits=plan_limits(recipe, dtype_bytes),
-        score=rule.score,
-        fill=rule.fill,
-        scale=scale,
-        table=table if rule.score == "measured" else None,
+        limits=limits,
+        score=rule.score if rule.rule == "knapsack" else None,
+        rule=by_rule,
     )
+    return replace(made, unit=None if made.predicted_loss is None else loss_unit(rule))
 
 
-def _zero_sum(recipe: Recipe, survey: Survey, limits: Limits) -> Plan:
+def _of_targets(table: Table | None, curves: Sequence[Curve]) -> Table | None:
+    """The part of a table of sensitivities that is about some targets."""
+    if table is None:
+        return None
+    names = {curve.name for curve in curves}
+    return {key: value for key, value in table.items() if key[0] in names}
+
+
+def loss_unit(rule: Allocation) -> str:
+    """What the predicted losses of a rule's plan are counted in."""
+    if rule.rule == "zero_sum" or (rule.rule == "knapsack" and rule.score != "energy"):
+        return NATS
+    return "relative squared errors, summed over targets"
+
+
+def _zero_sum(
+    curves: Sequence[Curve], keep: float, limits: Limits, *, faithful: bool, of: Survey
+) -> Plan:
     """ZS-SVD's selection, without signs where signs are noise.
 
     Balancing a sum whose terms have random signs only forces large components out; the least
     `|dL|` first is then the better half of the rule. `faithful` selects as published.
     """
-    stability = survey.sign_stability
-    unsigned = not recipe.allocate.faithful and stability is not None and stability < STABLE_SIGNS
+    stability = of.sign_stability
+    unsigned = not faithful and stability is not None and stability < STABLE_SIGNS
     plan = zero_sum(
-        survey.curves,
-        keep=recipe.keep,
+        curves,
+        keep=keep,
         limits=limits,
-        faithful=recipe.allocate.faithful,
+        faithful=faithful,
         key="magnitude" if unsigned else "zero_sum",
     )
     if not unsigned:

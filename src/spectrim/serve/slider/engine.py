@@ -1,7 +1,8 @@
-"""What the slider's page asks for: a size, its perplexity, and both models' continuations.
+"""What the slider's page asks for: a size, its perplexity, both models' continuations, a folder.
 
-One lock guards the model. Whoever finds it taken is told so at once and asks again; a stream gives
-it back when its reader has gone, because closing a generator runs its `finally`.
+One lock guards the model. What a size takes is known without the model; a stream holds the lock for
+one token at a time and brings the model to its own size again, so that several tabs write side by
+side. A measurement holds it for longer: whoever finds it taken is told so and asks again.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import math
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +27,12 @@ from spectrim.evaluate.perplexity import perplexity
 __all__ = ["BusyError", "Engine", "Resizable"]
 
 MOST_TOKENS = 200
+PATIENCE = 0.5
+"""Seconds that a request waits for the model before it is told that it is busy."""
+
+FOREVER = -1
+"""Of a stream's next token: its reader sees that it waits."""
+
 UNFINISHED = "�"
 """What a decoder shows for the first bytes of a character whose rest has not come yet."""
 
@@ -38,6 +46,10 @@ class Resizable(Protocol):
 
     model: Any
 
+    def planned(self, keep: float) -> Any:
+        """The plan of a size, without taking it."""
+        ...
+
     def resize(self, keep: float) -> Any:
         """Change the size; returns the plan of it."""
         ...
@@ -48,6 +60,7 @@ class Engine:
 
     Args:
         name: of the artifact, for the page.
+        model_name: what it was made from, for the page.
         dense: the original model.
         elastic: resized in place; shares nothing with `dense` that it changes.
         tokenizer: of both.
@@ -56,6 +69,8 @@ class Engine:
         windows: to measure perplexity on; None shows no perplexity.
         known: keep -> perplexity of an earlier study on the same text, for predictions.
         measured: keep -> perplexity measured on the windows.
+        save: writes the size of a keep to a folder and returns its path; None where the page may
+            not write.
     """
 
     def __init__(
@@ -70,6 +85,8 @@ class Engine:
         windows: Windows | None = None,
         known: Mapping[float, float] | None = None,
         measured: Mapping[float, float] | None = None,
+        model_name: str = "",
+        save: Callable[[float], Path] | None = None,
     ):
         if tokenizer is None:
             raise TextError(f"{name!r} has no tokenizer; the page cannot read prompts")
@@ -82,54 +99,50 @@ class Engine:
         self.windows = windows
         self._known = dict(known or {})
         self._measured = dict(measured or {})
+        self.model_name = model_name or name
+        self._save = save
         self._lock = threading.Lock()
+        self._saving = threading.Lock()
+        self._size: float | None = None
         self._longest = longest_window(dense.config)  # type: ignore[arg-type]
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        if not self._lock.acquire(blocking=False):
+    def _alone(self, lock: threading.Lock, *, wait: float = PATIENCE) -> Iterator[None]:
+        if not lock.acquire(timeout=wait):
             raise BusyError("the model is busy with another request; try again in a moment")
         try:
             yield
         finally:
-            self._lock.release()
+            lock.release()
+
+    @contextmanager
+    def _at(self, keep: float, *, wait: float = PATIENCE) -> Iterator[None]:
+        """The model at a size, and nobody else using it."""
+        with self._alone(self._lock, wait=wait):
+            if self._size != keep:
+                self.elastic.resize(keep)
+                self._size = keep
+            yield
 
     def facts(self) -> dict[str, Any]:
         """What the page needs to draw itself."""
+        points = sorted({**self._known, **self._measured}.items())
         return {
             "name": self.name,
+            "model": self.model_name,
             "smallest_keep": self.smallest_keep,
             "measures": self.windows is not None,
+            "saves": self._save is not None,
             "most_tokens": MOST_TOKENS,
+            "curve": [{"keep": keep, "perplexity": value} for keep, value in points],
         }
 
     def size(self, keep: float) -> dict[str, Any]:
-        """Resize, and say what the size takes and what it is expected to cost.
+        """What a size takes and what it is expected to cost; the model stays as it is.
 
         Raises:
             InputError: not a size, or below the artifact's end.
-            BusyError: another request is running.
         """
-        with self._alone():
-            return self._resize(keep)
-
-    def measure(self, keep: float) -> dict[str, Any]:
-        """The size's facts with its perplexity; measured once per size.
-
-        Raises:
-            InputError: as `size`, or there is no text to measure on.
-        """
-        if self.windows is None:
-            raise InputError("there is no text to measure on; start with --evaluation-text")
-        with self._alone():
-            found = self._resize(keep)
-            if found["keep"] not in self._measured:
-                self._measured[found["keep"]] = perplexity(
-                    self.elastic.model, self.windows
-                ).perplexity
-            return found | {"measured": self._measured[found["keep"]]}
-
-    def _resize(self, keep: float) -> dict[str, Any]:
         if not isinstance(keep, int | float) or isinstance(keep, bool) or not 0 < keep <= 1:
             raise InputError(f"keep is {keep!r}; it is a fraction in (0, 1]")
         if keep < self.smallest_keep:
@@ -137,7 +150,7 @@ class Engine:
                 f"keep {keep:g} is below the end of this artifact; its smallest is "
                 f"{self.smallest_keep:.6f}"
             )
-        plan = self.elastic.resize(float(keep))
+        plan = self.elastic.planned(float(keep))
         stored = sum(entry.bytes for entry in plan.entries)
         dense = sum(entry.dense_bytes for entry in plan.entries)
         achieved = stored / dense
@@ -148,6 +161,37 @@ class Engine:
             "estimated": self._estimate(achieved),
             "measured": self._measured.get(achieved),
         }
+
+    def measure(self, keep: float) -> dict[str, Any]:
+        """The size's facts with its perplexity; measured once per size.
+
+        Raises:
+            InputError: as `size`, or there is no text to measure on.
+            BusyError: another request is running.
+        """
+        if self.windows is None:
+            raise InputError("there is no text to measure on; start with --evaluation-text")
+        found = self.size(keep)
+        with self._at(float(keep)):
+            if found["keep"] not in self._measured:
+                self._measured[found["keep"]] = perplexity(
+                    self.elastic.model, self.windows
+                ).perplexity
+        return found | {"measured": self._measured[found["keep"]]}
+
+    def save(self, keep: float) -> dict[str, Any]:
+        """Write the size as an ordinary folder; returns where it is and its facts.
+
+        Raises:
+            InputError: as `size`, or this page may not write.
+            OutputError: the folder exists or cannot be written.
+            BusyError: another size is being written.
+        """
+        if self._save is None:
+            raise InputError("this page may not write; it is served to other machines")
+        found = self.size(keep)
+        with self._alone(self._saving):
+            return found | {"folder": str(self._save(float(keep)))}
 
     def _estimate(self, keep: float) -> float | None:
         """Perplexity between measured sizes, straight in its logarithm; None outside them."""
@@ -171,32 +215,31 @@ class Engine:
         Raises:
             TextError: an empty prompt.
             InputError: a size or a number of tokens out of reach.
-            BusyError: another request is running.
         """
         if not isinstance(prompt, str) or not prompt.strip():
             raise TextError("the prompt is empty; write at least one word")
         if not isinstance(tokens, int) or not 1 <= tokens <= MOST_TOKENS:
             raise InputError(f"asked for {tokens!r} tokens; ask for 1 to {MOST_TOKENS}")
-        with self._alone():
-            yield {"size": self._resize(keep)}
-            ids = list(self.tokenizer(prompt)["input_ids"])
-            if not ids:
-                raise TextError("the prompt has no tokens; write at least one word")
-            if self._longest is not None:
-                tokens = min(tokens, max(1, self._longest // 2))
-                room = self._longest - tokens
-                if len(ids) > room:
-                    yield {"note": f"the prompt has {len(ids)} tokens; its last {room} are used"}
-                    ids = ids[-room:]
-            writers = {
-                "dense": _Writer(self.dense, self.tokenizer, ids, tokens),
-                "compressed": _Writer(self.elastic.model, self.tokenizer, ids, tokens),
-            }
-            while writers:
-                for model, writer in list(writers.items()):
-                    yield {"model": model, **writer.step()}
-                    if writer.done:
-                        del writers[model]
+        yield {"size": self.size(keep)}
+        ids = list(self.tokenizer(prompt)["input_ids"])
+        if not ids:
+            raise TextError("the prompt has no tokens; write at least one word")
+        if self._longest is not None:
+            tokens = min(tokens, max(1, self._longest // 2))
+            room = self._longest - tokens
+            if len(ids) > room:
+                yield {"note": f"the prompt has {len(ids)} tokens; its last {room} are used"}
+                ids = ids[-room:]
+        with self._at(float(keep), wait=FOREVER):
+            models = {"dense": self.dense, "compressed": self.elastic.model}
+        writers = {n: _Writer(m, self.tokenizer, ids, tokens) for n, m in models.items()}
+        while writers:
+            for model, writer in list(writers.items()):
+                with self._at(float(keep), wait=FOREVER):
+                    piece = writer.step()
+                yield {"model": model, **piece}
+                if writer.done:
+                    del writers[model]
 
 
 class _Writer:

@@ -80,7 +80,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._json(HTTPStatus.NOT_FOUND, {"error": "there is nothing here"})
 
     def do_POST(self) -> None:
-        """A size, a measurement, or a stream of continuations."""
+        """A size, a measurement, a folder to write, or a stream of continuations."""
         if not self._welcome():
             return
         engine = self.server.engine
@@ -90,6 +90,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self._json(HTTPStatus.OK, engine.size(asked.get("keep", 1.0)))
             elif self.path == "/measure":
                 self._json(HTTPStatus.OK, engine.measure(asked.get("keep", 1.0)))
+            elif self.path == "/save":
+                self._json(HTTPStatus.OK, engine.save(asked.get("keep", 1.0)))
             elif self.path == "/continue":
                 self._stream(
                     engine.continuations(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,10 +13,11 @@ from torch import nn
 
 from spectrim.allocate.budget import parse_size
 from spectrim.allocate.plan import Plan
+from spectrim.api.costing import compress_at_cost
+from spectrim.api.reading import evaluate, export, inspect, plan
 from spectrim.arguments import check_fraction, check_path, refuse_unused
 from spectrim.distributed.team import Team
 from spectrim.errors import BudgetError, InputError
-from spectrim.measure.evaluating import evaluate_model
 from spectrim.measure.running import gives_every_size
 from spectrim.recipe import Recipe
 from spectrim.recipes import DEFAULT_RECIPE
@@ -34,7 +35,7 @@ from spectrim.run.predicting import estimate
 from spectrim.run.resolving import check_brought, check_size, resolve_recipe
 from spectrim.run.sources import sources_of
 from spectrim.run.store.saving import save_outcome
-from spectrim.run.survey.replanning import bring_plan, replan
+from spectrim.run.survey.replanning import bring_plan
 from spectrim.run.survey.surveying import resize_survey, survey_model
 from spectrim.run.texts import UserText, own_text
 from spectrim.shortage import tells_of_shortage
@@ -72,18 +73,26 @@ def compress(
     *,
     keep: float | None = None,
     size: str | int | None = None,
+    max_loss: float | None = None,
+    energy: float | None = None,
     recipe: str | Path | Recipe = DEFAULT_RECIPE,
+    only: str | Sequence[str] = (),
+    skip: str | Sequence[str] = (),
     text: UserText = None,
     windows: int | None = None,
     window_length: int | None = None,
     batch: int | None = None,
+    bos: str | None = None,
     seed: int | None = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     output: str | Path | None = None,
     overwrite: bool = False,
+    measure: bool = True,
+    evaluation_text: UserText = None,
     plan: Plan | str | Path | None = None,
     survey: Survey | str | Path | None = None,
+    multiple: int | None = None,
     storage: str | None = None,
     weights: str | None = None,
     effort: str | None = None,
@@ -104,40 +113,45 @@ def compress(
         model: a hub name, a folder, or a loaded causal language model, which is changed in place.
         keep: fraction of the bytes of the target linear layers that remains, in (0, 1].
         size: instead of keep, the size of the whole checkpoint: bytes or "3.5GB".
+        max_loss: instead of keep, nats per token that may be lost: as small as possible at that.
+        energy: instead of keep, share of its objective that every target keeps.
         recipe: a preset's name, a YAML file, or a `Recipe`.
-        text: calibration text: source name, file, several separated by commas, list of documents,
-            or a token tensor (N, T) whose rows are the windows. None for the recipe's.
+        only: patterns on target names; the others are protected and no targets any more.
+        skip: patterns of targets to protect.
+        text: calibration: names and files ("a.txt:0.7,b.jsonl:0.3"), documents, or windows (N, T).
         windows: number of calibration windows; None follows the model and the machine.
         window_length: tokens per window.
         batch: windows per pass; None follows the machine's memory.
+        bos: BOS at the start of `none`, `each` or `half` of the windows; None for the recipe's.
         seed: of everything random in the run.
         device: `auto`, or a torch device.
-        dtype: to work in; `auto` is fp32 on a CPU. The result is stored as the checkpoint is.
+        dtype: to work in; `auto` is fp32 on a CPU. Stored is the checkpoint's dtype.
         output: folder to write; it must not exist or be empty.
         overwrite: replace an existing output folder.
-        plan: ranks to use instead of the recipe's rule: a `Plan`, or the file that `spectrim plan`
-            wrote, which also says where the survey with the decompositions lies.
+        measure: perplexity before and after, see `run.quality`; about a tenth of the time.
+        evaluation_text: another text to measure on as well.
+        plan: ranks in place of the recipe's rule: a `Plan`, or what `spectrim plan` wrote.
         survey: of this model: gives the ranks and, to a one-shot flow, the decompositions.
+        multiple: ranks are multiples of this.
         storage: `factored`, `packed` or `auto`.
         weights: a number format of `spectrim.formats`, or `auto`.
-        effort: `fast` (training-free), `balanced` (and block refinement) or `thorough` (and
-            distillation), of the default recipe.
+        effort: `fast`, `balanced` (trains blocks) or `thorough` (and distills), of the default.
         tokenizer: for model objects.
         offload_streams: folder for hidden states that should not be held in memory.
         on_failure: `error`, or `keep-unrefined` to keep a block whose refinement diverged.
-        work: folder for what is finished, from which the next run goes on; by default `OUT.work`
-            beside the output, removed when the output is there.
+        work: folder for what is finished, for the next run; `OUT.work` by default, then removed.
         resume: False keeps no work but in a `work` folder: a run that ends begins anew.
-        out_of_core: read blocks when they are worked on; None decides by the memory that is free.
+        out_of_core: leave blocks in the checkpoint; None decides by the memory that is free.
         self_contained: include the base checkpoint in an elastic artifact.
         progress: told of stages and steps.
         trust_remote_code: run code that comes with the checkpoint.
-        team: processes that share the run (`spectrim.distributed.launch.membership`); all of them
-            call this with the same arguments, and the leader saves.
+        team: processes that share the run (`distributed.launch`); all call this alike.
 
     Raises:
         SpectrimError: every refusal; nothing is left half-written.
     """
+    if max_loss is not None or energy is not None:
+        return compress_at_cost(compress, survey_of, dict(locals()))
     team = team or Team()
     check_path(output=output, work=work, offload_streams=offload_streams)
     check_brought(model, plan=plan, survey=survey)
@@ -152,6 +166,10 @@ def compress(
         windows=windows,
         window_length=window_length,
         batch=batch,
+        bos=bos,
+        only=only,
+        skip=skip,
+        multiple=multiple,
         storage=storage,
         weights=weights,
         effort=effort,
@@ -211,12 +229,14 @@ def compress(
             work=folder,
             team=team,
             exactly=window_length is not None,
+            measure=measure,
+            evaluation_text=evaluation_text,
         )
         result = Result(**vars(outcome))
         if output is not None:
             if team.leads:
-                original = loaded.name if self_contained else None
-                save_outcome(result, output, overwrite=overwrite, original=original)
+                base = loaded.name if self_contained else None
+                save_outcome(result, output, overwrite=overwrite, original=base)
             team.barrier()  # what the others return is there as well
             result.output = Path(output)
     return result
@@ -229,10 +249,13 @@ def survey(
     output: str | Path | None = None,
     overwrite: bool = False,
     recipe: str | Path | Recipe = DEFAULT_RECIPE,
+    only: str | Sequence[str] = (),
+    skip: str | Sequence[str] = (),
     text: UserText = None,
     windows: int | None = None,
     window_length: int | None = None,
     batch: int | None = None,
+    bos: str | None = None,
     scores: Collection[str] | None = None,
     seed: int | None = None,
     device: str | torch.device = "auto",
@@ -251,29 +274,35 @@ def survey(
         output: folder to write the survey to.
         overwrite: replace an existing survey there.
         recipe: says objective, calibration and the rule that plans use by default.
+        only: as for `compress`.
+        skip: as for `compress`.
         text: calibration text, as for `compress`.
         windows: number of calibration windows; None follows the model and the machine.
         window_length: tokens per window.
         batch: windows per pass; None follows the machine's memory.
-        scores: any of `first_order`, `second_order`, `kfac`, `measured`, and `table` for measured
-            sensitivities; by default the first two and what the recipe's rule needs.
+        bos: as for `compress`.
+        scores: any of `first_order`, `second_order`, `kfac`, `measured`, `table` (sensitivities).
         seed: of everything random.
         device: `auto`, or a torch device.
         dtype: to work in.
         tokenizer: for model objects.
         offload_streams: folder for hidden states that should not be held in memory.
-        out_of_core: leave blocks in the checkpoint until they are worked on, as for `compress`;
-            what is returned then has its factors in `output`.
+        out_of_core: as for `compress`; what is returned then has its factors in `output`.
         progress: told of stages and steps.
         trust_remote_code: run code that comes with the checkpoint.
-        team: processes that share the work, as for `compress`.
-
-    Raises:
-        SpectrimError: every refusal; nothing is left half-written.
+        team: processes that share the work, as for `compress`; refusals are its as well.
     """
     team = team or Team()
     resolved = resolve_recipe(
-        recipe, seed=seed, text=text, windows=windows, window_length=window_length, batch=batch
+        recipe,
+        seed=seed,
+        text=text,
+        windows=windows,
+        window_length=window_length,
+        batch=batch,
+        bos=bos,
+        only=only,
+        skip=skip,
     )
     check_path(output=output, offload_streams=offload_streams)
     check_brought(model)
@@ -325,16 +354,6 @@ def survey(
     return made
 
 
-def plan(survey: Survey | str | Path, **options: Any) -> Plan:
-    """Ranks for any size from a survey, in about a second; see `run.survey.replanning.replan`.
-
-    Args:
-        survey: in memory, or its folder.
-        options: keep or size; rule, score, floor and multiple in place of the recipe's.
-    """
-    return replan(survey, **options)
-
-
 @tells_of_shortage
 def resize(
     artifact: str | Path,
@@ -377,22 +396,5 @@ def resize(
     return result
 
 
-@tells_of_shortage
-def evaluate(model: str | Path | nn.Module, **options: Any) -> dict[str, Any]:
-    """Perplexity with its protocol, and bytes; see `measure.evaluating.evaluate_model`."""
-    return evaluate_model(model, **options)
-
-
-@tells_of_shortage
-def export(folder: str | Path, *, output: str | Path, **options: Any) -> Path:
-    """Write a compressed folder for other tools; see `storage.export.export_folder`."""
-    from spectrim.storage.export import export_folder
-
-    return export_folder(folder, output, **options)
-
-
-def inspect(folder: str | Path) -> dict[str, Any]:
-    """Ranks, shapes and bytes of a folder from its headers alone."""
-    from spectrim.storage.inspect import inspect_folder
-
-    return inspect_folder(folder).summary()
+survey_of = survey
+"""The function, where an argument has its name."""

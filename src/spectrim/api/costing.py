@@ -1,0 +1,144 @@
+"""Compression by cost: survey once, plan, and for a loss measure it and correct the plan once.
+
+Predicted losses have been off by factors from 0.8 to 8 (`docs/evaluation.md`), so the first plan is
+only a trial: what it really loses on windows that the run did not read corrects the prediction.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from spectrim.arguments import check_fraction
+from spectrim.errors import BudgetError, InputError
+from spectrim.recipe import Recipe
+from spectrim.run.resolving import resolve_recipe
+from spectrim.run.survey.by_cost import energy_plan, loss_plan, predicted_nats
+from spectrim.storage.survey_file import load_survey
+from spectrim.storage.survey_record import Survey
+
+__all__ = ["compress_at_cost"]
+
+LARGEST_CORRECTION = 10.0
+"""Factor between predicted and measured loss that is believed."""
+
+_OF_RECIPES = (
+    *("seed", "text", "windows", "window_length", "batch", "bos"),
+    *("storage", "weights", "effort", "only", "skip", "multiple"),
+)
+_OF_SURVEYS = (
+    *("text", "window_length", "device", "dtype", "tokenizer", "offload_streams"),
+    *("out_of_core", "progress", "trust_remote_code", "team"),
+)
+
+logger = logging.getLogger(__name__)
+
+
+def compress_at_cost(
+    compress: Callable[..., Any], survey: Callable[..., Survey], asked: dict[str, Any]
+) -> Any:
+    """Carry out `compress` for a cost in place of a size.
+
+    Args:
+        compress: of the interface.
+        survey: of the interface.
+        asked: all arguments of `compress`, with `max_loss` or `energy`.
+
+    Raises:
+        BudgetError: more than one word for the size, or a cost that is none.
+        InputError: what cannot be done by cost.
+    """
+    max_loss, energy = asked.pop("max_loss"), asked.pop("energy")
+    _check(asked, max_loss, energy)
+    recipe = resolve_recipe(asked["recipe"], **{k: asked[k] for k in _OF_RECIPES})
+    if recipe.flow == "learned":
+        raise InputError(
+            f"recipe {recipe.name!r} learns its ranks; make the artifact and resize it to a keep"
+        )
+    model, brought = asked.pop("model"), asked.pop("survey")
+    given = {name: asked[name] for name in _OF_SURVEYS}
+    if brought is None:
+        made = survey(model, recipe=recipe, **given)
+    else:
+        made = brought if isinstance(brought, Survey) else load_survey(brought)
+    if energy is not None:
+        return _cut(compress, model, asked, recipe, made, energy_plan(recipe, made, energy))
+    plan = loss_plan(recipe, made, max_loss)
+    trial = {**asked, "output": None, "overwrite": False, "work": None, "measure": True}
+    first = _cut(compress, model, trial, recipe, made, plan)
+    predicted, measured = predicted_nats(plan, made), _measured(first)
+    del first
+    factor = _correction(predicted, measured)
+    second = loss_plan(recipe, made, max_loss / factor)
+    note = (
+        f"asked for a loss of at most {max_loss:g} nats per token: keep {plan.achieved_keep:.4f} "
+        f"was predicted to lose {predicted:.3g} and lost {measured:.3g}, so keep "
+        f"{second.achieved_keep:.4f} with {predicted_nats(second, made) * factor:.3g} expected "
+        "after that correction"
+    )
+    logger.info("%s", note)
+    second = replace(second, notes=(*second.notes, note))
+    result = _cut(compress, model, {**asked, "measure": True}, recipe, made, second)
+    lost = _measured(result)
+    if lost > max_loss:
+        logger.warning(
+            "the result loses %.3g nats per token, more than the %.3g that were asked for",
+            *(lost, max_loss),
+        )
+    return result
+
+
+def _check(asked: dict[str, Any], max_loss: float | None, energy: float | None) -> None:
+    sizes = {name: asked[name] for name in ("keep", "size", "plan")}
+    words = {**sizes, "max_loss": max_loss, "energy": energy}
+    named = [name for name, value in words.items() if value is not None]
+    if len(named) > 1:
+        raise BudgetError(f"{named[0]} and {named[1]} exclude each other; give one")
+    check_fraction(energy=energy)
+    number = isinstance(max_loss, Real) and not isinstance(max_loss, bool)
+    if max_loss is not None and not (number and 0 < max_loss < float("inf")):
+        raise BudgetError(f"max_loss is {max_loss}; it is a loss in nats per token, e.g. 0.02")
+    if max_loss is not None and not isinstance(asked["model"], str | Path):
+        raise InputError(
+            "max_loss compresses twice and needs the model as a folder or hub name, not an object "
+            "that the first time changes"
+        )
+    if asked["team"] is not None and asked["team"].size > 1:
+        raise InputError("compression by cost runs in one process; start it without torchrun")
+
+
+def _cut(
+    compress: Callable[..., Any],
+    model: Any,
+    asked: dict[str, Any],
+    recipe: Recipe,
+    survey: Survey,
+    plan: Any,
+) -> Any:
+    """Compress with a plan; the recipe has everything that its options said."""
+    passed = {k: v for k, v in asked.items() if k not in _OF_RECIPES}
+    passed |= {"recipe": recipe, "plan": plan, "text": asked["text"]}
+    if recipe.flow == "one-shot":
+        passed["survey"] = survey
+    return compress(model, **passed)
+
+
+def _measured(result: Any) -> float:
+    """Nats per token lost, on another text than the calibration's if there is one."""
+    texts = (result.report["measured"] or {}).get("texts") or []
+    if not texts:
+        reason = (result.report["measured"] or {}).get("why_not")
+        raise InputError(f"max_loss needs a measured loss, and there is none: {reason}")
+    chosen = next((t for t in texts if t["kind"] == "other"), texts[0])
+    return chosen["compressed"]["nll"] - chosen["dense"]["nll"]
+
+
+def _correction(predicted: float, measured: float) -> float:
+    """Measured over predicted loss, as far as it is believed."""
+    if predicted <= 0:
+        return 1.0
+    return min(LARGEST_CORRECTION, max(1 / LARGEST_CORRECTION, measured / predicted))

@@ -1,0 +1,51 @@
+"""What is read from surveys, models and results; nothing here changes a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from spectrim.allocate.plan import Plan
+from spectrim.measure.evaluating import evaluate_model
+from spectrim.run.survey.replanning import replan
+from spectrim.shortage import tells_of_shortage
+from spectrim.storage.survey_record import Survey
+
+__all__ = ["evaluate", "export", "inspect", "plan"]
+
+
+def plan(survey: Survey | str | Path, **options: Any) -> Plan:
+    """Ranks for any size from a survey, in about a second; see `run.survey.replanning.replan`.
+
+    Args:
+        survey: in memory, or its folder.
+        options: keep or size; rule, score, floor and multiple in place of the recipe's.
+
+    Raises:
+        BudgetError: out of reach; names what can be reached.
+        InputError: the survey lacks what the rule needs.
+    """
+    return replan(survey, **options)
+
+
+@tells_of_shortage
+def evaluate(model: str | Path | nn.Module, **options: Any) -> dict[str, Any]:
+    """Perplexity with its protocol, and bytes; see `measure.evaluating.evaluate_model`."""
+    return evaluate_model(model, **options)
+
+
+@tells_of_shortage
+def export(folder: str | Path, *, output: str | Path, **options: Any) -> Path:
+    """Write a compressed folder for other tools; see `storage.export.export_folder`."""
+    from spectrim.storage.export import export_folder
+
+    return export_folder(folder, output, **options)
+
+
+def inspect(folder: str | Path) -> dict[str, Any]:
+    """Ranks, shapes and bytes of a folder from its headers alone."""
+    from spectrim.storage.inspect import inspect_folder
+
+    return inspect_folder(folder).summary()
