@@ -12,7 +12,6 @@ __all__ = [
     "LEAST_SQUARES_RIDGE",
     "PACKED_ERROR_SHARE",
     "PIVOT_GROWTH_LIMIT",
-    "RANK_CUTOFF_FP32",
     "RANK_CUTOFF_FP64",
     "ROUNDING_DAMPING",
     "SAME_LOGITS",
@@ -22,9 +21,6 @@ __all__ = [
 
 RANK_CUTOFF_FP64 = 1e-12
 """Eigenvalues of a moment matrix below this share of the largest one count as zero (fp64)."""
-
-RANK_CUTOFF_FP32 = 1e-6
-"""The same for matrices that were accumulated or decomposed in fp32."""
 
 DAMPING_START = 1e-10
 """First damping of a failed Cholesky factorisation, as a share of the mean diagonal."""

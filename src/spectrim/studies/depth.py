@@ -166,7 +166,7 @@ def _follow_all(
     chosen = [objective_recipe(name) for name in objectives]
     resolved = [resolve_recipe(one, keep=keep, **calibration) for one in (*chosen, *recipes)]
     if not resolved:
-        given = {"keep": keep, **calibration}
+        given = {"keep": keep, **{k: v for k, v in calibration.items() if k != "text"}}
         refuse_unused("it is for runs, and no recipes or objectives are named", given)
     folders = {Path(result).name or str(result): result for result in results}
     names = [*folders, *(recipe.name for recipe in resolved)]
