@@ -74,7 +74,18 @@ def test_small_steps_survive_in_half_precision_models():
 
 def test_a_gradient_along_the_difference_restores_the_weight():
     W, cut = draw(5, 3), draw(5, 3, seed=1)
-    torch.testing.assert_close(corrected(W, cut, [3 * (W - cut)], name="t"), W)
+    along = 3 * (W - cut) / W.square().sum(0)  # in units of the columns
+    torch.testing.assert_close(corrected(W, cut, [along], name="t"), W)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_rescaled_channels_get_the_same_correction(count):
+    W, cut = draw(5, 4), draw(5, 4, seed=1)
+    gradients = [draw(5, 4, seed=2 + i) for i in range(count)]
+    d = torch.tensor([2.0**12, 1.0, 0.25, 2.0**-9]).double()
+    ours = corrected(W, cut, gradients, name="t")
+    theirs = corrected(W / d, cut / d, [g * d for g in gradients], name="t")
+    torch.testing.assert_close(theirs * d, ours, rtol=1e-12, atol=1e-12)
 
 
 def test_what_is_not_finite_is_refused_by_name():

@@ -9,7 +9,9 @@ and with several gradients (one per window) it is the projection of `Δ` on thei
 `Σ_i a_i g_i` with `(K + ridge) a = ⟨g_i, Δ⟩`, `K_ij = ⟨g_i, g_j⟩` (arXiv 2602.02848). A step in so
 few directions survives the truncation that follows it almost unharmed.
 
-Differences from the authors' code: the ridge is relative to the mean squared norm of the
+Differences from the authors' code: `corrected` measures steps column by column in units of the
+column's norm in `W`, so that a function written with other channel scales gets the same correction;
+the ridge is relative to the mean squared norm of the
 gradients (theirs is 1e-6, which outweighs small gradients), all sums are fp64, and the result is
 added to an fp32 weight (fp16 rounds such steps away).
 """
@@ -76,19 +78,24 @@ def corrected(
 ) -> Tensor:
     """The cut weight moved by the correction, in fp32 or better.
 
+    The step is the smallest relative to the columns of `W`.
+
     Args:
         W: original weight, (out, in).
         approximation: `W'`, the weight that the cut left.
         gradients: of the loss at the cut model; with one it is the minimum-norm step.
         name: the target, for messages.
     """
-    difference = W.double() - approximation.double()
+    units = W.double().norm(dim=0)
+    units = torch.where(units > 0, units, 1.0)
+    difference = (W.double() - approximation.double()) / units
+    gradients = [g.double() * units for g in gradients]
     if len(gradients) == 1:
         step = minimum_norm_step(difference, gradients[0], name=name)
     else:
         step = span_step(difference, gradients, name=name)
     wide = torch.promote_types(W.dtype, torch.float32)
-    return (approximation.double() + step).to(wide)
+    return (approximation.double() + step * units).to(wide)
 
 
 def _checked(tensor: Tensor, name: str) -> Tensor:
