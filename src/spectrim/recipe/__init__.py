@@ -77,10 +77,7 @@ class Decompose(Section):
         default=1.0, ge=0, le=1, description="anchored: 1 is anchored (AA-SVD), 0 is shift-aware"
     )
     ridge: float | None = Field(
-        default=None,
-        ge=0,
-        description="anchored: pull of the least-squares map toward W, relative; None lets the "
-        "data choose",
+        default=None, ge=0, description="anchored: pull toward W, relative; None: by the data"
     )
     shrink_in: float = Field(default=0.0, ge=0, lt=1, description="share of the prior in C")
     shrink_out: float = Field(default=0.3, ge=0, lt=1, description="kfac: share of the prior in G")
@@ -106,6 +103,9 @@ class Allocation(Section):
         default=False, description="zero_sum: as published, reverted targets keep their sum"
     )
     gradient_windows: int = Field(default=32, ge=1, description="windows behind gradient scores")
+    probe_windows: int = Field(
+        default=0, ge=0, description="knapsack: windows to measure planned losses on; 0 is none"
+    )
     sensitivity_windows: int = Field(
         default=32, ge=1, description="windows behind ASVD's measured sensitivities"
     )

@@ -17,6 +17,7 @@ from spectrim.run.cut.sequential import cut_sequentially
 from spectrim.run.cut.zero_sum import cut_in_stages
 from spectrim.run.job import Job
 from spectrim.run.survey.backward import output_moments
+from spectrim.run.survey.correcting import corrected_survey
 from spectrim.run.survey.families import measured_scale
 from spectrim.run.survey.planning import check_plan, make_plan, shape_curves
 from spectrim.run.survey.survey import make_survey, surveyed_choice
@@ -51,10 +52,14 @@ def choose(job: Job, *, plan: Plan | None = None, survey: Survey | None = None) 
     recipe = job.recipe
     if plan is None and survey is None and recipe.allocate.rule != "uniform":
         # A sequential flow makes factors anew: all that it takes from a survey are the ranks.
-        # Factors as well where families of forms are to be compared.
-        wanted = recipe.flow != "sequential" or recipe.storage.weights == AUTO
+        # Factors as well where families of forms are compared, or targets cut to see what it costs.
+        probes = recipe.allocate.rule == "knapsack" and recipe.allocate.probe_windows > 0
+        wanted = probes or recipe.flow != "sequential" or recipe.storage.weights == AUTO
         survey = make_survey(job, vectors=wanted)
         job.log.notes.extend(survey.notes)
+        if probes:
+            first = make_plan(recipe, dtype_bytes=job.dtype_bytes, survey=survey)
+            survey = corrected_survey(job, survey, first)
     made = plan or make_plan(
         recipe,
         dtype_bytes=job.dtype_bytes,

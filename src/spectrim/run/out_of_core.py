@@ -101,7 +101,8 @@ def _reason(recipe: Recipe, planned: bool) -> str | None:
         if isinstance(step, ProjectedGradientRefinement) and step.stages > 1:
             return f"the refinement {step.step!r} moves all blocks together (one stage moves none)"
     scores = frozenset() if planned else needed_scores(recipe.allocate)
-    if scores & {"measured", TABLE}:
+    probes = recipe.allocate.probe_windows > 0 and recipe.allocate.rule == "knapsack"
+    if scores & {"measured", TABLE} or (probes and not planned):
         return f"the rule {recipe.allocate.rule!r} evaluates the model once for every target"
     return None
 
