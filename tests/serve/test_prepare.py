@@ -1,7 +1,5 @@
 """A prepared model computes what the loaded one did, in the memory it was given, and says how."""
 
-import copy
-
 import pytest
 import torch
 
@@ -80,11 +78,11 @@ def test_elsewhere_packed_layers_become_factors_and_readers_of_one_input_are_joi
     ids = IDS.to(far)
     expected, before = logits(model, ids).cpu(), memory_of(model)
     packed = [n for n, m in compressed_layers(model).items() if isinstance(m, PackedLinear)]
-    tight = prepare(copy.deepcopy(model))
+    tight = prepare(compressed("llama").to(far))
     assert kinds(tight).count("packed") == len(packed)
     assert any("joined" in way for way in tight.layers.values())
     # Of equal ranks those on the shorter side need least: memory for one serves one.
-    one = prepare(copy.deepcopy(model), memory=before + 4 * 5**2)
+    one = prepare(compressed("llama").to(far), memory=before + 4 * 5**2)
     assert kinds(one).count("packed") == len(packed) - 1
     free = prepare(model, memory="any")
     assert set(kinds(free)) == {"factored"}
