@@ -44,7 +44,7 @@ def setting(windows, length):
 
 
 def peak(recipe, where, sizes, total=MACHINE):
-    room = choose_room(recipe, where, sizes, planned=False, limit=limit_of(total))
+    room = choose_room(recipe, where, sizes, planned=False, limit=limit_of(total, CPU))
     return sum(peak_parts(recipe, where, sizes, room, planned=False)[0].values())
 
 
@@ -71,7 +71,7 @@ def test_less_memory_means_a_thriftier_room_and_in_the_end_a_refusal():
     assert peaks == sorted(peaks, reverse=True) and peaks[-1] < peaks[0]
     with pytest.raises(InputError, match=r"needs about \d\.\d GB of memory .* there are 1\.0"):
         fitting_room(recipe, where, sizes, planned=False, total=10**9)
-    asked = choose_room(recipe, where, sizes, planned=False, limit=limit_of(MACHINE), batch=3)
+    asked = choose_room(recipe, where, sizes, planned=False, limit=limit_of(MACHINE, CPU), batch=3)
     assert (asked.batch, asked.graph) == (3, 3)
 
 

@@ -153,7 +153,8 @@ def _predicted(
     setting: Setting,
 ) -> Estimate:
     """The estimate of one setting."""
-    limit, batch = limit_of(total_bytes(setting.device)), recipe.calibration.batch
+    limit = limit_of(total_bytes(setting.device), setting.device)
+    batch = recipe.calibration.batch
     room = choose_room(recipe, setting, sizes, planned=planned, limit=limit, batch=batch)
     host, accelerator = peak_parts(recipe, setting, sizes, room, planned=planned)
     seconds = _times(recipe, setting, sizes, room, rates)

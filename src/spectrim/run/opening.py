@@ -238,7 +238,7 @@ def _room(
         total //= team.size  # each process has the whole model
     batch = recipe.calibration.batch
     if recipe.flow == "learned":  # what training holds is not predicted
-        limit = limit_of(total)
+        limit = limit_of(total, setting.device)
         return choose_room(recipe, setting, sizes, planned=planned, limit=limit, batch=batch)
     room = fitting_room(recipe, setting, sizes, planned=planned, total=total, batch=batch)
     host, device = peak_parts(recipe, setting, sizes, room, planned=planned)

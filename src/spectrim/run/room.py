@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
+
 from spectrim.devices import on_host
 from spectrim.errors import InputError
 from spectrim.recipe import Recipe
@@ -29,7 +31,8 @@ BASE = 300 * 2**20
 """What interpreter and libraries take, and buffers that are loaded only when a run uses them."""
 
 SHARE_OF_MEMORY = 0.5
-"""A run may take this share of a machine's memory."""
+SHARE_OF_ACCELERATOR = 0.85
+"""A run may take this share of a machine's memory, or of an accelerator's, which it has alone."""
 
 SHARE_OF_GRAPH = 0.25
 """The graph of all blocks may take this share of what a run may take: recomputing costs little."""
@@ -39,9 +42,10 @@ TOKENS_ELSEWHERE = 16384
 """Tokens per forward pass from which products are no faster with more."""
 
 
-def limit_of(total: int | None) -> int | None:
-    """Bytes that a run may take of a machine's, None where that is not known."""
-    return None if total is None else int(total * SHARE_OF_MEMORY)
+def limit_of(total: int | None, device: torch.device) -> int | None:
+    """Bytes that a run may take of a place's, None where that is not known."""
+    share = SHARE_OF_MEMORY if device.type == "cpu" else SHARE_OF_ACCELERATOR
+    return None if total is None else int(total * share)
 
 
 def choose_room(
@@ -99,7 +103,8 @@ def fitting_room(
     Raises:
         InputError: in the thriftiest way it needs more than there is; gives the numbers.
     """
-    room = choose_room(recipe, setting, sizes, planned=planned, limit=limit_of(total), batch=batch)
+    limit = limit_of(total, setting.device)
+    room = choose_room(recipe, setting, sizes, planned=planned, limit=limit, batch=batch)
     host, device = peak_parts(recipe, setting, sizes, room, planned=planned)
     # Where blocks are worked on elsewhere, what this machine holds is streams.
     _check_fits(host if on_host(setting.device) else device, total, str(setting.device))
