@@ -28,7 +28,7 @@ from spectrim.errors import ModelError
 from spectrim.model.tracing import block_lists
 from spectrim.model.weights import check_finite, get_module, sampled
 
-__all__ = ["Onloader", "Source", "unit_names"]
+__all__ = ["Onloader", "Source", "give_back", "unit_names"]
 
 Source = Callable[[], Mapping[str, Tensor]]
 """Reads a block: name inside the block -> tensor on the CPU, in memory of its own."""
@@ -207,14 +207,15 @@ class Onloader:
         bare = {name: t.to("meta") for name, t in module.state_dict().items()}
         module.load_state_dict(bare, assign=True)
         unit.loaded = False
-        _give_back()
+        give_back()
 
 
-def _give_back() -> None:
+def give_back() -> None:
     """Return freed memory to the system.
 
-    glibc keeps it in the arena of the thread that reads ahead, several megabytes more with every
-    block: over hundreds of blocks that adds up to the model that was not to be in memory.
+    glibc keeps it: the graph of a backward pass between two of its sums, and in the arena of the
+    thread that reads ahead several megabytes more with every block, which over hundreds of blocks
+    adds up to the model that was not to be in memory.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

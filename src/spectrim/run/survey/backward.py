@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from spectrim.decompose import OBJECTIVES
 from spectrim.model.anatomy import Block
+from spectrim.model.onload import give_back
 from spectrim.moments.folded import Folded
 from spectrim.moments.gradients import folded_dtype, gradient_pass
 from spectrim.moments.gradients_by_block import gradients_by_block
@@ -90,6 +91,7 @@ def backward_pass(
             )
         else:
             whole = gradient_pass(job.model, job.anatomy, ids, on_batch=advance, **options)
+        give_back()
         for block in job.anatomy.blocks:
             yield block, whole.of(block)
     job.progress.finish(stage)
