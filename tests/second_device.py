@@ -12,9 +12,9 @@ As on CUDA, numbers without dimensions may come from the CPU, as may the indices
 random numbers need a generator of the device, and boolean masks, `nonzero` and `item` wait for it.
 
 What it cannot see: operators or dtypes that a device lacks, streams and graphs, memory, speed,
-that results differ in the last bits, copies by
-`copy.deepcopy`, and code behind a question for CUDA (`torch.cuda.*`).
-It computes with the CPU's kernels, so that one which refuses bf16 there refuses it here.
+that results differ in the last bits, copies by `copy.deepcopy` (they crash here), and code behind a
+question for CUDA (`torch.cuda.*`). It computes with the CPU's kernels, so that one which refuses
+bf16 there refuses it here.
 """
 
 from __future__ import annotations
