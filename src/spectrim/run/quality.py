@@ -27,7 +27,7 @@ from spectrim.recipe import Recipe
 from spectrim.run.job import Job
 from spectrim.run.loading import LoadedModel
 from spectrim.run.store.storing import cast_parameters
-from spectrim.run.texts import UserText
+from spectrim.run.texts import UserText, vocabulary_size
 
 __all__ = ["Before", "measure_after", "measure_before", "passes_over_windows"]
 
@@ -197,7 +197,7 @@ def _beside_calibration(
 
 
 def _of_other_text(job: Job, loaded: LoadedModel, text: UserText) -> Windows:
-    if isinstance(text, torch.Tensor) or loaded.tokenizer is None:
+    if text is None or isinstance(text, torch.Tensor) or loaded.tokenizer is None:
         raise TextError("give the text to measure on as a source, a file or documents")
     length = job.recipe.calibration.window_length or LITERATURE_LENGTH
     if job.windows is not None:
@@ -208,7 +208,7 @@ def _of_other_text(job: Job, loaded: LoadedModel, text: UserText) -> Windows:
         window_length=min(length, longest_window(loaded.model.config) or length),
         bos="none" if job.recipe.calibration.bos == "none" else "each",
     )
-    found.check_vocabulary(loaded.model.get_input_embeddings().weight.shape[0])
+    found.check_vocabulary(vocabulary_size(loaded.model))
     texts = 1 if job.windows is None else 2
     return spread(found, affordable(job.recipe, job.windows, found.length, texts))
 

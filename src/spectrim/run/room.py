@@ -44,7 +44,7 @@ TOKENS_ELSEWHERE = 16384
 
 def limit_of(total: int | None, device: torch.device) -> int | None:
     """Bytes that a run may take of a place's, None where that is not known."""
-    share = SHARE_OF_MEMORY if device.type == "cpu" else SHARE_OF_ACCELERATOR
+    share = SHARE_OF_MEMORY if on_host(device) else SHARE_OF_ACCELERATOR
     return None if total is None else int(total * share)
 
 

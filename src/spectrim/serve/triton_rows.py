@@ -86,7 +86,7 @@ def rows(
     out = _out(weight, order, mode)
     y = x.new_empty(x.shape[0], out)
     grid = (triton.cdiv(out, ROWS), x.shape[0])
-    _rows[grid](
+    _rows[grid](  # type: ignore[index]
         x, weight, order if order is not None else x, bias if bias is not None else x, y,
         out, weight.shape[1], rank, x.shape[1],
         MODE=mode, BIAS=bias is not None, ROWS=ROWS, COLUMNS=COLUMNS,

@@ -165,7 +165,7 @@ def open_elastic(
     artifact: str | Path | Elastic | Survey,
     *,
     base: str | Path | nn.Module | None = None,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     dtype: str = "auto",
     score: str | None = None,
     trust_remote_code: bool = False,

@@ -51,7 +51,7 @@ def predicted_nats(plan: Plan, survey: Survey) -> float:
     Raises:
         InputError: the survey predicts no loss.
     """
-    score = next((score for score in _IN_NATS if score in survey.scores), None)
+    score: Score | None = next((score for score in _IN_NATS if score in survey.scores), None)
     if score is None:
         raise InputError(
             f"a survey with the scores {', '.join(survey.scores)} predicts no loss of the model; "
