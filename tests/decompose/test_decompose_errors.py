@@ -72,7 +72,7 @@ def test_non_finite_statistics_are_named(objective, make):
 
 
 @every_objective()
-@pytest.mark.parametrize("rank", [0, 7])
+@pytest.mark.parametrize("rank", [-1, 7])
 def test_rank_outside_the_range_is_refused(objective, rank, make):
     layer = make(6, 8, 20)
     with pytest.raises(ValueError, match=rf"{NAME}.*1\.\.6"):

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from spectrim.errors import InputError, TextError
-from spectrim.evaluate import speed as speed_module
+from spectrim.serve import speed as speed_module
 from spectrim.evaluate.samples import continuations
 from spectrim.serve.speed import speed
 

@@ -28,7 +28,7 @@ def dense():
 def pool(monkeypatch):
     """Calibration text as 20 windows: the number and the seed say which of them are taken."""
 
-    def gather(loaded, calibration, text, *, seed, team):
+    def gather(loaded, calibration, text, *, seed, **_):
         if text is not None:
             return given_windows(text)
         if calibration.windows > 20:

@@ -68,8 +68,12 @@ def test_only_the_anchored_objective_knows_what_a_layer_costs_in_the_network(dra
         mine = [e for e in drawn[1] if e.model == model]
         return max(abs(e.held_out / e.predicted - 1) for e in mine)
 
-    assert gap("anchored") < 1e-3
-    assert all(gap(name) > 0.2 for name in ("plain", "whitened", "shifted"))
+    others = [gap(name) for name in ("plain", "whitened", "shifted")]
+    assert gap("anchored") < min(others) and min(others) > 0.2
+    # To the digit where nothing holds the map back: a ridge is paid for in what is predicted.
+    recipe = objective_recipe("anchored").with_changes(keep=0.5, decompose={"ridge": 1e-6})
+    told = api.compress(tiny("llama")[0], recipe=recipe, text=CALIBRATION).report["targets"]
+    assert max(abs(t["measured_error"] / t["predicted_error"] - 1) for t in told) < 1e-3
 
 
 def test_files_hold_the_errors_and_a_second_call_runs_nothing(dense, drawn, monkeypatch):

@@ -130,7 +130,7 @@ def bundled():
 
 def test_the_length_of_a_window_is_kept_where_asked_for_and_shortened_where_not(bundled, tmp_path):
     """The model has 100 positions, the short text some 70 tokens, the shorter one a few."""
-    long = Calibration(text=str(CALIBRATION), windows=3)
+    long = Calibration(text=str(CALIBRATION), windows=3, window_length=2048)
     assert gather_windows(bundled, long, None, seed=0).length == 100
     with pytest.raises(TextError, match="longer than the 100 positions"):
         gather_windows(bundled, long, None, seed=0, exactly=True)
@@ -150,7 +150,7 @@ def test_the_length_of_a_window_is_kept_where_asked_for_and_shortened_where_not(
 
 
 def test_more_windows_than_memory_holds_are_refused(bundled):
-    many = Calibration(text=str(CALIBRATION), windows=2**31 - 1)
+    many = Calibration(text=str(CALIBRATION), windows=2**31 - 1, window_length=128)
     with pytest.raises(InputError, match="are free; ask for fewer"):
         gather_windows(bundled, many, None, seed=0)
 
@@ -160,7 +160,7 @@ def test_a_shortened_run_says_so(tmp_path, monkeypatch):
 
     monkeypatch.setattr(opening, "gather_windows", lambda *_, **__: given_windows(windows(4, 8)))
     report = api.compress(tiny("llama")[0], recipe="svd-llm", keep=0.6).report
-    assert any("8 tokens instead of 2048" in note for note in report["notes"])
+    assert any("8 tokens instead of" in note for note in report["notes"])
     assert POSITIONS < 2048
 
 
