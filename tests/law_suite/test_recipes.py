@@ -117,7 +117,7 @@ def test_the_report_is_whole_and_finite(saved):
         assert report.keys() >= {
             "format_version", "model", "recipe", "keep", "rule", "predicted_loss", "targets",
             "blocks", "network", "left_alone", "calibration", "seconds", "peak_memory_bytes",
-            "notes", "environment",
+            "notes", "environment", "outside_budget",
         }  # fmt: skip
         assert {t["name"] for t in report["targets"]} == {
             e.name for e in saved.outcome.plan.entries

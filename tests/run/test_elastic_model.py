@@ -133,6 +133,8 @@ def test_a_training_becomes_an_artifact_of_every_size(tmp_path):
     assert not [n for n, _ in opened.model.named_modules() if "lora" in n or "gate_" in n[-5:]]
     small = api.resize(tmp_path / "e", keep=0.7, output=tmp_path / "o")
     assert small.plan.achieved_keep <= 0.7
+    outside = small.report["outside_budget"]
+    assert outside == result.report["outside_budget"] and "norms" in outside["words"]
     assert small.report["stored"]["achieved_keep"] == pytest.approx(small.plan.achieved_keep)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "o")
     assert torch.equal(logits(plain), logits(small.model))

@@ -172,6 +172,10 @@ REPORT = {
     "seconds": {"compress": 2.5},
     "environment": {"torch": "2"},
     "left_alone": {"model.layers.0.router": "a router"},
+    "outside_budget": {
+        "words": "1 % of the block parameters", "parameters": {"blocks": 100, "model": 200},
+        "in_blocks": {"router": 1}, "elsewhere": {"embeddings": 100},
+    },
     "calibration": {"windows": 4, "sources": ["text"]},
     "peak_memory_bytes": 10**9,
 }  # fmt: skip

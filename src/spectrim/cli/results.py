@@ -55,7 +55,7 @@ def print_compression(report: dict[str, Any], output: Path) -> None:
             "not measured": measured["why_not"],
             "time": format_seconds(sum(report["seconds"].values())),
             "peak memory": format_bytes(report["peak_memory_bytes"]),
-            "left alone": f"{len(report['left_alone'])} modules" if report["left_alone"] else None,
+            "outside the budget": (report["outside_budget"] or {}).get("words"),
             "notes": "; ".join(report["notes"]) or None,
             "output": output,
         }

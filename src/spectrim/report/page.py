@@ -144,7 +144,10 @@ def _remarks(content: PageContent) -> list[str]:
     dense = sum(1 for t in report["targets"] if t.get("rank") is None)
     if dense:
         found.append(f"{dense} of {len(report['targets'])} layers were left as they were.")
-    if report["left_alone"]:
+    outside = report.get("outside_budget")
+    if outside:
+        found.append(f"Outside the budget: {without_folders(outside['words'])}.")
+    elif report["left_alone"]:
         found.append(f"{len(report['left_alone'])} other modules were not compressed.")
     measured = report.get("measured") or {}
     if measured.get("why_not"):

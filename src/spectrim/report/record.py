@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from spectrim.storage.strict import LARGEST_SIDE, MOST_TARGETS, Finite, Name
 
-__all__ = ["FORMAT_VERSION", "ReportRecord"]
+__all__ = ["FORMAT_VERSION", "LeftAlone", "ReportRecord"]
 
 FORMAT_VERSION = 1
 
@@ -102,7 +102,23 @@ class MeasuredRecord(_Shown):
     why_not: Line | None = None
 
 
-class ReportRecord(_Shown):
+class OutsideRecord(_Shown):
+    """How many parameters no budget counts."""
+
+    words: Note
+    parameters: Annotated[dict[Line, Bytes], Field(max_length=2)]
+    in_blocks: Annotated[dict[Line, Bytes], Field(max_length=1000)]
+    elsewhere: Annotated[dict[Line, Bytes], Field(max_length=1000)]
+
+
+class LeftAlone(_Shown):
+    """What was not compressed; the reports of surveys' artifacts do not say it."""
+
+    left_alone: Annotated[dict[Line, Note], Field(max_length=MOST_TARGETS)] = {}
+    outside_budget: OutsideRecord | None = None
+
+
+class ReportRecord(LeftAlone):
     """The whole report, as far as a page shows it."""
 
     format_version: Annotated[int, Field(ge=1)] = FORMAT_VERSION
@@ -117,6 +133,5 @@ class ReportRecord(_Shown):
     notes: Annotated[list[Note], Field(max_length=10_000)]
     seconds: Annotated[dict[Line, Finite], Field(max_length=1000)]
     environment: Annotated[dict[Line, Any], Field(max_length=1000)]
-    left_alone: Annotated[dict[Line, Note], Field(max_length=MOST_TARGETS)]
     calibration: Annotated[dict[Line, Any], Field(max_length=1000)] | None = None
     peak_memory_bytes: Bytes | None = None

@@ -13,6 +13,7 @@ from spectrim.allocate.plan import Plan
 from spectrim.distributed.team import Team
 from spectrim.errors import InputError, RecipeError
 from spectrim.model.onload import Onloader
+from spectrim.model.outside import count_outside
 from spectrim.recipe import Recipe
 from spectrim.run.cutting_all import choose, cut_targets
 from spectrim.run.job import Job, Progress
@@ -129,6 +130,7 @@ def run_recipe(
         exactly=exactly,
     )
     model, log = job.model, job.log
+    outside = count_outside(model, job.anatomy)
     if survey is not None:
         _check_survey(loaded, job, survey)
     before = None
@@ -162,6 +164,7 @@ def run_recipe(
         shapes={t.name: (t.out_features, t.in_features) for t in job.anatomy.targets},
         other_bytes=other,
         left_alone=job.anatomy.left_alone,
+        outside=outside.record(),
         measured=measured,
         protected_bytes=protected_bytes(model, job.anatomy, loaded.stored_dtype),
     )

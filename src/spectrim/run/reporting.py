@@ -47,6 +47,7 @@ def build_report(
     shapes: dict[str, tuple[int, int]],
     other_bytes: int,
     left_alone: dict[str, str],
+    outside: dict[str, Any] | None,
     measured: dict[str, Any] | None = None,
     protected_bytes: int = 0,
 ) -> dict[str, Any]:
@@ -61,6 +62,7 @@ def build_report(
         shapes: target -> (out, in).
         other_bytes: bytes of everything that is not a target, as stored.
         left_alone: what was not compressed, and why.
+        outside: how much lies outside the budget, as `Outside.record` counts it; None if unknown.
         measured: perplexity before and after, where it was measured.
         protected_bytes: of linear layers that the user protects; they are no targets.
     """
@@ -101,6 +103,7 @@ def build_report(
         "blocks": log.blocks,
         "network": log.network,
         "left_alone": left_alone,
+        "outside_budget": outside,
         "calibration": windows.record() if windows is not None else None,
         "seconds": log.stages,
         "peak_memory_bytes": peak_memory_bytes(),

@@ -27,6 +27,7 @@ def model_card(
     notes: Sequence[str] = (),
     origin: Origin | None = None,
     measured: Sequence[Mapping[str, Any]] = (),
+    outside: str = "",
 ) -> str:
     """Markdown with the front matter of the Hub; no path of this machine is in it.
 
@@ -40,6 +41,7 @@ def model_card(
         notes: what a reader should know, one sentence each.
         origin: what is carried over from the original.
         measured: perplexities before and after, as in a report's `measured`.
+        outside: which shares no budget counts, in words; empty if unknown.
     """
     origin = origin or Origin()
     name = last_part(base_model) if base_model else "a model"
@@ -64,6 +66,7 @@ def model_card(
         "weights: `spectrim export this-folder --dense -o dense-folder`.",
         "## What is lost",
         "\n".join(_table(numbers, measured)),
+        f"Outside the budget: {_line(outside)}." if outside else "",
         _loss(measured),
         protocol,
         "\n".join(f"- {_line(without_folders(note))}" for note in notes),

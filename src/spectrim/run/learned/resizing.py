@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from spectrim.recipe import Recipe
 from spectrim.recipes import get_recipe
+from spectrim.report.record import LeftAlone
 from spectrim.run.compress import Outcome
 from spectrim.run.job import RunLog
 from spectrim.run.learned.elastic import ElasticModel
@@ -14,6 +13,7 @@ from spectrim.run.reporting import build_report
 from spectrim.run.store.storing import cast_parameters
 from spectrim.storage.folder import RECIPE_FILE, REPORT_FILE
 from spectrim.storage.json_file import read_json
+from spectrim.storage.strict import checked
 
 __all__ = ["settle_outcome"]
 
@@ -31,10 +31,12 @@ def settle_outcome(
         plan = opened.resize(keep, size=size, repair=True)
         model = opened.settle()
         cast_parameters(model, opened.elastic.dtype)
-    recipe, calibration = _origin(Path(artifact))
-    recipe = recipe.with_changes(keep=plan.keep)
+    folder = Path(artifact)
+    recipe = get_recipe(folder / RECIPE_FILE).with_changes(keep=plan.keep)
+    origin = read_json(folder / REPORT_FILE)
+    found = checked(LeftAlone, origin, source=folder / REPORT_FILE)
     order = opened.elastic.order
-    log.notes.append(f"cut from {Path(artifact).name} without data")
+    log.notes.append(f"cut from {folder.name} without data")
     report = build_report(
         model_name=opened.elastic.base.name,
         recipe=recipe,
@@ -43,13 +45,8 @@ def settle_outcome(
         log=log,
         shapes={c.name: (c.shape.out_features, c.shape.in_features) for c in order.curves},
         other_bytes=opened.elastic.base.other_bytes,
-        left_alone={},
+        left_alone=found.left_alone,
+        outside=found.outside_budget and found.outside_budget.model_dump(),
     )
-    report["calibration"] = calibration
+    report["calibration"] = origin.get("calibration")
     return Outcome(model, opened.tokenizer, plan, recipe, report)
-
-
-def _origin(folder: Path) -> tuple[Recipe, Any]:
-    """The recipe behind an artifact, and what it was calibrated on."""
-    report = read_json(folder / REPORT_FILE)
-    return get_recipe(folder / RECIPE_FILE), report.get("calibration")

@@ -96,5 +96,6 @@ def _card(outcome: Outcome, origin: Origin) -> str:
         protocol=protocol,
         notes=outcome.report["notes"],
         origin=origin,
+        outside=(outcome.report["outside_budget"] or {}).get("words", ""),
         measured=(outcome.report.get("measured") or {}).get("texts", []),
     )
