@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from spectrim.errors import InputError, TextError
-from spectrim.serve import speed as speed_module
 from spectrim.evaluate.samples import continuations
+from spectrim.serve import speed as speed_module
 from spectrim.serve.speed import speed
 
 VOCABULARY = {"</s>": 0, **{f"w{i}": i for i in range(1, 40)}}

@@ -83,7 +83,7 @@ def test_differences_are_paired_over_questions():
     def seen(**right):
         return ZeroShot(right={name: dict(enumerate(v)) for name, v in right.items()})
 
-    model = seen(a=[1.0, 0.0, 1.0, 0.0], b=[1.0, 1.0], alone=[1.0])
+    model = seen(a=[1.0, 0.0, 1.0, 0.0], b=[1.0, 1.0], alone=[1.0, 0.0])
     dense = seen(a=[1.0, 1.0, 1.0, 0.0], b=[0.0, 1.0], other=[1.0])
     found = task_difference(model, dense)
     pairs_ = torch.tensor([0.0, -1.0, 0.0, 0.0], dtype=torch.float64)

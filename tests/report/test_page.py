@@ -199,7 +199,7 @@ def test_without_a_measurement_the_page_says_why():
 
 
 def test_no_folder_of_this_machine_is_on_the_page():
-    told = report("/home/me/models/llama")
+    told = report() | {"model": "/home/me/models/llama"}
     told["notes"] = ["see /home/me/notes.txt and C:\\Users\\me\\x.txt"]
     told["calibration"]["sources"] = ["/home/me/text.txt"]
     content = PageContent(told, recipe_yaml="text: /home/me/a.txt\nurl: https://a.org/b/c\n")

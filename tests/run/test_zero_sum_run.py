@@ -84,7 +84,9 @@ def by_hand(job, plan, row):
     for name, g in gradients.items():
         if plan[name].rank is not None:
             lost = original[name] - parameters[name].data
-            parameters[name].data += (g * lost).sum() / g.square().sum() * g
+            # The smallest step in units of the columns, so that rescaled channels change nothing.
+            step = g * original[name].square().sum(0)
+            parameters[name].data += (g * lost).sum() / (g * step).sum() * step
     cut()
     return model
 

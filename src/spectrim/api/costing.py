@@ -69,7 +69,8 @@ def compress_at_cost(
         return _cut(compress, model, asked, recipe, made, energy_plan(recipe, made, energy))
     plan = loss_plan(recipe, made, max_loss)
     trial = {**asked, "output": None, "overwrite": False, "work": None, "measure": True}
-    first = _cut(compress, model, trial, recipe, made, plan)
+    # Without the survey, so that the run reads windows and knows which are left to measure on.
+    first = _cut(compress, model, trial, recipe, None, plan)
     predicted, measured = predicted_nats(plan, made), _measured(first)
     del first
     factor = _correction(predicted, measured)
@@ -82,7 +83,7 @@ def compress_at_cost(
     )
     logger.info("%s", note)
     second = replace(second, notes=(*second.notes, note))
-    result = _cut(compress, model, {**asked, "measure": True}, recipe, made, second)
+    result = _cut(compress, model, {**asked, "measure": True}, recipe, None, second)
     lost = _measured(result)
     if lost > max_loss:
         logger.warning(
@@ -116,13 +117,13 @@ def _cut(
     model: Any,
     asked: dict[str, Any],
     recipe: Recipe,
-    survey: Survey,
+    survey: Survey | None,
     plan: Any,
 ) -> Any:
     """Compress with a plan; the recipe has everything that its options said."""
     passed = {k: v for k, v in asked.items() if k not in _OF_RECIPES}
     passed |= {"recipe": recipe, "plan": plan, "text": asked["text"]}
-    if recipe.flow == "one-shot":
+    if survey is not None and recipe.flow == "one-shot":
         passed["survey"] = survey
     return compress(model, **passed)
 

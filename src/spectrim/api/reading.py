@@ -37,11 +37,13 @@ def evaluate(model: str | Path | nn.Module, **options: Any) -> dict[str, Any]:
 
 
 @tells_of_shortage
-def export(folder: str | Path, *, output: str | Path, **options: Any) -> Path:
+def export(
+    folder: str | Path, *, output: str | Path, to: str = "dense", overwrite: bool = False
+) -> Path:
     """Write a compressed folder for other tools; see `storage.export.export_folder`."""
     from spectrim.storage.export import export_folder
 
-    return export_folder(folder, output, **options)
+    return export_folder(folder, output, to=to, overwrite=overwrite)
 
 
 def inspect(folder: str | Path) -> dict[str, Any]:

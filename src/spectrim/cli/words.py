@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 from typer.core import TyperCommand
 
+from spectrim.cli.options import check_keep, check_size
 from spectrim.run.options import CALIBRATION, MAKE, MEASURE, OUTPUT, WHERE, WORDS, Word
 
 __all__ = ["CALIBRATING", "MEASURING", "GroupedCommand", "takes"]
@@ -26,6 +27,9 @@ MEASURING = (
     "trust_remote_code",
 )
 """Words for what a study measures on."""
+
+CHECKED_AT_ONCE = {"keep": check_keep, "size": check_size}
+"""Words that are answered before anything heavy is imported."""
 
 GROUPS = ("Arguments", MAKE, CALIBRATION, MEASURE, WHERE, OUTPUT, "Options")
 
@@ -60,7 +64,12 @@ def _parameter(word: Word) -> inspect.Parameter:
     flag = word.flag or f"--{word.name.replace('_', '-')}"
     is_switch = word.kind is bool and "/" not in flag
     option = typer.Option(
-        flag, metavar=word.metavar, help=word.help, rich_help_panel=word.group, show_default=False
+        flag,
+        callback=CHECKED_AT_ONCE.get(word.name),
+        metavar=word.metavar,
+        help=word.help,
+        rich_help_panel=word.group,
+        show_default=False,
     )
     return inspect.Parameter(
         word.name,

@@ -120,7 +120,12 @@ class FinishedInputs:
             self._keeper.save(_inputs_key(block), *flattened({"in": inputs}))
 
     def has(self, block: Block) -> bool:
-        """Whether a block's moments were kept, by this run or an earlier one."""
+        """Whether a block's moments were kept, by this run or an earlier one.
+
+        None are needed of a block without targets.
+        """
+        if not block.targets:
+            return True
         return self._keeper.has(_inputs_key(block)) or block.targets[0].name in self._here
 
     def of(self, block: Block) -> list[Moments]:

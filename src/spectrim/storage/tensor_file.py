@@ -91,7 +91,7 @@ class TensorFile:
         Raises:
             ArtifactError: there is no such tensor, or it cannot be read in full.
         """
-        tensor = self._empty(name, "cpu")
+        tensor = self._empty(name, HOST)
         entry = self.entries[name]
         if not tensor.numel():
             return tensor

@@ -105,13 +105,14 @@ def _pinned(ladder: Ladder, pin: OwnChoice, score: Score | None) -> PlanEntry:
     loss = None
     if score is not None:
         loss = 0.0 if rank is None else float(loss_by_rank(ladder.curve, score)[rank])
+    form = ladder.form(level)
     return PlanEntry(
         name=ladder.curve.name,
         rank=rank,
-        storage=ladder.storage(level),
+        storage=form.storage,
         bytes=int(ladder.bytes[level]),
         dense_bytes=ladder.dense_bytes,
-        weights=ladder.weights(level),
+        weights=form.weights,
         loss=loss,
     )
 
