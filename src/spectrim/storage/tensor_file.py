@@ -107,7 +107,7 @@ class TensorFile:
         """Shape and dtype of one tensor, on the meta device."""
         return self._empty(name, "meta")
 
-    def _empty(self, name: str, device: str) -> Tensor:
+    def _empty(self, name: str, device: str | torch.device) -> Tensor:
         entry = self.entries.get(name)
         if entry is None:
             raise ArtifactError(f"{self.path} holds no tensor {name!r}")
