@@ -36,6 +36,7 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/law_suite/test_second_device.py -m "device and not slow"
 
 test-oldest: $(ENDS:%=test-end-%)
 

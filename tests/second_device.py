@@ -161,7 +161,7 @@ def _lowered(op):
     return kernel
 
 
-def register() -> None:
+def _register() -> None:
     """Once per process: PyTorch cannot forget a device, so that it is only made to look absent."""
     global _libraries
     if _libraries:
@@ -211,7 +211,7 @@ class _Generator(_PLAIN):
 def second_device():
     """The second device; it looks absent to `auto` outside the context."""
     global _present
-    register()
+    _register()
     WAITS.clear()
     _present = True
     try:

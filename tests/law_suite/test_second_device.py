@@ -18,9 +18,12 @@ from spectrim.recipes import PRESETS
 from spectrim.run.loading import load_model
 from spectrim.storage.tensor_file import TensorFile
 
-pytestmark = pytest.mark.skipif(
-    not second_device.available(), reason="no second device can be imitated beside a real one"
-)
+pytestmark = [
+    pytest.mark.device,
+    pytest.mark.skipif(
+        not second_device.available(), reason="no second device can be imitated beside a real one"
+    ),
+]
 
 KEEP = 0.6
 IN_EVERY_RUN = {"svd-llm", "zs-svd", "spectrim", "acip"}
