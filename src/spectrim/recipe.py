@@ -100,9 +100,9 @@ class Allocation(Section):
     floor: float = Field(default=0.0, ge=0, lt=1, description="least rank as a share of break-even")
     multiple: int = Field(default=1, ge=1, description="ranks are multiples of this")
     fill: bool = Field(
-        default=True,
-        description="spend what rounding leaves over; False gives the papers' floor ranks",
+        default=True, description="spend what rounding leaves; False gives the papers' floor ranks"
     )
+    experts: Literal["each", "equal"] = Field(default="each", description="ranks within a block")
     faithful: bool = Field(
         default=False, description="zero_sum: as published, reverted targets keep their sum"
     )
@@ -348,6 +348,7 @@ class Recipe(Section):
     flow: Literal["one-shot", "sequential", "learned"] = "one-shot"
     keep: float = Field(default=0.6, gt=0, le=1)
     seed: int = Field(default=0, ge=0, lt=2**63)
+    partly: bool = Field(default=False, description="compress what is understood of a model")
     calibration: Calibration = Calibration()
     decompose: Decompose = Decompose()
     allocate: Allocation = Allocation()

@@ -53,6 +53,7 @@ class Curve:
         irreducible: the objective at full rank.
         score: signed first-order change of the loss when a component is dropped, (r,), nats.
         loss: predicted loss at rank 0..r, (r + 1,), nats.
+        copies: how many targets this stands for, all of one shape and rank (`experts.py`).
         reference: (rank, KL in nats) measured with only this target cut to that rank.
         lossless: rank of the weight itself where it is less than min(m, n): there nothing is lost
             and beyond it nothing is gained.
@@ -69,6 +70,7 @@ class Curve:
     loss: Values | None = None
     reference: tuple[int, float] | None = None
     lossless: int | None = None
+    copies: int = 1
 
     @property
     def rank(self) -> int:

@@ -105,9 +105,11 @@ def _ways(ladders: Sequence[Ladder], losses: np.ndarray, dense_weights: Sequence
         parts.append(
             (ladder.bytes[:-1], losses[ladder.ranks] + rounding, np.full(ladder.top, i), levels)
         )
-    shape, size = ladders[0].curve.shape, ladders[0].limits.dtype_bytes
+    curve, size = ladders[0].curve, ladders[0].limits.dtype_bytes
     for i, weights in enumerate(dense_weights):
-        stored = layer_bytes(shape, rank=None, storage="dense", weights=weights, dtype_bytes=size)
+        stored = curve.copies * layer_bytes(
+            curve.shape, rank=None, storage="dense", weights=weights, dtype_bytes=size
+        )
         loss = rounding_share(weights) * float(losses[0])
         parts.append((np.array([stored]), np.array([loss]), np.array([-1]), np.array([i])))
     stored, loss, ladder, level = (np.concatenate(x) for x in zip(*parts, strict=True))

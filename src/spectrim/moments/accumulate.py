@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from spectrim.errors import NonFiniteError
+from spectrim.model.anatomy import Group
 from spectrim.moments.moments import Moments
 from spectrim.moments.symmetric import ROWS_PER_PRODUCT, SymmetricSum
 
-__all__ = ["MomentAccumulator", "reduction_dtype"]
+__all__ = ["MomentAccumulator", "accumulator_of", "reduction_dtype"]
 
 
 def reduction_dtype(x: Tensor) -> torch.dtype:
@@ -30,10 +31,20 @@ class MomentAccumulator:
         name: the group's name in error messages.
         needs: which of `C`, `shifted`, `cross`, `absolute` to accumulate.
         dtype: of the symmetric sums; fp64 inputs are always summed in fp64.
+        routed: width of the input of an expert's group. There may be no token at all, and rows of
+            zeros, which some models send to the experts that were not chosen, are none.
     """
 
-    def __init__(self, name: str, needs: Collection[str], dtype: torch.dtype = torch.float64):
+    def __init__(
+        self,
+        name: str,
+        needs: Collection[str],
+        dtype: torch.dtype = torch.float64,
+        *,
+        routed: int | None = None,
+    ):
         self.name = name
+        self.routed = routed
         self.needs = frozenset(needs)
         self.dtype = dtype
         self.tokens = 0
@@ -51,6 +62,10 @@ class MomentAccumulator:
         reference = x if x is not None else shifted
         if reference is None:
             raise ValueError("a batch needs at least one stream")
+        if self.routed is not None and not bool((seen := reference.any(1)).all()):
+            x = None if x is None else x[seen]
+            shifted = None if shifted is None else shifted[seen]
+            reference = reference[seen]
         self.tokens += reference.shape[0]
         self._square("C", x)
         self._square("shifted", shifted)
@@ -92,6 +107,14 @@ class MomentAccumulator:
 
     def moments(self) -> Moments:
         """The sums so far."""
+        if self.routed is not None and not self.tokens:
+            nothing = torch.zeros(0, self.routed)
+            for key in self.needs & {"C", "shifted"}:
+                self._square(key, nothing)
+            if "cross" in self.needs:
+                self._accumulate("cross", nothing.mT @ nothing)
+            if "absolute" in self.needs:
+                self._accumulate("absolute", nothing.sum(0))
         squares = {key: found.whole() for key, found in self.squares.items()}
         return Moments(
             tokens=self.tokens,
@@ -100,3 +123,11 @@ class MomentAccumulator:
             cross=self.sums.get("cross"),
             absolute=self.sums.get("absolute"),
         )
+
+
+def accumulator_of(
+    group: Group, needs: Collection[str], dtype: torch.dtype = torch.float64
+) -> MomentAccumulator:
+    """Sums for a group under the name of its first target."""
+    routed = None if group.expert is None else group.in_features
+    return MomentAccumulator(group.targets[0].name, needs, dtype, routed=routed)

@@ -103,6 +103,8 @@ def gradient_pass(
     sums = PassSums(
         groups, needs, input_needs, factors, clip, device, mine.start, dtype, folded=True
     )
+    # Which window an expert's tokens belong to is known where there is one.
+    batch = 1 if anatomy.is_mixture else batch
     loss, chunk = 0.0, ids[:0]
     with (
         _only_activations_need_gradients(model),
@@ -113,6 +115,7 @@ def gradient_pass(
             chunk = ids[i : min(i + batch, mine.stop)].to(device)
             found = summed_loss(tail, tail.states(chunk), chunk)
             found.backward()
+            sums.passed(*chunk.shape)
             loss += float(found.detach())
             on_batch(chunk.shape[0])
     total = team.total(lambda: loss)

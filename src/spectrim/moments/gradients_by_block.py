@@ -158,9 +158,12 @@ def _step_back(
 ) -> None:
     """From gradients behind a block to gradients in front of it; what its targets see is summed."""
     hidden = entered.read(slice(0, 0), device)
+    if any(group.expert is not None for group in block.groups):
+        batch = 1  # which window an expert's tokens belong to is known where there is one
     watched = sums.watching(replay.model.get_submodule, lambda: hidden.shape[0])
     with evaluating(module), watched, torch.enable_grad():
         for rows in entered.batches(batch):
             hidden = entered.read(rows, device)
             behind = gradients.read(rows, device)
             gradients.write(rows, pulled_back(replay, block.index, module, hidden, behind))
+            sums.passed(*hidden.shape[:2])

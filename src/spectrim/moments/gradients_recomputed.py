@@ -72,6 +72,8 @@ def gradients_recomputed(
     sums = PassSums(
         groups, needs, input_needs, factors, clip, device, mine.start, dtype, folded=True
     )
+    # Which window an expert's tokens belong to is known where there is one.
+    batch = 1 if anatomy.is_mixture else batch
     loss = 0.0
     for rows in replay.stream.batches(batch):
         hidden = replay.stream.read(rows, device)
@@ -92,5 +94,6 @@ def gradients_recomputed(
                 for block in reversed(anatomy.blocks):
                     module = replay.block(block.index)
                     gradient = pulled_back(replay, block.index, module, entering.pop(), gradient)
+        sums.passed(*gradient.shape[:2])
         on_batch(windows)
     return sums.finish(team, loss=team.total(lambda: loss), tokens=ids[:, 1:].numel())

@@ -31,6 +31,8 @@ class Moments:
         shifted: `Σ x' x'ᵀ`, shape (in, in), or None when no shifted stream was run.
         cross: `D = Σ x x'ᵀ`, shape (in, in), rows original, columns shifted.
         absolute: `Σ |x|`, shape (in,).
+        pooled: share of an expert's moments that comes from all experts, 1 where it saw no token;
+            None for what every token passes.
     """
 
     tokens: int
@@ -38,6 +40,7 @@ class Moments:
     shifted: Tensor | None = None
     cross: Tensor | None = None
     absolute: Tensor | None = None
+    pooled: float | None = None
 
     @property
     def in_features(self) -> int:
@@ -60,12 +63,14 @@ class OutputMoments:
     sums over tokens and windows of per-token and per-window quantities.
 
     Attributes:
-        tokens: number of tokens that were summed into `G`.
+        tokens: number of tokens that were summed into `G`; those that are not routed to an expert
+            count, with a gradient of zero.
         windows: number of windows that were summed into the Fisher weights and the gradient.
         G: `Σ g gᵀ`, shape (out, out), `g` the gradient with respect to one token's output.
         fisher_in: `Σ_windows Σ_out (∂L/∂W)²`, shape (in,).
         fisher_out: `Σ_windows Σ_in (∂L/∂W)²`, shape (out,).
         gradient: `Σ_windows ∂L/∂W`, shape (out, in).
+        pooled: see `Moments`.
     """
 
     tokens: int
@@ -74,6 +79,7 @@ class OutputMoments:
     fisher_in: Tensor | None = None
     fisher_out: Tensor | None = None
     gradient: Tensor | None = None
+    pooled: float | None = None
 
     def merge(self, other: OutputMoments) -> OutputMoments:
         """Exact addition of two sets of gradient moments of the same target."""

@@ -22,6 +22,7 @@ from spectrim.model.tracing import trace
 from spectrim.model.weights import check_model
 from spectrim.recipe import Recipe
 from spectrim.run.cost import calibrated_on, costs, settle, stage_seconds
+from spectrim.run.experts import check_understood, open_experts, short_window
 from spectrim.run.footprint import Room, Setting, Sizes, sizes_of
 from spectrim.run.identity import run_identity
 from spectrim.run.job import Job, Progress, RunLog, Silent
@@ -31,7 +32,7 @@ from spectrim.run.memory import total_bytes
 from spectrim.run.rehearsing import check_class, rehearse
 from spectrim.run.room import choose_room, fitting_room, limit_of, peak_parts, said
 from spectrim.run.survey.planning import keep_of_size, shape_curves
-from spectrim.run.texts import UserText, gather_windows, vocabulary_size
+from spectrim.run.texts import UserText, gather_windows
 from spectrim.run.thinness import thin_notes
 from spectrim.storage.shared_work import Work
 
@@ -90,7 +91,11 @@ def open_job(
     log.notes.extend(loaded.notes)
     check_class(model)
     check_model(model, elsewhere=() if loaded.onloader is None else unit_names(model))
-    anatomy = trace(model, torch.arange(8)[None].to(device) % vocabulary_size(model))
+    open_experts(loaded)
+    anatomy = trace(model, short_window(loaded))
+    partial_note = check_understood(loaded, anatomy, partly=recipe.partly)
+    if partial_note is not None:
+        log.notes.append(partial_note)
     rehearse(model, anatomy)
     dtype_bytes = loaded.stored_dtype.itemsize
     if size is not None:

@@ -8,8 +8,9 @@ that an earlier run has cut is passed by the stream and taken from the work fold
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,17 +18,18 @@ from torch import nn
 
 from spectrim.allocate.plan import Plan
 from spectrim.decompose import OBJECTIVES
-from spectrim.model.anatomy import Block, Target
+from spectrim.model.anatomy import Block, Group, Target
 from spectrim.model.replay import Replay, capture_inputs
 from spectrim.model.weights import get_module, replace_module
-from spectrim.moments.accumulate import MomentAccumulator
+from spectrim.moments.accumulate import accumulator_of
+from spectrim.moments.experts import BlockMoments
 from spectrim.moments.moments import Moments, OutputMoments, reduced
 from spectrim.run.cut.cutting import replace_target
 from spectrim.run.cut.sharing import cut_shared, owners_of, spans
 from spectrim.run.job import Job
 from spectrim.run.recorded import recorded
 
-__all__ = ["CUT", "advance", "block_moments", "cut_one_shot"]
+__all__ = ["CUT", "advance", "block_moments", "cut_one_shot", "kept_moments"]
 
 CUT = "cut"
 """Stage under which finished blocks are kept."""
@@ -38,20 +40,39 @@ def advance(job: Job, replay: Replay, block: Block) -> None:
     replay.advance(block.index, replay.stream, job.batch, job.device)
 
 
-def block_moments(job: Job, replay: Replay, block: Block, needs: frozenset[str]) -> list[Moments]:
+def block_moments(job: Job, replay: Replay, block: Block, needs: frozenset[str]) -> BlockMoments:
     """Moments of every group of a block from one forward pass, which also advances the stream.
 
-    They are sums over the windows of all processes.
+    They are sums over the windows of all processes. In one process they are held folded, those of
+    experts in fp32, and made whole one group at a time: a block has a hundred experts.
     """
     module = get_module(job.model, block.name)
-    accumulators = [MomentAccumulator(g.targets[0].name, needs) for g in block.groups]
+    accumulators = [accumulator_of(group, needs, _held(group)) for group in block.groups]
 
     def feed(group, x):
         accumulators[group.index].add(x)
 
     with capture_inputs(module, block.groups, feed):
         advance(job, replay, block)
-    return [reduced(a.moments(), job.team) for a in accumulators]
+    if job.team.size == 1:
+        return BlockMoments(block.groups, lambda place: accumulators[place].moments())
+    found = [reduced(a.moments(), job.team) for a in accumulators]
+    return BlockMoments(block.groups, lambda place: found[place])
+
+
+def kept_moments(
+    job: Job, found: Sequence[Moments | None], place: int
+) -> Callable[[], Moments | None]:
+    """One group's moments, made again each time; several processes make their own ones once."""
+    if job.team.size == 1:
+        return partial(found.__getitem__, place)
+    made = found[place]
+    return lambda: made
+
+
+def _held(group: Group) -> torch.dtype:
+    """Sums over the few tokens of an expert are as exact in fp32 as the products behind them."""
+    return torch.float64 if group.expert is None else torch.float32
 
 
 @torch.no_grad()
@@ -92,7 +113,7 @@ def _cut_span(
     A process keeps the moments of its own targets only.
     """
     owned = owners_of(job.team, [target for block in span for target in block.targets], plan)
-    moments: dict[str, Moments] = {}
+    moments: dict[str, Callable[[], Moments | None]] = {}
     waiting: list[Block] = []
     for block in span:
         if job.keeper.is_finished(CUT, block):
@@ -101,11 +122,13 @@ def _cut_span(
             job.keeper.restore(CUT, block)
             continue
         waiting.append(block)
-        gathered = [] if replay is None else block_moments(job, replay, block, needs)
-        # Without a replay the objective has no inputs, and there is nothing to keep.
-        for group, found in zip(block.groups, gathered, strict=False):
+        if replay is None:
+            continue  # the objective has no inputs, and there is nothing to keep
+        found = block_moments(job, replay, block, needs)
+        for group in block.groups:
             mine = [t.name for t in group.targets if owned[t.name] == job.team.rank]
-            moments |= dict.fromkeys(mine, found)
+            if mine:
+                moments |= dict.fromkeys(mine, kept_moments(job, found, group.index))
 
     def make(target: Target, original: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
         return replace_target(
@@ -113,7 +136,7 @@ def _cut_span(
             original,
             plan[target.name],
             job.recipe.decompose,
-            moments.get(target.name),
+            moments[target.name]() if target.name in moments else None,
             outputs.get(target.name),
             balance=bool(job.recipe.refine),
         )

@@ -11,7 +11,7 @@ computed again, in the same operations and so to the same bits, at the price of 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -26,11 +26,14 @@ from spectrim.decompose import OBJECTIVES
 from spectrim.decompose.balance import balanced
 from spectrim.layers.lowrank import LowRankLinear
 from spectrim.model.anatomy import Block, Group, Target
+from spectrim.model.capture import capture_inputs
+from spectrim.model.pinning import Pins
 from spectrim.model.replay import Replay
 from spectrim.model.staged import Staged
 from spectrim.model.stream import Stream
 from spectrim.model.weights import get_module, read_weight, replace_module
-from spectrim.moments.accumulate import MomentAccumulator
+from spectrim.moments.accumulate import accumulator_of
+from spectrim.moments.experts import blended_inputs
 from spectrim.moments.moments import Moments, OutputMoments, reduced
 from spectrim.recipe import BlockRefinement, ClosedFormRefinement
 from spectrim.refine.closed_form import update_up
@@ -108,16 +111,54 @@ class _Pass:
         return Flow(staged, call, self.batches(), restarts=self.restarts)
 
 
-def _gather_group(state: _Pass, group: Group, original: Flow, compressed: Flow | None) -> Moments:
+def _gather_group(
+    state: _Pass, position: int, group: Group, original: Flow, compressed: Flow | None
+) -> list[Moments]:
     """Advance both streams to the group and sum its moments, over all processes."""
-    accumulator = MomentAccumulator(group.targets[0].name, state.needs)
+    accumulator = accumulator_of(group, state.needs)
     for rows in state.batches():
-        x = original.input_of(group.index, rows)
-        x_shifted = None if compressed is None else compressed.input_of(group.index, rows)
+        x = original.input_of(position, rows)
+        x_shifted = None if compressed is None else compressed.input_of(position, rows)
         accumulator.add(x, x_shifted)
-    moments = reduced(accumulator.moments(), state.job.team)
-    known = state.seen.get(accumulator.name)
+    return [_with_known(state, reduced(accumulator.moments(), state.job.team), accumulator.name)]
+
+
+def _with_known(state: _Pass, moments: Moments, name: str) -> Moments:
+    """Moments with those of the original inputs that the gradient pass has summed."""
+    known = state.seen.get(name)
     return moments if known is None else replace(moments, C=known.C)
+
+
+def _gather_experts(
+    state: _Pass,
+    block: Block,
+    groups: Sequence[Group],
+    module: nn.Module,
+    compressed: nn.Module,
+) -> list[Moments]:
+    """Moments of one step of all experts, from forwards that send tokens where the original does.
+
+    Which experts a batch reaches depends on its tokens, so no forward can wait at every expert:
+    the block runs once more per stream and step instead.
+    """
+    accumulators = {group.index: accumulator_of(group, state.needs) for group in groups}
+    pins = Pins()
+    for rows in state.batches():
+        seen: list[dict[int, Tensor]] = [{}, {}]
+
+        def note(into: dict[int, Tensor], group: Group, x: Tensor) -> None:
+            into[group.index] = x
+
+        with capture_inputs(module, groups, partial(note, seen[0])), pins.writing():
+            state.forward(block, module, state.original, rows)
+        if state.stages_shifted:
+            with capture_inputs(compressed, groups, partial(note, seen[1])), pins.repeating():
+                state.forward(block, compressed, state.shifted, rows)
+        for index, x in seen[0].items():
+            accumulators[index].add(x, seen[1][index] if state.stages_shifted else None)
+    found = {a.name: reduced(a.moments(), state.job.team) for a in accumulators.values()}
+    blended = blended_inputs(groups, found)
+    return [_with_known(state, moments, name) for name, moments in blended.items()]
 
 
 def _updated(
@@ -142,10 +183,22 @@ def _updated(
     return updated
 
 
+def _standing(staged: Staged, module: nn.Module, target: Target) -> nn.Module:
+    """The original layer of a target, behind its gate if it has one."""
+    if target.expert is None:
+        return staged.module(target)
+    return get_module(module, target.projection)
+
+
 def _make(
-    state: _Pass, plan: Plan, moments: Moments, target: Target, original: nn.Module
+    state: _Pass,
+    plan: Plan,
+    by_group: Mapping[int, Moments],
+    target: Target,
+    original: nn.Module,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The layer of one target and its facts for the report."""
+    moments = by_group[target.group]
     layer, facts = replace_target(
         target,
         original,
@@ -168,25 +221,35 @@ def _cut_block(state: _Pass, plan: Plan, block: Block) -> tuple[nn.Module, Strea
     outputs = state.original
     if state.block_step is not None:
         outputs = Stream.empty(*outputs.shape, outputs.dtype, job.offload_streams)
+    paused = [stage[0] for stage in block.stages if stage[0].expert is None]
     with ExitStack() as stack:
-        first = stack.enter_context(Staged(module, block.groups))
-        second = stack.enter_context(Staged(compressed, block.groups))
+        first = stack.enter_context(Staged(module, paused))
+        second = stack.enter_context(Staged(compressed, paused))
         original_flow = state.flow(first, block, module, state.original)
         shifted_flow = (
             state.flow(second, block, compressed, state.shifted) if state.stages_shifted else None
         )
-        for group in block.groups:
-            moments = _gather_group(state, group, original_flow, shifted_flow)
+        for groups in block.stages:
+            if groups[0].expert is None:
+                position = paused.index(groups[0])
+                moments = _gather_group(state, position, groups[0], original_flow, shifted_flow)
+            else:
+                moments = _gather_experts(state, block, groups, module, compressed)
+            targets = [target for group in groups for target in group.targets]
+            by_group = {g.index: found for g, found in zip(groups, moments, strict=True)}
             layers = cut_shared(
                 job,
                 plan,
-                owners_of(job.team, group.targets, plan),
-                [(target, first.module(target)) for target in group.targets],
-                partial(_make, state, plan, moments),
+                owners_of(job.team, targets, plan),
+                [(target, _standing(first, module, target)) for target in targets],
+                partial(_make, state, plan, by_group),
             )
-            for target in group.targets:
-                second.replace(target, layers[target.name])
-            inputs[group.targets[0].name] = moments
+            for target in targets:
+                if target.expert is None:
+                    second.replace(target, layers[target.name])
+                else:
+                    replace_module(compressed, target.projection, layers[target.name])
+            inputs |= {g.targets[0].name: by_group[g.index] for g in groups}
         for rows in state.batches():
             outputs.write(rows, original_flow.output(rows))
             if shifted_flow is not None and state.block_step is None:

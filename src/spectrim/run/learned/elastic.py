@@ -24,6 +24,7 @@ from spectrim.errors import ArtifactError, BudgetError
 from spectrim.layers.lowrank import LowRankLinear
 from spectrim.layers.swap import dense_shape
 from spectrim.model.weights import get_module, is_transposed, read_bias, read_weight, replace_module
+from spectrim.run.experts import open_experts
 from spectrim.run.loading import LoadedModel, load_model
 from spectrim.run.survey.planning import best_score
 from spectrim.storage.elastic import BASE_FOLDER, Base, Elastic, load_elastic
@@ -194,6 +195,7 @@ def open_elastic(
     )
     if isinstance(known, Survey):
         known = elastic_from_survey(known, dtype=loaded.stored_dtype, score=score)
+    open_experts(loaded)
     found = loaded.identity()
     if found != known.base.identity:
         raise ArtifactError(

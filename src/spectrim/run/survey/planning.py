@@ -17,6 +17,7 @@ from spectrim.allocate.budget import (
     layer_bytes,
 )
 from spectrim.allocate.curve import Curve
+from spectrim.allocate.experts import equal_in_blocks
 from spectrim.allocate.ladder import Limits, ladders_for, smallest_keep
 from spectrim.allocate.plan import Plan, PlanEntry
 from spectrim.allocate.rules import allocate
@@ -51,7 +52,7 @@ TABLE = "table"
 def shape_curves(anatomy: Anatomy) -> list[Curve]:
     """What a rule that needs no spectra has to know of the targets."""
     return [
-        Curve(t.name, t.block, t.projection, Shape(t.out_features, t.in_features, t.bias))
+        Curve(t.name, t.block, t.matrix, Shape(t.out_features, t.in_features, t.bias))
         for t in anatomy.targets
     ]
 
@@ -126,17 +127,26 @@ def make_plan(
             "the survey holds no measured sensitivities; survey with the recipe asvd, or predict "
             "them from spectra with score energy"
         )
+    if rule.experts == "equal" and (rule.rule == "zero_sum" or table is not None):
+        raise InputError(
+            f"the rule {rule.rule!r} chooses component by component or target by target; equal "
+            "ranks for the experts of a block go with uniform, loss_ratio and knapsack"
+        )
     if rule.rule == "zero_sum" and survey is not None:
         return _zero_sum(recipe, survey, plan_limits(recipe, dtype_bytes))
-    return allocate(
-        curves or [],
-        rule.rule,
-        keep=recipe.keep,
-        limits=plan_limits(recipe, dtype_bytes),
-        score=rule.score,
-        fill=rule.fill,
-        table=table if rule.score == "measured" else None,
-    )
+
+    def share(curves: Sequence[Curve]) -> Plan:
+        return allocate(
+            curves,
+            rule.rule,
+            keep=recipe.keep,
+            limits=plan_limits(recipe, dtype_bytes),
+            score=rule.score,
+            fill=rule.fill,
+            table=table if rule.score == "measured" else None,
+        )
+
+    return share(curves or []) if rule.experts == "each" else equal_in_blocks(curves or [], share)
 
 
 def _zero_sum(recipe: Recipe, survey: Survey, limits: Limits) -> Plan:

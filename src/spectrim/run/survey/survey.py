@@ -26,7 +26,7 @@ from spectrim.model.weights import get_module, read_weight
 from spectrim.moments.moments import Moments, OutputMoments
 from spectrim.recipe import Decompose
 from spectrim.run.cut.cutting import decompose_target
-from spectrim.run.cut.one_shot import advance, block_moments
+from spectrim.run.cut.one_shot import advance, block_moments, kept_moments
 from spectrim.run.cut.sharing import owners_of, spans
 from spectrim.run.job import Job
 from spectrim.run.recorded import recorded
@@ -200,18 +200,18 @@ def _decompose_all(
     with closing(_blocks(job, stage, choice, needs)) as gathered:
         for span in spans(job):
             owned = owners_of(job.team, [target for block in span for target in block.targets])
-            moments: dict[str, Moments | None] = {}
+            moments: dict[str, Callable[[], Moments | None]] = {}
             outputs: Mapping[str, OutputMoments] = {}
             for block, inputs, outputs_of_block in islice(gathered, len(span)):
                 # Others' moments are let go at once.
                 mine = (t for t in block.targets if owned[t.name] == job.team.rank)
-                moments |= {t.name: inputs[t.group] for t in mine}
+                moments |= {t.name: kept_moments(job, inputs, t.group) for t in mine}
                 outputs = outputs_of_block
 
             def find(target: Target, moments=moments, outputs=outputs) -> Spectrum:
                 module = get_module(job.model, target.name)
                 W = read_weight(module) if weight_of is None else weight_of(target)
-                of = moments[target.name]
+                of = moments[target.name]()
                 whole = decompose_target(
                     target,
                     W,
