@@ -90,6 +90,12 @@ def until(tab, place, right, seconds=30):
     return text
 
 
+def position(tab, place):
+    """Left and upper edge of what is drawn there now: read at once, as the curve is drawn anew."""
+    box = f"document.querySelector({place!r}).getBoundingClientRect()"
+    return tab.evaluate(f"[{box}.x, {box}.y]")
+
+
 def move(tab, keep):
     tab.locator("#keep").fill(str(keep))
 
@@ -134,12 +140,11 @@ def test_the_dot_moves_along_the_curve_and_the_dense_model_is_its_reference(tabs
     for keep, size in ((1, "1.5 kB"), (0.6, "1.1 kB"), (0.25, "750 B")):
         move(tab, keep)
         until(tab, "bytes", lambda text, size=size: text == size)
-        dot = tab.locator("#curve .dot").bounding_box()
-        heights[keep] = (dot["x"], dot["y"])
+        heights[keep] = position(tab, "#curve .dot")
     assert heights[1][0] > heights[0.6][0] > heights[0.25][0]
     assert heights[1][1] != heights[0.25][1]
-    line = tab.locator("#curve .dense").bounding_box()
-    assert abs(line["y"] - heights[1][1] - 7) < 3  # the dot of the dense size lies on it
+    line = position(tab, "#curve .dense")
+    assert abs(line[1] - heights[1][1] - 7) < 3  # the dot of the dense size lies on it
     assert "dense" in tab.text_content("#curve")
 
 
