@@ -3,6 +3,9 @@
 Triton comes with PyTorch's CUDA builds. On a CPU it is no dependency: `pip install triton`.
 """
 
+import importlib.util
+import os
+
 import pytest
 import torch
 
@@ -11,11 +14,13 @@ from spectrim.layers.lowrank import LowRankLinear
 from spectrim.layers.packed import PackedLinear
 from spectrim.serve import few_tokens
 
-
-@pytest.fixture(autouse=True)
-def interpreted(monkeypatch):
-    pytest.importorskip("triton", reason="Triton is not installed; it is a large optional package")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # read when the kernel's module is imported
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None,
+    reason="Triton is not installed; it is a large optional package",
+)
+# Read when Triton is imported first, its own functions included.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def layer_of(kind, shape, rank, dtype, bias):
