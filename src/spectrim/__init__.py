@@ -16,10 +16,11 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from spectrim.registration import register_with_transformers
+from spectrim.registration import register
 
 if TYPE_CHECKING:
     from spectrim.api import (
+        adapter,
         compress,
         elastic,
         evaluate,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         survey,
     )
     from spectrim.recipe import Recipe
+    from spectrim.refine.merging import merge_adapter
     from spectrim.serve.latent.switch import latent_cache
     from spectrim.serve.prepare import prepare
 
@@ -39,6 +41,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Recipe",
     "__version__",
+    "adapter",
     "compress",
     "elastic",
     "evaluate",
@@ -46,16 +49,28 @@ __all__ = [
     "inspect",
     "latent_cache",
     "load_elastic",
+    "merge_adapter",
     "plan",
     "prepare",
     "resize",
     "survey",
 ]
 
-_API = ("compress", "elastic", "export", "inspect", "load_elastic", "plan", "resize", "survey")
+_API = (
+    "adapter",
+    "compress",
+    "elastic",
+    "export",
+    "inspect",
+    "load_elastic",
+    "plan",
+    "resize",
+    "survey",
+)
 _HOMES = dict.fromkeys(_API, "spectrim.api") | {
     "Recipe": "spectrim.recipe",
     "latent_cache": "spectrim.serve.latent.switch",
+    "merge_adapter": "spectrim.refine.merging",
     "prepare": "spectrim.serve.prepare",
 }
 
@@ -78,7 +93,7 @@ class _Package(ModuleType):
 
 sys.modules[__name__].__class__ = _Package
 
-register_with_transformers()
+register()
 
 
 def __getattr__(name: str) -> Any:

@@ -14,7 +14,7 @@ import typer
 import typer.testing
 
 from spectrim import api
-from spectrim.cli import compress, elastic, evaluate, export, options, plan, resize, survey
+from spectrim.cli import adapter, compress, elastic, evaluate, export, options, plan, resize, survey
 from spectrim.cli.main import app
 from spectrim.cli.session import session, silence_foreign_bars
 from spectrim.cli.words import GROUPS
@@ -24,6 +24,7 @@ from spectrim.run.options import WORDS, RunOptions
 # Words about the terminal, which a Python caller has no use for.
 TERMINAL = {"verbose", "quiet", "as_json", "every"}
 COMMANDS = {
+    "adapter": adapter.adapter,
     "compress": compress.compress,
     "evaluate": evaluate.evaluate,
     "export": export.export,

@@ -13,6 +13,7 @@ from torch import nn
 
 from spectrim.allocate.budget import parse_size
 from spectrim.allocate.plan import Plan
+from spectrim.api.adapting import adapter
 from spectrim.api.costing import compress_at_cost
 from spectrim.api.reading import evaluate, export, inspect, plan
 from spectrim.arguments import check_fraction, check_path, refuse_unused
@@ -46,6 +47,7 @@ from spectrim.storage.survey_record import Survey
 __all__ = [
     "ElasticModel",
     "Result",
+    "adapter",
     "compress",
     "elastic",
     "estimate",
@@ -348,8 +350,7 @@ def survey(
                 save_survey(made, output, overwrite=overwrite)
             team.barrier()
         if lazily:
-            assert output is not None  # out of core there is one
-            # Its pieces in the work folder are about to go.
+            assert output is not None  # there is one: pieces in the work folder are about to go
             made = replace(made, factors=None, folder=Path(output))
     return made
 
@@ -396,5 +397,4 @@ def resize(
     return result
 
 
-survey_of = survey
-"""The function, where an argument has its name."""
+survey_of = survey  # the function, where an argument has its name

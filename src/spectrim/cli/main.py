@@ -12,6 +12,7 @@ import typer
 
 from spectrim import __version__
 from spectrim.cli import (
+    adapter,
     bench,
     calibration_study,
     compare,
@@ -79,6 +80,7 @@ app.command(cls=GroupedCommand)(evaluate.evaluate)
 app.command(cls=GroupedCommand)(bench.bench)
 app.command(cls=GroupedCommand)(inspect.inspect)
 app.command(cls=GroupedCommand)(export.export)
+app.command(cls=GroupedCommand)(adapter.adapter)
 app.command(cls=GroupedCommand)(survey.survey)
 app.command(cls=GroupedCommand)(plan.plan)
 app.command(cls=GroupedCommand)(elastic.elastic)

@@ -5,33 +5,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from spectrim.layers.compressed import CompressedLayer
 from spectrim.layers.quantized import part_of, wide_weight
 from spectrim.layers.source import Source
 
 __all__ = ["QuantizedDense"]
 
 
-class QuantizedDense(nn.Module):
+class QuantizedDense(CompressedLayer):
     """A target that was not cut, with integer weights.
 
     Attributes:
         inner: the layer itself.
         rank: None, nothing was cut.
-        transposed: True where it replaced a module that stores (in, out), transformers' `Conv1D`.
     """
 
-    is_compressed_layer = True
     storage = "dense"
-    weights = "native"
     rank = None
 
     def __init__(self, inner: nn.Module):
-        super().__init__()
+        super().__init__(inner.in_features, inner.out_features)  # type: ignore[arg-type]
         self.inner = inner
-        self.in_features: int = inner.in_features  # type: ignore[assignment]
-        self.out_features: int = inner.out_features  # type: ignore[assignment]
         self.weights: str = getattr(inner, "weights", "native")
-        self.transposed = False
 
     @classmethod
     def empty(

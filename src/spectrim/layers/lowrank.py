@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from spectrim.layers.compressed import CompressedLayer
 from spectrim.layers.layout import layout_of
 from spectrim.layers.quantized import QuantizedLinear, part_of, wide_weight
 from spectrim.layers.source import Source
@@ -22,18 +23,15 @@ from spectrim.tolerances import LEAST_SQUARES_RIDGE
 __all__ = ["LowRankLinear"]
 
 
-class LowRankLinear(nn.Module):
+class LowRankLinear(CompressedLayer):
     """`up(down(x))`, the factored storage of a rank-k matrix.
 
     Attributes:
         down: (rank, in_features), without bias.
         up: (out_features, rank), with the bias of the layer it stands for.
-        transposed: True where it replaced a module that stores (in, out), transformers' `Conv1D`.
     """
 
-    is_compressed_layer = True
     storage = "factored"
-    weights = "native"
 
     def __init__(
         self,
@@ -44,11 +42,8 @@ class LowRankLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
+        super().__init__(in_features, out_features)
         self.rank = rank
-        self.transposed = False
         self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
         self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
 
@@ -144,9 +139,14 @@ class LowRankLinear(nn.Module):
         """The output from what `latent` returned: (..., k) -> (..., out)."""
         return self.up(latent)
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """`up` (out, k) and `down` (k, in) in fp32 or better."""
+        return wide_weight(self.up), wide_weight(self.down)
+
     def dense_weight(self) -> Tensor:
         """The (out, in) matrix that the layer stands for, multiplied in fp32 or better."""
-        return wide_weight(self.up) @ wide_weight(self.down)
+        up, down = self.factors()
+        return up @ down
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""

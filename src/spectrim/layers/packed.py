@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.devices import on_host
+from spectrim.layers.compressed import CompressedLayer
 from spectrim.layers.layout import layout_of
 from spectrim.layers.quantized import part_of, wide_weight
 from spectrim.layers.source import Source
@@ -29,7 +30,7 @@ from spectrim.linalg.pivot import Packed, Side, pack, packed_side
 __all__ = ["PackedLinear", "packed_error"]
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(CompressedLayer):
     """The packed storage of a rank-k matrix.
 
     Attributes:
@@ -38,12 +39,9 @@ class PackedLinear(nn.Module):
         order: int32 gather index. Side `out`: for every output its place in `[y_p; y_n]`, length
             out. Side `in`: the inputs of `[x_p; x_n]` in turn, length in.
         bias: (out,) or None.
-        transposed: True where it replaced a module that stores (in, out), transformers' `Conv1D`.
     """
 
-    is_compressed_layer = True
     storage = "packed"
-    weights = "native"
     order: Tensor
 
     def __init__(
@@ -55,12 +53,9 @@ class PackedLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
+        super().__init__(in_features, out_features)
         self.rank = rank
         self.side: Side = packed_side(out_features, in_features)
-        self.transposed = False
         m, n = out_features, in_features
         outside = self.side == "out"
         basis = (n, rank) if outside else (rank, m)
@@ -204,6 +199,14 @@ class PackedLinear(nn.Module):
             order.to(torch.int32),
             self.side,
         )
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """`up` (out, k) and `down` (k, in) in fp32 or better: a product without its order."""
+        basis, coefficients = wide_weight(self.basis), wide_weight(self.coefficients)
+        one = torch.eye(self.rank).to(basis)
+        if self.side == "out":
+            return torch.cat([one, coefficients])[self.order.long()], basis
+        return basis, torch.cat([one, coefficients], 1)[:, self.order.long().argsort()]
 
     def dense_weight(self) -> Tensor:
         """The (out, in) matrix that the layer stands for, multiplied in fp32 or better."""

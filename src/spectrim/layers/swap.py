@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from spectrim.errors import ModelError
@@ -18,6 +18,7 @@ from spectrim.model.weights import get_module, replace_module
 
 __all__ = [
     "compressed_layers",
+    "dense_of",
     "dense_shape",
     "is_compressed",
     "is_dense_linear",
@@ -89,9 +90,18 @@ def restore_dense(model: nn.Module, name: str, *, dtype: torch.dtype | None = No
         The dense layer: `Conv1D` where one was replaced, `nn.Linear` otherwise.
     """
     layer: Any = get_module(model, name)
+    dense = dense_of(layer, layer.dense_weight(), dtype=dtype)
+    replace_module(model, name, dense)
+    return dense
+
+
+def dense_of(layer: Any, W: Tensor, *, dtype: torch.dtype | None = None) -> nn.Module:
+    """A dense layer with the weight W (out, in), and the bias and mode of a compressed layer.
+
+    It is `Conv1D` where the layer replaced one; `dtype` is by default that of the stored parts.
+    """
     dtype = dtype or layer.weight.dtype
-    W = layer.dense_weight().to(dtype)
-    bias = layer.bias
+    W, bias = W.to(dtype), layer.bias
     if layer.transposed:
         dense: nn.Module = Conv1D(layer.out_features, layer.in_features).to("meta")
         dense.weight = nn.Parameter(W.T.contiguous())
@@ -104,5 +114,4 @@ def restore_dense(model: nn.Module, name: str, *, dtype: torch.dtype | None = No
         dense.bias = nn.Parameter(bias.detach().to(dtype, copy=True))
     elif layer.transposed:
         dense.bias = nn.Parameter(torch.zeros(layer.out_features, dtype=dtype, device=W.device))
-    replace_module(model, name, dense.train(layer.training))
-    return dense
+    return dense.train(layer.training)

@@ -112,8 +112,13 @@ class SpectrimQuantizer(HfQuantizer):
 
     @property
     def is_qat_trainable(self) -> bool:
-        """Lets transformers' `Trainer` train all parameters."""
-        return True
+        """Lets transformers' `Trainer` train all parameters, where all weights are parameters.
+
+        With integer weights it would train norms and embeddings and nothing else; it asks for an
+        adapter instead.
+        """
+        table = self.quantization_config.table
+        return all(entry.weights == "native" for entry in table.layers.values())
 
     @property
     def is_compileable(self) -> bool:

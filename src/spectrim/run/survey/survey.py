@@ -54,7 +54,7 @@ from spectrim.run.survey.scoring import score_components, with_references
 from spectrim.run.survey.spectra import Spectrum, shared_spectra, spectrum_of
 from spectrim.storage.survey_record import Factors, Survey
 
-__all__ = ["make_survey", "surveyed_choice"]
+__all__ = ["make_survey", "moments_by_block", "surveyed_choice"]
 
 COMPONENT_SCORES = frozenset({"first_order", "second_order", "kfac"})
 _UNSHIFTED = {"shifted": "whitened", "anchored": "whitened", "anchored_kfac": "kfac"}
@@ -154,12 +154,18 @@ def _limits(job: Job) -> Limits:
     )
 
 
-def _blocks(
+def moments_by_block(
     job: Job, stage: str, choice: Decompose, input_needs: frozenset[str]
 ) -> Generator[tuple[Block, Sequence[Moments | None], Mapping[str, OutputMoments]], None, None]:
     """Every block, at hand, with its groups' input moments and its targets' output moments.
 
     Blocks that were surveyed earlier come without moments; a stream only passes them.
+
+    Args:
+        job: the run; its model stays as it is.
+        stage: under which blocks are kept when they are surveyed.
+        choice: objective and clipping.
+        input_needs: statistics of inputs to collect.
     """
     blocks = job.anatomy.blocks
     finished = [job.keeper.has(piece_name(stage, block)) for block in blocks]
@@ -201,7 +207,7 @@ def _decompose_all(
     # Losses of rounding are in nats, which only this objective's energies are.
     forms = judged_forms(limits) if choice.objective == "kfac" else ()
     job.progress.start("survey", len(job.anatomy.blocks))
-    with closing(_blocks(job, stage, choice, needs)) as gathered:
+    with closing(moments_by_block(job, stage, choice, needs)) as gathered:
         for span in spans(job):
             owned = owners_of(job.team, [target for block in span for target in block.targets])
             moments: dict[str, Moments | None] = {}
