@@ -14,7 +14,18 @@ import typer
 import typer.testing
 
 from spectrim import api
-from spectrim.cli import adapter, compress, elastic, evaluate, export, options, plan, resize, survey
+from spectrim.cli import (
+    adapter,
+    compress,
+    elastic,
+    evaluate,
+    export,
+    heal,
+    options,
+    plan,
+    resize,
+    survey,
+)
 from spectrim.cli.main import app
 from spectrim.cli.session import session, silence_foreign_bars
 from spectrim.cli.words import GROUPS
@@ -28,6 +39,7 @@ COMMANDS = {
     "compress": compress.compress,
     "evaluate": evaluate.evaluate,
     "export": export.export,
+    "heal": heal.heal,
     "survey": survey.survey,
     "plan": plan.plan,
     "elastic": elastic.elastic,

@@ -202,3 +202,12 @@ def test_a_tensor_of_zeros_moves_like_the_smallest():
     )
     size = float(Scaled(1.0).weight.detach().square().mean().sqrt())
     torch.testing.assert_close(bias, torch.full((2,), SETTINGS["learning_rate"] * size))
+
+
+def test_patience_ends_a_training_that_gains_no_more():
+    losses = iter([5.0, 4.0, 3.0, 3.5, 3.0, 9.0, 1.0])
+    task = Regression()
+    task.judge = lambda: next(losses)
+    result = task.fit(patience=3)
+    assert result.history == [(0, 5.0), (4, 4.0), (8, 3.0), (12, 3.5), (16, 3.0), (20, 9.0)]
+    assert (result.step, result.after) == (8, 3.0)

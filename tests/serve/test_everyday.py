@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from architectures import tiny, windows
-from spectrim.demo.run import MODEL as BUNDLED
 from jobs import logits
+from spectrim.demo.run import MODEL as BUNDLED
 from storage_cases import compressed, save
 
 TOKENS = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}

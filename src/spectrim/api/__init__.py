@@ -13,7 +13,7 @@ from torch import nn
 
 from spectrim.allocate.budget import parse_size
 from spectrim.allocate.plan import Plan
-from spectrim.api.adapting import adapter
+from spectrim.api.afterwards import adapter, heal
 from spectrim.api.costing import compress_at_cost
 from spectrim.api.reading import evaluate, export, inspect, plan
 from spectrim.arguments import check_fraction, check_path, refuse_unused
@@ -53,11 +53,11 @@ __all__ = [
     "estimate",
     "evaluate",
     "export",
+    "heal",
     "inspect",
     "load_elastic",
     "plan",
     "resize",
-    "resolve_recipe",
     "survey",
 ]
 

@@ -23,8 +23,9 @@ def adapter(
         Path, typer.Option("-o", "--output", metavar="DIR", help="Folder to write to.")
     ],
     rank: Annotated[
-        int, typer.Option("--rank", metavar="R", help="Of every layer's adapter.")
-    ] = 16,
+        int | None,
+        typer.Option("--rank", metavar="R", help="Of every layer's adapter; default 16."),
+    ] = None,
     metric: Annotated[
         str | None,
         typer.Option(
@@ -59,11 +60,11 @@ def adapter(
         made = api.adapter(
             base,
             model,
-            rank=rank,
             output=output,
             progress=progress,
             **options.given(
                 **words,
+                rank=rank,
                 metric=metric,
                 allow_differences=allow_differences or None,
                 overwrite=overwrite or None,

@@ -23,6 +23,7 @@ from spectrim.cli import (
     elastic,
     evaluate,
     export,
+    heal,
     inspect,
     layer_errors,
     lm_eval,
@@ -81,6 +82,7 @@ app.command(cls=GroupedCommand)(bench.bench)
 app.command(cls=GroupedCommand)(inspect.inspect)
 app.command(cls=GroupedCommand)(export.export)
 app.command(cls=GroupedCommand)(adapter.adapter)
+app.command(cls=GroupedCommand)(heal.heal)
 app.command(cls=GroupedCommand)(survey.survey)
 app.command(cls=GroupedCommand)(plan.plan)
 app.command(cls=GroupedCommand)(elastic.elastic)

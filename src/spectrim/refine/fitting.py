@@ -40,6 +40,8 @@ class FitSettings:
         seed: of the order of the windows.
         relative: learning rates are shares of each tensor's root mean square. Entries of a factor
             shrink as layers grow, so one share fits models of all widths and one step does not.
+        patience: judgements in a row without a better state after which training ends; None
+            takes all steps.
     """
 
     steps: int
@@ -53,6 +55,7 @@ class FitSettings:
     clip: float
     seed: int = 0
     relative: bool = False
+    patience: int | None = None
 
 
 @dataclass
@@ -280,6 +283,7 @@ def _train(
         lr=settings.learning_rate,
         weight_decay=settings.weight_decay,
     )
+    worse = 0
     batches = _batches(train, settings.batch, torch.Generator().manual_seed(settings.seed))
     for step in range(1, settings.steps + 1):
         chunk = next(batches)
@@ -302,4 +306,9 @@ def _train(
             on_judged(step, judged)
             if judged < result.after:
                 result.step, result.after, kept = step, judged, _copies(parameters)
+                worse = 0
+            else:
+                worse += 1
+            if settings.patience is not None and worse >= settings.patience:
+                break
     return result, kept

@@ -13,20 +13,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from spectrim.devices import keeps_own_random_state
 from spectrim.errors import MissingExtraError
-from spectrim.layers.lowrank import LowRankLinear
-from spectrim.model.losses import next_token
 from spectrim.model.tail import Tail
 from spectrim.refine.fitting import FitResult, FitSettings, fit
 from spectrim.refine.masters import frozen
+from spectrim.refine.tuning import loss_on
 
 __all__ = ["LoraTraining", "recover", "require_peft"]
+
+Part: TypeAlias = tuple[nn.Module, str]
+"""A layer and the name of one of its linear parts."""
 
 LARGEST_WARMUP = 0.1
 """Warm-up steps are at most this share of all steps."""
@@ -46,6 +48,7 @@ class LoraTraining:
     warmup_steps: int = 100
     clip: float = 1.0
     seed: int = 0
+    patience: int | None = None
 
     def settings(self, windows: int) -> FitSettings:
         """For a number of training windows."""
@@ -62,6 +65,7 @@ class LoraTraining:
             warmup=min(LARGEST_WARMUP, self.warmup_steps / steps),
             clip=self.clip,
             seed=self.seed,
+            patience=self.patience,
         )
 
 
@@ -79,72 +83,67 @@ def require_peft() -> Any:
 
 
 @contextmanager
-def _adapted(
-    layers: Sequence[LowRankLinear], factor: Literal["down", "up"], training: LoraTraining
-) -> Iterator[list[Any]]:
-    """Adapters around one factor of every layer; they are merged if the body succeeds."""
+def _adapted(parts: Sequence[Part], training: LoraTraining) -> Iterator[list[Any]]:
+    """Adapters around some parts of layers; they are merged if the body succeeds."""
     peft = require_peft()
     # PEFT leaves marks on the module it is given: one that holds the layers and is forgotten.
-    holder = nn.ModuleList(layers)
+    holder = nn.ModuleList([layer for layer, _ in parts])
     config = peft.LoraConfig(
         r=training.rank,
         lora_alpha=training.alpha,
         lora_dropout=training.dropout,
-        target_modules=[f"{i}.{factor}" for i in range(len(layers))],
+        target_modules=[f"{i}.{name}" for i, (_, name) in enumerate(parts)],
     )
-    originals = [getattr(layer, factor) for layer in layers]
+    originals = [getattr(layer, name) for layer, name in parts]
     try:
         peft.inject_adapter_in_model(config, holder)
-        adapters = [getattr(layer, factor) for layer in layers]
+        adapters = [getattr(layer, name) for layer, name in parts]
         yield adapters
         for adapter in adapters:
             adapter.merge()
     finally:
-        for layer, original in zip(layers, originals, strict=True):
-            setattr(layer, factor, original.train(layer.training))
+        for (layer, name), original in zip(parts, originals, strict=True):
+            setattr(layer, name, original.train(layer.training))
 
 
 def recover(
     tail: Tail,
-    layers: Sequence[LowRankLinear],
-    factor: Literal["down", "up"],
+    parts: Sequence[Part],
     ids: Tensor,
     train: Tensor,
     held: Tensor,
     training: LoraTraining,
     *,
+    teacher: Tail | None = None,
     on_judged: Callable[[int, float], None] = lambda step, loss: None,
 ) -> FitResult:
-    """One stage: train adapters on one factor of all layers and merge them, in place.
+    """One stage: train adapters on one part of each layer and merge them, in place.
 
     Args:
         tail: of the model that holds the layers.
-        layers: the factored layers of the model.
-        factor: which of their factors gets adapters.
+        parts: layers of native numbers, and which of their parts gets an adapter.
         ids: windows, (N, T).
         train: indices of the windows to train on.
         held: indices of the windows that choose the epoch; empty keeps the last one.
         training: hyper-parameters.
+        teacher: of the model to learn from; None learns the text.
         on_judged: called with (step, held-out loss in nats per token).
 
     Returns:
-        Next-token loss in nats on the held-out windows, before and after.
+        Loss in nats per token on the held-out windows, before and after.
 
     Raises:
         MissingExtraError: PEFT is not installed.
         NonFiniteError: the loss diverged; the layers are as they were.
     """
-    device = layers[0].up.weight.device
-
-    def loss_of(rows: Tensor) -> Tensor:
-        chunk = ids[rows].to(device)
-        return tail.total(tail.states(chunk)[:, :-1], next_token(chunk)) / chunk[:, 1:].numel()
-
+    layer, name = parts[0]
+    device = getattr(layer, name).weight.device
+    loss_of = loss_on(tail, ids, device, teacher)
     # Initial values and dropout draw from the global generators, which are put back afterwards.
     own = [device] if keeps_own_random_state(device) else []
     with torch.random.fork_rng(devices=own), frozen(tail.model.parameters()):
         torch.manual_seed(training.seed)
-        with _adapted(layers, factor, training) as adapters:
+        with _adapted(parts, training) as adapters:
             trained = [p for a in adapters for p in a.parameters() if p.requires_grad]
 
             @torch.no_grad()
@@ -160,7 +159,7 @@ def recover(
             for adapter in adapters:
                 adapter.train()
             return fit(
-                f"the factors {factor!r} by LoRA",
+                f"the factors {name!r} by LoRA",
                 trained,
                 loss_of,
                 judge if len(held) else None,

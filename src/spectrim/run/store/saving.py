@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from spectrim.allocate.budget import format_bytes
+from spectrim.recipe import Recipe
 from spectrim.run.compress import Outcome
+from spectrim.run.healing import Healed
 from spectrim.run.learned.saving_elastic import save_elastic_outcome
 from spectrim.storage.attach import attach
 from spectrim.storage.card import model_card
-from spectrim.storage.folder import save_model
-from spectrim.storage.origin import Origin, read_origin
+from spectrim.storage.folder import RECIPE_FILE, save_model
+from spectrim.storage.origin import HUB_ID, Origin, read_origin
 from spectrim.storage.paths import last_part
 from spectrim.storage.table import Provenance
 
-__all__ = ["save_outcome"]
+__all__ = ["save_healed", "save_outcome"]
 
 
 def save_outcome(
@@ -60,7 +65,7 @@ def save_outcome(
         output,
         recipe_yaml=recipe.to_yaml(),
         report=report,
-        card=_card(outcome, origin),
+        card=_card(report, recipe, origin),
         companions=origin.files,
         overwrite=overwrite,
         read=None if outcome.onloader is None else outcome.onloader.tensor,
@@ -68,8 +73,37 @@ def save_outcome(
     report["stored"] = inspection.summary()
 
 
-def _card(outcome: Outcome, origin: Origin) -> str:
-    keep = outcome.report["keep"]
+def save_healed(healed: Healed, source: str | Path, output: str | Path, *, overwrite: bool) -> None:
+    """Write a result that was trained further; recipe, license and provenance are its own.
+
+    Args:
+        healed: the trained result.
+        source: the folder that it was loaded from.
+        output: the folder.
+        overwrite: replace what is there.
+
+    Raises:
+        OutputError: the destination is taken or cannot be written; nothing is left there.
+    """
+    base = healed.report["model"]
+    own = read_origin(source)
+    origin = replace(own, hub_id=base if HUB_ID.fullmatch(base) else None)
+    recipe = Recipe.from_file(Path(source) / RECIPE_FILE)
+    inspection = save_model(
+        healed.model,
+        healed.tokenizer,
+        output,
+        recipe_yaml=recipe.to_yaml(),
+        report=healed.report,
+        card=_card(healed.report, recipe, origin),
+        companions=origin.files,
+        overwrite=overwrite,
+    )
+    healed.report["stored"] = inspection.summary()
+
+
+def _card(report: Mapping[str, Any], recipe: Recipe, origin: Origin) -> str:
+    keep = report["keep"]
     pairs = {
         "target layers": keep["target_bytes"],
         "whole model": keep["model_bytes"],
@@ -79,23 +113,23 @@ def _card(outcome: Outcome, origin: Origin) -> str:
         for name, pair in pairs.items()
     }
     numbers["kept share of the target layers"] = ("1", f"{keep['achieved']:.4f}")
-    calibration = outcome.report["calibration"]
+    calibration = report["calibration"]
     protocol = (
         f"Calibrated on {calibration['windows']} windows of {calibration['window_length']} tokens "
         f"of {', '.join(calibration['sources'])}, seed {calibration['seed']}."
         if calibration
         else "No calibration data was used."
     )
-    base = outcome.report["model"]
+    base = report["model"]
     return model_card(
-        f"{last_part(base)} at keep {outcome.recipe.keep:g}",
+        f"{last_part(base)} at keep {recipe.keep:g}",
         base_model=base,
-        recipe_name=outcome.recipe.name,
-        recipe_yaml=outcome.recipe.to_yaml(),
+        recipe_name=recipe.name,
+        recipe_yaml=recipe.to_yaml(),
         numbers=numbers,
         protocol=protocol,
-        notes=outcome.report["notes"],
+        notes=report["notes"],
         origin=origin,
-        outside=(outcome.report["outside_budget"] or {}).get("words", ""),
-        measured=(outcome.report.get("measured") or {}).get("texts", []),
+        outside=(report.get("outside_budget") or {}).get("words", ""),
+        measured=(report.get("measured") or {}).get("texts", []),
     )

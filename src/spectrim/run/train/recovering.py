@@ -49,8 +49,7 @@ def _train(job: Job, step: LoraRefinement, layers: list[LowRankLinear]) -> float
         )
         loss = recover(
             tail,
-            layers,
-            factor,
+            [(layer, factor) for layer in layers],
             job.ids,
             train,
             held,

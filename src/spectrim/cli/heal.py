@@ -1,0 +1,99 @@
+"""`spectrim heal`: train what compression left, on a text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from spectrim.cli import options
+from spectrim.cli.words import takes
+
+__all__ = ["heal"]
+
+
+@takes("windows", "window_length", "seed", "device", "dtype", "trust_remote_code")
+def heal(
+    artifact: Annotated[
+        Path, typer.Argument(metavar="OUT", help="A compressed folder, in native numbers.")
+    ],
+    text: Annotated[
+        str, typer.Option("--text", metavar="SOURCE", help="To train on, as for compress.")
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="DIR", help="Folder to write to.")
+    ],
+    parts: Annotated[
+        str | None,
+        typer.Option("--parts", help="factors (all numbers; default) or lora (needs peft)."),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            "--teacher", metavar="MODEL", help="The original: learn its distribution instead."
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", metavar="N", help="At most; default 200.")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option("--batch", metavar="N", help="Windows per step; default 8.")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", metavar="R", help="Of lora's updates; default 8.")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option("--learning-rate", metavar="RATE", help="Peak.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace DIR if spectrim wrote all that is in it.")
+    ] = False,
+    as_json: options.AsJson = False,
+    verbose: options.Verbose = False,
+    quiet: options.Quiet = False,
+    **words: Any,
+) -> None:
+    """Train the factors of OUT on a text; ranks, storage and bytes stay.
+
+    An eighth of the windows is held out: training ends when they gain no more, and the best state
+    is kept, the untrained one included.
+    """
+    from spectrim.cli.session import session
+
+    chosen = {
+        "parts": parts,
+        "teacher": teacher,
+        "steps": steps,
+        "batch": batch,
+        "rank": rank,
+        "learning_rate": learning_rate,
+        "overwrite": overwrite or None,
+    }
+    with session(verbose=verbose, quiet=quiet or as_json, output=output) as progress:
+        from spectrim import api
+
+        healed = api.heal(
+            artifact,
+            text=text,
+            output=output,
+            progress=progress,
+            **options.given(**chosen, **words),
+        )
+    from spectrim.cli.progress import format_seconds
+    from spectrim.cli.render import print_facts, print_json
+
+    entry = healed.report["healing"][-1]
+    if as_json:
+        print_json({**entry, "output": str(output)})
+        return
+    print_facts(
+        {
+            "trained": f"{entry['parts']}, {entry['loss']}",
+            "held out": f"{entry['before']:.4f} -> {entry['after']:.4f} nats per token, "
+            f"{entry['held_out_windows']} windows",
+            "time": format_seconds(entry["seconds"]),
+            "output": output,
+            "next": f"spectrim evaluate {output} --against {healed.report['model']}",
+        }
+    )

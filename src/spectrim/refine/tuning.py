@@ -1,0 +1,88 @@
+"""All blocks trained together on whole windows: on the text, or on a teacher's distribution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.model.losses import divergence, next_token
+from spectrim.model.tail import Tail
+from spectrim.refine.fitting import FitResult, FitSettings, fit
+from spectrim.refine.masters import frozen, master_weights
+
+__all__ = ["loss_on", "tune"]
+
+
+def loss_on(
+    tail: Tail, ids: Tensor, device: torch.device, teacher: Tail | None = None
+) -> Callable[[Tensor], Tensor]:
+    """Indices of windows (len,) -> their mean loss in nats per token, differentiable.
+
+    Args:
+        tail: of the model that is trained.
+        ids: windows (N, T).
+        device: of the model.
+        teacher: of the model whose next-token distribution is the aim; None takes the next token.
+    """
+
+    def loss_of(rows: Tensor) -> Tensor:
+        chunk = ids[rows].to(device)
+        hidden = tail.states(chunk)
+        if teacher is None:
+            return tail.total(hidden[:, :-1], next_token(chunk)) / chunk[:, 1:].numel()
+        with torch.no_grad():
+            expected = teacher.states(chunk)
+        return tail.total(hidden, divergence(teacher, expected)) / chunk.numel()
+
+    return loss_of
+
+
+def tune(
+    tail: Tail,
+    parameters: list[nn.Parameter],
+    ids: Tensor,
+    train: Tensor,
+    held: Tensor,
+    settings: FitSettings,
+    *,
+    teacher: Tail | None = None,
+    on_judged: Callable[[int, float], None] = lambda step, loss: None,
+) -> FitResult:
+    """Train some parameters of a model in place; norm and head behind its blocks stay.
+
+    Args:
+        tail: of the model.
+        parameters: to train; everything else is held fixed.
+        ids: windows, (N, T).
+        train: indices of the windows to train on.
+        held: indices of the windows that choose the step; empty keeps the last one.
+        settings: hyper-parameters.
+        teacher: of the model to learn from; None learns the text.
+        on_judged: called with (step, held-out loss in nats per token).
+
+    Raises:
+        NonFiniteError: the loss diverged; the parameters are as they were.
+    """
+    loss_of = loss_on(tail, ids, parameters[0].device, teacher)
+    chosen = {id(p) for p in parameters}
+    others = [p for p in tail.model.parameters() if id(p) not in chosen]
+    with frozen(others), master_weights(parameters) as as_stored:
+
+        @torch.no_grad()
+        def judge() -> float:
+            with as_stored():
+                parts = held.split(settings.micro_batch)
+                return sum(float(loss_of(rows)) * len(rows) for rows in parts) / len(held)
+
+        return fit(
+            "the compressed layers",
+            parameters,
+            loss_of,
+            judge if len(held) else None,
+            train,
+            settings,
+            tokens_per_window=ids.shape[1],
+            on_judged=on_judged,
+        )

@@ -1,0 +1,235 @@
+"""Train what compression left: a saved result, on any text, with a held-out choice of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from spectrim.errors import ModelError
+from spectrim.layers.swap import compressed_layers
+from spectrim.model.tail import Tail, blocks_in_sequence
+from spectrim.recipe import Calibration
+from spectrim.refine.fitting import FitSettings, hold_out
+from spectrim.refine.lora import LoraTraining, recover, require_peft
+from spectrim.refine.tuning import tune
+from spectrim.run.job import Progress, Silent
+from spectrim.run.loading import LoadedModel
+from spectrim.run.log import RunLog
+from spectrim.run.store.storing import cast_parameters
+from spectrim.run.texts import UserText, gather_windows
+from spectrim.storage.folder import REPORT_FILE
+from spectrim.storage.json_file import read_json
+
+__all__ = ["Healed", "Healing", "heal_model"]
+
+STAGE = "heal"
+
+FIRST = {"factored": "down", "packed": "basis"}
+SECOND = {"factored": "up", "packed": "coefficients"}
+"""The parts that get adapters one after the other: never both factors of a product at once."""
+
+
+@dataclass(frozen=True)
+class Healing:
+    """How to train.
+
+    Attributes:
+        parts: `factors` trains all numbers of all compressed layers; `lora` adapters on one part
+            of each after the other, merged without loss.
+        steps: at most; of each stage where there are two.
+        batch: windows per step.
+        learning_rate: peak: for factors a share of each tensor's root mean square.
+        held_out: share of windows that choose the step.
+        judge_every: steps between two judgements.
+        patience: judgements in a row without a better state after which training ends.
+        rank: of the adapters.
+        seed: of windows, order and adapters.
+    """
+
+    parts: Literal["factors", "lora"] = "factors"
+    steps: int = 200
+    batch: int = 8
+    learning_rate: float | None = None
+    held_out: float = 0.125
+    judge_every: int = 20
+    patience: int = 3
+    rank: int = 8
+    seed: int = 0
+
+    def settings(self) -> FitSettings:
+        """For all factors."""
+        return FitSettings(
+            steps=self.steps,
+            judge_every=min(self.judge_every, self.steps),
+            batch=self.batch,
+            micro_batch=min(self.batch, 4),
+            learning_rate=self.learning_rate or 0.005,
+            final_learning_rate=0.0,
+            weight_decay=0.0,
+            warmup=0.1,
+            clip=1.0,
+            seed=self.seed,
+            relative=True,
+            patience=self.patience,
+        )
+
+    def adapters(self, windows: int, stage: int) -> LoraTraining:
+        """For one stage of adapters on so many training windows."""
+        per_epoch = -(-windows // self.batch)
+        return LoraTraining(
+            rank=self.rank,
+            alpha=2 * self.rank,
+            learning_rate=self.learning_rate or 5e-4,
+            epochs=max(1, self.steps // per_epoch),
+            batch=self.batch,
+            micro_batch=min(self.batch, 4),
+            seed=self.seed + stage,
+            patience=self.patience,
+        )
+
+
+@dataclass
+class Healed:
+    """A trained result in memory.
+
+    Attributes:
+        model: with its parameters in the stored dtype.
+        tokenizer: its own.
+        report: the result's report, continued: its `healing` has one entry per training.
+    """
+
+    model: Any
+    tokenizer: Any
+    report: dict[str, Any]
+    output: Path | None = field(default=None)
+
+
+def heal_model(
+    loaded: LoadedModel,
+    calibration: Calibration,
+    healing: Healing,
+    *,
+    text: UserText = None,
+    teacher: LoadedModel | None = None,
+    exactly: bool = False,
+    progress: Progress | None = None,
+) -> Healed:
+    """Train a loaded result in place.
+
+    Args:
+        loaded: a result of spectrim, by its folder.
+        calibration: sources, number and length of windows.
+        healing: how to train.
+        text: the user's own text, None for the calibration's sources.
+        teacher: the original, whose next-token distribution is then the aim instead of the text.
+        exactly: whether the user asked for the windows' length.
+        progress: told of every judgement.
+
+    Raises:
+        ModelError: nothing compressed, integer weights, or a teacher with another vocabulary.
+        MissingExtraError: adapters without PEFT.
+        TextError, InputError: too little text.
+        NonFiniteError: the training diverged.
+    """
+    layers = _trainable(loaded)
+    if healing.parts == "lora":
+        require_peft()
+    windows = gather_windows(loaded, calibration, text, seed=healing.seed, exactly=exactly)
+    train, held = hold_out(len(windows), healing.held_out)
+    tails = [_tail(loaded, windows.ids), None if teacher is None else _tail(teacher, windows.ids)]
+    if teacher is not None and tails[0].vocabulary != tails[1].vocabulary:
+        raise ModelError(
+            f"{teacher.name} has {tails[1].vocabulary} tokens and {loaded.name} "
+            f"{tails[0].vocabulary}; only a model of the same vocabulary can teach"
+        )
+    log, progress = RunLog(), progress or Silent()
+    stages = _stages(layers) if healing.parts == "lora" else [[]]
+    progress.start(STAGE, -(-healing.steps // healing.judge_every) * len(stages))
+
+    def judged(step: int, loss: float) -> None:
+        progress.advance(STAGE, f"step {step}: {loss:.4f} nats per token")
+
+    fits = []
+    with log.timed(STAGE):
+        for number, chosen in enumerate(stages):
+            options: dict[str, Any] = {"teacher": tails[1], "on_judged": judged}
+            if healing.parts == "lora":
+                training = healing.adapters(len(train), number)
+                fits.append(
+                    recover(tails[0], chosen, windows.ids, train, held, training, **options)
+                )
+            else:
+                parameters = [p for layer in layers.values() for p in layer.parameters()]
+                settings = healing.settings()
+                fits.append(
+                    tune(tails[0], parameters, windows.ids, train, held, settings, **options)
+                )
+    progress.finish(STAGE)
+    cast_parameters(loaded.model, loaded.stored_dtype)
+    entry = {
+        **asdict(healing),
+        "loss": "next token" if teacher is None else f"divergence from {teacher.name}",
+        "text": windows.record(),
+        "held_out_windows": len(held),
+        "before": fits[0].before,
+        "after": fits[-1].after,
+        "stages": [asdict(one) for one in fits],
+        "seconds": log.stages[STAGE],
+    }
+    return Healed(loaded.model, loaded.tokenizer, _continued(loaded.name, entry))
+
+
+def _trainable(loaded: LoadedModel) -> dict[str, Any]:
+    """The compressed layers, all of native numbers.
+
+    Raises:
+        ModelError: there are none, or some have integer weights.
+    """
+    layers = compressed_layers(loaded.model)
+    if not layers:
+        raise ModelError(f"{loaded.name} holds no layer compressed by spectrim; nothing to heal")
+    rounded = {name: layer for name, layer in layers.items() if layer.weights != "native"}
+    if rounded:
+        name, layer = next(iter(rounded.items()))
+        raise ModelError(
+            f"{len(rounded)} of {len(layers)} layers of {loaded.name} have integer weights ({name} "
+            f"{layer.weights}), which do not train; heal a result in native numbers, or train a "
+            "PEFT adapter beside the integers"
+        )
+    return layers
+
+
+def _stages(layers: Mapping[str, Any]) -> list[list[tuple[Any, str]]]:
+    return [[(layer, of[layer.storage]) for layer in layers.values()] for of in (FIRST, SECOND)]
+
+
+def _tail(loaded: LoadedModel, ids: Tensor) -> Any:
+    names = blocks_in_sequence(loaded.model, ids[:1].to(loaded.device))
+    return Tail.find(loaded.model, names, ids.to(loaded.device))
+
+
+def _continued(name: str, entry: dict[str, Any]) -> dict[str, Any]:
+    """The folder's report with the training added; what it measured before holds no longer.
+
+    Raises:
+        ArtifactError: the folder has no report.
+    """
+    report = read_json(Path(name) / REPORT_FILE)
+    measured = report.get("measured")
+    report["measured"] = {
+        "texts": [],
+        "why_not": "trained after it was measured; `spectrim evaluate` measures it again",
+    }
+    report["healing"] = [*report.get("healing", []), {**entry, "measured_before": measured}]
+    aim = "" if entry["loss"] == "next token" else f", {entry['loss']}"
+    report["notes"] = [
+        *report.get("notes", []),
+        f"healed ({entry['parts']}{aim}) on {', '.join(entry['text']['sources'])}: "
+        f"{entry['before']:.4f} -> {entry['after']:.4f} nats per token on "
+        f"{entry['held_out_windows']} held-out windows; errors of single layers are those before",
+    ]
+    return report
