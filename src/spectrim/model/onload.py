@@ -213,9 +213,9 @@ class Onloader:
 def give_back() -> None:
     """Return freed memory to the system.
 
-    glibc keeps it: the graph of a backward pass between two of its sums, and in the arena of the
-    thread that reads ahead several megabytes more with every block, which over hundreds of blocks
-    adds up to the model that was not to be in memory.
+    glibc keeps it: the graph of a backward pass between two of its sums, what the paused forwards
+    of a block held between its moments, and in the arena of the thread that reads ahead several
+    megabytes more with every block. Over a run that is more than everything else in memory.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

@@ -16,6 +16,7 @@ from spectrim.distributed.team import Team
 from spectrim.errors import NonFiniteError
 from spectrim.model.anatomy import Anatomy
 from spectrim.model.losses import next_token
+from spectrim.model.onload import give_back
 from spectrim.model.tail import Tail
 from spectrim.moments.target_sums import ComponentsOf, GradientPass, PassSums
 
@@ -114,6 +115,8 @@ def gradient_pass(
             found = summed_loss(tail, tail.states(chunk), chunk)
             found.backward()
             loss += float(found.detach())
+            del found
+            give_back()
             on_batch(chunk.shape[0])
     total = team.total(lambda: loss)
     return sums.finish(team, loss=total, tokens=ids[:, 1:].numel())

@@ -19,7 +19,7 @@ from spectrim.errors import ArtifactError, ModelError
 from spectrim.layers.quantized import built, described
 from spectrim.layers.swap import compressed_layers, swap_in
 from spectrim.model.anatomy import Block
-from spectrim.model.onload import Onloader
+from spectrim.model.onload import Onloader, give_back
 from spectrim.model.weights import get_module
 from spectrim.run.log import RunLog
 from spectrim.storage.shared_work import Piece, Work
@@ -66,6 +66,8 @@ class Keeper:
                     yield module
         finally:
             self._depth -= 1
+            if not self._depth:
+                give_back()
 
     def has(self, key: str) -> bool:
         """Whether a piece was finished, by this run or an earlier one."""

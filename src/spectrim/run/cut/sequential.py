@@ -26,6 +26,7 @@ from spectrim.decompose import OBJECTIVES
 from spectrim.decompose.balance import balanced
 from spectrim.layers.lowrank import LowRankLinear
 from spectrim.model.anatomy import Block, Group, Target
+from spectrim.model.onload import give_back
 from spectrim.model.replay import Replay
 from spectrim.model.staged import Staged
 from spectrim.model.stream import Stream
@@ -116,6 +117,7 @@ def _gather_group(state: _Pass, group: Group, original: Flow, compressed: Flow |
         x_shifted = None if compressed is None else compressed.input_of(group.index, rows)
         accumulator.add(x, x_shifted)
     moments = reduced(accumulator.moments(), state.job.team)
+    give_back()
     known = state.seen.get(accumulator.name)
     return moments if known is None else replace(moments, C=known.C)
 
