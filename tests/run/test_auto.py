@@ -10,6 +10,7 @@ import spectrim.storage.quantizer  # noqa: F401  (teaches transformers to load t
 from architectures import tiny, windows
 from jobs import logits
 from spectrim import api
+from spectrim.allocate.yardstick import YARDSTICKS, sentence, yardstick
 from spectrim.layers.swap import compressed_layers
 from spectrim.storage.inspect import inspect_folder
 
@@ -46,6 +47,17 @@ def test_the_report_says_what_was_measured_and_what_plain_rounding_would_lose(ma
     notes = " ".join(made[0].report["notes"])
     assert "a predicted nat was measured as" in notes
     assert "plain GPTQ" in notes
+
+
+def test_a_run_judges_the_one_yardstick_that_a_survey_of_all_would_name(source):
+    options: dict = {"recipe": "spectrim", "text": windows(16)}
+    result = api.compress(source, keep=0.6, **options)
+    survey = api.survey(source, **options)
+    assert all(len(curve.rounding) == len(YARDSTICKS) for curve in survey.curves)
+    found = yardstick(survey.curves, result.plan, survey.dtype_bytes)
+    assert found is not None and found.weights == "int8-g128"
+    said = sentence(found, result.plan).split(", this plan")[0]
+    assert said in " ".join(result.report["notes"])
 
 
 def test_the_plan_is_no_worse_than_any_family_alone(made):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from spectrim.allocate.budget import layer_bytes
 from spectrim.allocate.curve import Curve, as_numpy
@@ -11,10 +12,11 @@ from spectrim.allocate.forms import Form
 from spectrim.allocate.plan import Plan
 from spectrim.formats import FORMATS
 
-__all__ = ["YARDSTICKS", "Yardstick", "sentence", "yardstick"]
+__all__ = ["YARDSTICKS", "Yardstick", "sentence", "yardstick", "yardsticks_for"]
 
 YARDSTICKS = tuple(Form("dense", f"int{bits}-g128") for bits in (8, 4, 3, 2))
-"""Formats in which whole models are commonly rounded; surveys judge them whatever is asked for."""
+"""Formats in which whole models are commonly rounded, the largest first; surveys judge them
+whatever is asked for."""
 
 
 @dataclass(frozen=True)
@@ -41,23 +43,37 @@ def yardstick(curves: Sequence[Curve], plan: Plan, dtype_bytes: int) -> Yardstic
         key = Form("dense", weights).key
         if key not in keys:
             continue
-        size = sum(
-            layer_bytes(
-                curve.shape, rank=None, storage="dense", weights=weights, dtype_bytes=dtype_bytes
-            )
-            for curve in curves
-        )
+        size = _rounded_bytes(curves, weights, dtype_bytes)
         loss = sum(float(as_numpy((curve.rounding or {})[key])[0]) for curve in curves)
         if size <= stored:
             found.append(Yardstick(weights, size / dense, loss))
     return min(found, key=lambda one: one.loss, default=None)
 
 
-def sentence(found: Yardstick | None) -> str:
-    """For the notes of a report."""
+def yardsticks_for(curves: Sequence[Curve], keep: float, dtype_bytes: int) -> tuple[Form, ...]:
+    """The one yardstick that a plan of this keep is held against, none if all are larger.
+
+    Rounding every matrix once more is most of a survey's work, so what is surveyed for a single
+    size does it once.
+    """
+    dense = _rounded_bytes(curves, "native", dtype_bytes)
+    sizes = {form: _rounded_bytes(curves, form.weights, dtype_bytes) for form in YARDSTICKS}
+    fitting = [form for form, size in sizes.items() if size <= keep * dense]
+    return tuple(fitting[:1])
+
+
+def _rounded_bytes(curves: Sequence[Curve], weights: str, dtype_bytes: int) -> int:
+    """Of all targets, none cut."""
+    options: dict[str, Any] = {"storage": "dense", "weights": weights, "dtype_bytes": dtype_bytes}
+    return sum(layer_bytes(curve.shape, rank=None, **options) for curve in curves)
+
+
+def sentence(found: Yardstick | None, plan: Plan) -> str:
+    """For the notes of a report, beside what is predicted for the plan itself."""
     if found is None:
         return "plain GPTQ has no format of at most these bytes (int2 at groups of 128 is larger)"
     return (
         f"plain GPTQ at these bytes: every target in {found.weights} takes keep {found.keep:.4f} "
-        f"and would lose {found.loss:.2g} nats per token (predicted)"
+        f"and would lose {found.loss:.2g} nats per token, this plan {plan.predicted_loss or 0:.2g} "
+        "(both predicted)"
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from spectrim.allocate.curve import Curve
 from spectrim.allocate.forms import AUTO
 from spectrim.allocate.plan import Plan
-from spectrim.allocate.yardstick import sentence, yardstick
+from spectrim.allocate.yardstick import sentence, yardstick, yardsticks_for
 from spectrim.linalg.exact_rank import exact_rank
 from spectrim.model.weights import get_module, read_weight
 from spectrim.recipe import ProjectedGradientRefinement, Recipe
@@ -19,7 +19,7 @@ from spectrim.run.job import Job
 from spectrim.run.survey.backward import output_moments
 from spectrim.run.survey.correcting import corrected_survey
 from spectrim.run.survey.families import measured_scale
-from spectrim.run.survey.planning import check_plan, make_plan, shape_curves
+from spectrim.run.survey.planning import NATS, check_plan, make_plan, shape_curves
 from spectrim.run.survey.survey import make_survey, surveyed_choice
 from spectrim.storage.survey_file import held_ranks
 from spectrim.storage.survey_record import Survey
@@ -76,14 +76,22 @@ def choose(job: Job, *, plan: Plan | None = None, survey: Survey | None = None) 
     )
     if survey is not None and recipe.flow == "sequential":
         survey = replace(survey, factors=None)  # it gave the ranks; factors are made anew
-    if survey is not None and all(curve.rounding for curve in survey.curves):
-        job.log.notes.append(sentence(yardstick(survey.curves, made, job.dtype_bytes)))
+    if survey is not None and _can_be_held_against_rounding(survey, made, job.dtype_bytes):
+        job.log.notes.append(sentence(yardstick(survey.curves, made, job.dtype_bytes), made))
     return Choice(made, survey, given=plan is not None)
 
 
 def _same_objective(recipe: Recipe, survey: Survey | None) -> bool:
     """Whether the survey's components are those that the recipe would make."""
     return survey is not None and surveyed_choice(recipe.decompose) == recipe.decompose
+
+
+def _can_be_held_against_rounding(survey: Survey, plan: Plan, dtype_bytes: int) -> bool:
+    """Whether rounding was judged, or is out of reach of the plan's bytes."""
+    if plan.unit != NATS:
+        return False
+    known = all(curve.rounding for curve in survey.curves)
+    return known or not yardsticks_for(survey.curves, plan.achieved_keep, dtype_bytes)
 
 
 def _curves(job: Job) -> list[Curve]:

@@ -22,7 +22,7 @@ from spectrim.allocate.ladder import Limits, ladders_for, smallest_keep
 from spectrim.allocate.plan import Plan, PlanEntry
 from spectrim.allocate.rules import allocate
 from spectrim.allocate.sensitivity import CANDIDATES, Table
-from spectrim.allocate.yardstick import YARDSTICKS
+from spectrim.allocate.yardstick import YARDSTICKS, yardsticks_for
 from spectrim.allocate.zero_sum import zero_sum
 from spectrim.errors import BudgetError, InputError
 from spectrim.recipe import Allocation, Recipe, validated
@@ -76,9 +76,19 @@ def plan_limits(recipe: Recipe, dtype_bytes: int) -> Limits:
     )
 
 
-def judged_forms(limits: Limits) -> tuple[Form, ...]:
-    """The forms whose rounding a survey measures: what a plan may choose, and yardsticks."""
-    return (*limits.forms, *dense_forms(AUTO)) if limits.weights == AUTO else YARDSTICKS
+def judged_forms(
+    limits: Limits, curves: Sequence[Curve], keep: float | None = None
+) -> tuple[Form, ...]:
+    """The forms whose rounding a survey measures: what a plan may choose, and yardsticks.
+
+    Args:
+        limits: of the plans to come.
+        curves: the targets' shapes.
+        keep: where it is the only one, None for plans of any size.
+    """
+    if limits.weights == AUTO:
+        return (*limits.forms, *dense_forms(AUTO))
+    return YARDSTICKS if keep is None else yardsticks_for(curves, keep, limits.dtype_bytes)
 
 
 def needed_scores(rule: Allocation) -> frozenset[str]:

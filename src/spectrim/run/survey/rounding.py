@@ -63,9 +63,11 @@ def rounding_losses(
     forms = [form for form in forms if form.integer]
     whole_forms = [form for form in forms if not form.low_rank]
     errors = _errors(W, [_row(form.weights) for form in whole_forms], metric)
+    # In fp32: these are predictions, and sums of products without cancellation.
+    G32, C32 = G.float(), C.float()
     losses = {
-        form.key: 0.5 * ((G @ E) * (E @ C)).sum()[None]
-        for form, E in zip(whole_forms, errors, strict=True)
+        form.key: 0.5 * ((G32 @ E) * (E @ C32)).sum(dtype=torch.float64)[None]
+        for form, E in ((f, e.float()) for f, e in zip(whole_forms, errors, strict=True))
     }
     pairs = {form.key: formats_of(form.weights, 2) for form in forms if form.low_rank}
     rows = list({down.name: down for _, down in pairs.values()}.values())

@@ -205,7 +205,8 @@ def _decompose_all(
     if "kfac" in found.wanted:
         needs |= {"C"}
     # Losses of rounding are in nats, which only this objective's energies are.
-    forms = judged_forms(limits) if choice.objective == "kfac" else ()
+    keep = None if found.vectors else job.recipe.keep
+    forms = judged_forms(limits, [*shapes.values()], keep) if choice.objective == "kfac" else ()
     job.progress.start("survey", len(job.anatomy.blocks))
     with closing(moments_by_block(job, stage, choice, needs)) as gathered:
         for span in spans(job):
