@@ -19,7 +19,8 @@ STAMP := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
 TESTS ?= tests
 # Two workers, one file at a time: tests are single-threaded, and fixtures of a file are shared.
-PYTEST_ARGS ?= -n 2 --dist loadfile
+# tests/conftest.py puts the longest files first, and the order is kept.
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 # Both ends of what pyproject.toml allows; set INDEX="--index-url ..." for wheels without CUDA.
 ENDS := oldest newest
@@ -36,7 +37,8 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS)
-	$(BIN)/python -m pytest tests/law_suite/test_second_device.py -m "device and not slow"
+	$(BIN)/python -m pytest tests/law_suite/test_second_device.py -m "device and not slow" \
+		-n 2 --dist worksteal
 
 test-oldest: $(ENDS:%=test-end-%)
 

@@ -6,6 +6,7 @@ import ast
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,13 @@ def module_name(path: Path) -> str:
 MODULES = {module_name(path): path for path in FILES}
 
 
-def imports(path: Path) -> Iterator[Import]:
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
+def imports(path: Path) -> tuple[Import, ...]:
     """Every import of a file, those inside functions and type-checking blocks included."""
 
     def visit(node: ast.AST, eager: bool) -> Iterator[Import]:
@@ -109,7 +116,7 @@ def imports(path: Path) -> Iterator[Import]:
             full = f"{base}.{alias.name}"
             yield Import(full if full in MODULES else base, node.lineno, eager)
 
-    return visit(ast.parse(path.read_text(encoding="utf-8")), eager=True)
+    return tuple(visit(tree(path), eager=True))
 
 
 def room(module: str) -> str:
@@ -150,7 +157,7 @@ def test_only_the_version_is_taken_from_the_root():
     wrong = [
         f"{path.relative_to(SOURCE)}:{node.lineno}: {ast.unparse(node)}"
         for path in FILES
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in ast.walk(tree(path))
         if isinstance(node, ast.ImportFrom)
         and node.module == "spectrim"
         and room(module_name(path)) not in ("cli", "demo")
@@ -210,7 +217,7 @@ def test_a_file_is_short_and_never_unpickles(path: Path):
     assert len(text.splitlines()) <= LONGEST_FILE
     pickles = [found for found in imports(path) if found.target.split(".")[0] in PICKLES]
     assert not pickles
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             owner = ast.unparse(node.func.value)
             assert (owner, node.func.attr) not in PICKLING_CALLS, f"line {node.lineno}"
@@ -222,7 +229,7 @@ def test_devices_are_named_in_one_place():
     """Other files ask what a device can do: one that nobody thought of answers as well."""
     found = []
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(tree(path)):
             if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "torch":
                 name = node.attr
             else:

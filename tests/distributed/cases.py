@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from architectures import windows
+from architectures import tiny, windows
 from jobs import logits, make_job
 from spectrim.layers.swap import compressed_layers
 from spectrim.run.cutting_all import choose, cut_targets
@@ -49,9 +49,15 @@ SINGLE = ("one-shot whitened", "sequential anchored")
 """Also in fp32, where forwards round differently in batches of another size."""
 
 
+def job_of(**fields):
+    """Two blocks show what three do: a first one, and one after what another has left."""
+    model = tiny("llama", num_hidden_layers=2)[0]
+    return make_job(count=11, model=model, calibration={"batch": 4}, **fields)
+
+
 def cut(case, *, dtype=torch.float64, **job_fields):
     """Every compressed layer as one matrix, the logits of fresh windows, and the ranks."""
-    job = make_job(count=11, dtype=dtype, calibration={"batch": 4}, **CUTS[case], **job_fields)
+    job = job_of(dtype=dtype, **CUTS[case], **job_fields)
     choice = choose(job)
     steps = prepare(job)
     plan = cut_targets(job, choice)
@@ -69,10 +75,8 @@ def cut(case, *, dtype=torch.float64, **job_fields):
 def survey(case, **job_fields):
     """All numbers of a survey; products of the factors, which have no signs of their own."""
     objective, scores = SURVEYS[case]
-    job = make_job(
-        count=11,
+    job = job_of(
         flow="one-shot",
-        calibration={"batch": 4},
         decompose={"objective": objective},
         allocate={"gradient_windows": 7},
         **job_fields,

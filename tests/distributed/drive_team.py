@@ -97,7 +97,8 @@ class StopAtFirstBlock(Silent):
 def resumed(team, recipe: str, *, lazily: bool) -> dict:
     """A run that is stopped after a block, and begun again, beside one in memory that is not."""
     output = f"{recipe}-lazily" if lazily else recipe
-    options = {"recipe": recipe, "text": "text.txt", "windows": 9, "window_length": 32, "keep": 0.6}
+    text = {"text": "text.txt", "windows": 9, "window_length": 32}
+    options = {"recipe": recipe, "keep": 0.6, "measure": False, **text}
     with contextlib.suppress(Stop):
         given = {"output": output, "team": team, "out_of_core": lazily, **options}
         spectrim.compress("model", progress=StopAtFirstBlock(), **given)

@@ -1,7 +1,8 @@
 """Golden numbers on the bundled trained model: bundled calibration text, bundled held-out text.
 
 Protocol: 32 calibration windows of 256 tokens, seed 0; 24 held-out windows of 256 tokens; fp32;
-uniform ranks with the rest filled. A change that must not alter results leaves these alone.
+uniform ranks with the rest filled. A change that must not alter results leaves these alone. They
+take minutes and run with `-m slow`; `test_two_blocks.py` has a short protocol for every run.
 """
 
 import pytest
@@ -13,6 +14,8 @@ from spectrim.demo.run import CALIBRATION, HELD_OUT, MODEL
 from spectrim.evaluate.perplexity import perplexity
 from spectrim.recipes import get_recipe
 from spectrim.run.loading import load_model
+
+pytestmark = pytest.mark.slow
 
 RELATIVE = 0.005
 """Rounding differs between processors and library versions; methods differ by far more."""

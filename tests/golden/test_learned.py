@@ -18,6 +18,8 @@ from spectrim.recipes import get_recipe
 from spectrim.run.learned.elastic import ElasticModel
 from spectrim.run.loading import load_model
 
+pytestmark = pytest.mark.slow
+
 RELATIVE = 0.015
 """Rounding differs between processors, and a training carries it on."""
 
