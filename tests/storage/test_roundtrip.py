@@ -9,17 +9,20 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 
 from architectures import ARCHITECTURES, tiny, windows
+from jobs import copied, same_state
 from spectrim.errors import ArtifactError, ModelError
 from spectrim.layers.lowrank import LowRankLinear
+from spectrim.layers.quantized import quantize_layer
 from spectrim.layers.swap import compressed_layers, is_compressed, swap_in
 from spectrim.storage.attach import attach
+from spectrim.storage.inspect import inspect_folder
 from spectrim.storage.renaming import renamings
 from storage_cases import compressed, linear_names, save
 
 
 def logits(model):
     with torch.no_grad():
-        return model(windows(2)).logits
+        return model(windows(2)).logits.float()
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -341,3 +344,47 @@ def test_a_dense_folder_is_left_alone(tmp_path):
     attach(model)
     model.save_pretrained(tmp_path)
     assert "quantization_config" not in json.loads(Path(tmp_path / "config.json").read_text())
+
+
+@pytest.mark.parametrize("cast", ["half", "float", "bfloat16"])
+@pytest.mark.parametrize("weights", ["native", "int8"])
+def test_a_loaded_model_is_cast_and_saved_with_report_recipe_and_card(cast, weights, tmp_path):
+    first, again = tmp_path / "first", tmp_path / "again"
+    model = compressed("llama")
+    for name, layer in compressed_layers(model).items():
+        if weights == "int8":
+            swap_in(model, name, quantize_layer(layer, "int8", dtype=torch.float32))
+    save(model, first)
+    (first / "LICENSE").write_text("Terms.", encoding="utf-8")
+    loaded = AutoModelForCausalLM.from_pretrained(first).eval()
+    getattr(loaded, cast)()
+    expected = logits(loaded)
+    assert torch.allclose(expected, logits(model), rtol=0.05, atol=0.15)
+    loaded.save_pretrained(again)
+    reloaded = AutoModelForCausalLM.from_pretrained(again, dtype="auto")
+    assert reloaded.dtype == loaded.dtype and same_state(reloaded, loaded)
+    # half() and bfloat16() round the angles of rotary embeddings as well, which are not stored.
+    assert torch.allclose(logits(reloaded), expected, rtol=0.05, atol=0.15)
+    for name in ("recipe.yaml", "LICENSE"):
+        assert (again / name).read_bytes() == (first / name).read_bytes()
+    report = json.loads((again / "spectrim_report.json").read_text(encoding="utf-8"))
+    assert report["quality"] == 1.5
+    assert report["stored"] == inspect_folder(again).summary()
+    said = (again / "README.md").read_text(encoding="utf-8")
+    assert said.startswith((first / "README.md").read_text(encoding="utf-8").rstrip())
+    assert ("saved again from memory in " in said) == (cast != "float")
+
+
+def test_what_lies_in_the_folder_already_is_not_replaced(tmp_path):
+    save(compressed("llama"), tmp_path / "first")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / "README.md").write_text("Mine.", encoding="utf-8")
+    copied(loaded).half().save_pretrained(tmp_path / "again")
+    assert loaded.dtype == torch.float32  # the copy's methods are its own
+    assert (tmp_path / "again" / "README.md").read_text(encoding="utf-8") == "Mine."
+    assert (tmp_path / "again" / "spectrim_report.json").is_file()
+    # Multiplied out it is no result any more, and nothing of one goes along.
+    loaded.dequantize()
+    loaded.save_pretrained(tmp_path / "dense")
+    assert not (tmp_path / "dense" / "spectrim_report.json").exists()

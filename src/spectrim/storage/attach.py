@@ -10,6 +10,7 @@ from spectrim.layers.swap import compressed_layers
 from spectrim.storage.config import SpectrimConfig
 from spectrim.storage.describe import check_storable, relative_name, table_of
 from spectrim.storage.quantizer import SpectrimQuantizer
+from spectrim.storage.resaving import take_casts
 from spectrim.storage.table import Provenance, Table
 
 __all__ = ["attach"]
@@ -47,6 +48,7 @@ def attach(
     model.hf_quantizer = SpectrimQuantizer(config, pre_quantized=True)
     model.is_quantized = True
     model.quantization_method = config.quant_method
+    take_casts(model)
     _untie_head(model, layers)
 
 

@@ -24,6 +24,7 @@ from spectrim.storage.config import SpectrimConfig
 from spectrim.storage.conversions import own_conversions
 from spectrim.storage.describe import check_storable, resolve_name, table_of, with_disk_names
 from spectrim.storage.renaming import SpectrimRenaming, renamings
+from spectrim.storage.resaving import take_along, take_casts
 from spectrim.storage.table import QUANT_METHOD, LayerEntry
 
 __all__ = ["SpectrimQuantizer"]
@@ -70,6 +71,9 @@ class SpectrimQuantizer(HfQuantizer):
             p.data = p.data.to(self._dtypes.get(name, p.dtype))
         if self.quantization_config.dequantize:
             self._dequantize(model)
+        else:
+            take_casts(model)
+            take_along(model)
         return model
 
     def _observe(self, model: Any) -> None:
