@@ -24,8 +24,16 @@ from spectrim.demo.run import MODEL as BUNDLED
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-LINES = [line.strip() for line in re.findall(r"^    (\S.*)$", README, re.MULTILINE)]
-COMMANDS = [shlex.split(line, comments=True) for line in LINES if line.startswith("spectrim ")]
+
+
+def commands(text):
+    lines = [line.strip() for line in re.findall(r"^    (\S.*)$", text, re.MULTILINE)]
+    return [shlex.split(line, comments=True) for line in lines if line.startswith("spectrim ")]
+
+
+COMMANDS = commands(README)
+FIRST = commands(README.partition("### Every size")[0])
+"""What a new user meets; surveys and studies follow with `-m slow`."""
 
 SMALL = ("--windows", "4", "--window-length", "32")
 MEASURED = ("--evaluation-length", "32", "--max-tokens", "300")
@@ -92,13 +100,13 @@ def quiet_logger():
     logger.setLevel(before[2])
 
 
-@pytest.mark.usefixtures("quiet_logger")
-def test_the_offline_commands_work_one_after_the_other(place, monkeypatch):
+def follow(given, monkeypatch, place):
+    """Carry out commands in their order, and say which."""
     monkeypatch.chdir(place)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     checkpoint = (place / "MODEL" / "model.safetensors").stat().st_size
     ran = []
-    for words in COMMANDS:
+    for words in given:
         name = words[1]
         if name in ELSEWHERE:
             continue
@@ -107,11 +115,27 @@ def test_the_offline_commands_work_one_after_the_other(place, monkeypatch):
         done = CliRunner().invoke(app, arguments)
         assert done.exit_code == 0, f"{' '.join(arguments)}\n{done.output}\n{done.exception!r}"
         ran.append(name)
-    assert len(ran) > 15
-    for left in ("OUT", "SMALL", "CAREFUL", "DENSE", "SURVEY", "RESIZED", "ELASTIC", "TRAINED"):
+    return ran
+
+
+@pytest.mark.usefixtures("quiet_logger")
+def test_the_first_commands_and_the_python_work_one_after_the_other(place, monkeypatch):
+    assert set(follow(FIRST, monkeypatch, place)) == {
+        *("compress", "evaluate", "inspect", "export", "recipes")
+    }
+    for left in ("OUT", "SMALL", "CAREFUL", "SPECTRA", "PARTS", "DENSE"):
         assert (place / left).is_dir(), left
-    assert not (place / "ACIP").exists()  # a dry run
-    assert (place / "report.html").is_file()
     for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         small = block.replace('text="TEXT.txt"', 'text="TEXT.txt", windows=4, window_length=32')
         exec(compile(small, "README.md", "exec"), {})
+
+
+@pytest.mark.slow  # every study, a survey and a training: most of a minute
+@pytest.mark.usefixtures("quiet_logger")
+def test_the_other_offline_commands_follow(place, monkeypatch):
+    given = COMMANDS if not (place / "OUT").is_dir() else COMMANDS[len(FIRST) :]
+    assert len(follow(given, monkeypatch, place)) > 8
+    for left in ("SURVEY", "RESIZED", "ELASTIC", "TRAINED", "CURVE", "LAYERS", "STUDY"):
+        assert (place / left).is_dir(), left
+    assert not (place / "ACIP").exists()  # a dry run
+    assert (place / "report.html").is_file()
