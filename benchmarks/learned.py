@@ -50,6 +50,7 @@ from spectrim.recipes import get_recipe
 from spectrim.run.compress import run_recipe
 from spectrim.run.learned.elastic import ElasticModel
 from spectrim.run.loading import load_model
+from spectrim.run.options import RunOptions
 
 RESULTS = Path(__file__).parent / "results" / "learned.json"
 CURVE = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
@@ -161,7 +162,7 @@ def rows_of(name: str, run: Run, arguments: argparse.Namespace) -> Iterator[dict
     evaluation = measured_windows(arguments)
     loaded = load_model(MODEL)
     started = time.process_time()
-    outcome = run_recipe(loaded, run.recipe, text=calibration)
+    outcome = run_recipe(loaded, run.recipe, RunOptions(measure=False), text=calibration)
     facts = {
         "cpu_seconds": round(time.process_time() - started, 1),
         "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,

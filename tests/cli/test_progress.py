@@ -11,9 +11,9 @@ from spectrim.cli.progress import (
     BarProgress,
     Forecast,
     LineProgress,
-    SilentProgress,
     format_seconds,
 )
+from spectrim.run.progress import Silent
 
 
 class Clock:
@@ -87,7 +87,7 @@ def test_bars_fit_the_terminal(width: int):
 
 
 def test_quiet_means_silent(capfd: pytest.CaptureFixture[str]):
-    progress = SilentProgress()
+    progress = Silent()
     progress.start("a", 1)
     progress.advance("a", "note")
     progress.finish("a")

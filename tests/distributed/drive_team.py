@@ -23,7 +23,7 @@ from spectrim.errors import NonFiniteError, NumericalError
 from spectrim.moments.accumulate import MomentAccumulator
 from spectrim.moments.moments import reduced
 from spectrim.run.cut import sequential
-from spectrim.run.job import Silent
+from spectrim.run.progress import Silent
 
 RESUMED = ("spectrim", "svd-llm")
 """A sequential flow after a survey, and a one-shot flow that cuts several blocks together."""

@@ -26,6 +26,7 @@ from spectrim.recipes import get_recipe
 from spectrim.run.compress import run_recipe
 from spectrim.run.loading import LoadedModel
 from spectrim.run.opening import open_job
+from spectrim.run.options import RunOptions
 
 HERE = Path(__file__).parent
 SECONDS = 240  # of which a quiet machine needs a tenth
@@ -213,9 +214,9 @@ def test_recipes_and_windows_that_cannot_be_shared_are_refused():
     team = Team(rank=1, size=3)
     loaded = LoadedModel(tiny("llama")[0], None, "tiny", torch.float32)
     with pytest.raises(RecipeError, match=r"'soco'.*3 were started.*without torchrun"):
-        run_recipe(loaded, get_recipe("soco"), team=team)
+        run_recipe(loaded, get_recipe("soco"), RunOptions(team=team))
     with pytest.raises(InputError, match="2 calibration windows cannot be shared by 3 processes"):
-        open_job(loaded, get_recipe("svd-llm"), text=windows(2, 12), team=team)
+        open_job(loaded, get_recipe("svd-llm"), RunOptions(team=team), text=windows(2, 12))
 
 
 def test_a_failure_on_one_rank_ends_all_with_one_message(place):

@@ -17,6 +17,7 @@ from spectrim.devices import accelerator, forget_peak_memory, peak_memory
 from spectrim.layers.swap import compressed_layers
 from spectrim.recipes import PRESETS
 from spectrim.run.loading import load_model
+from spectrim.run.options import RunOptions
 
 pytestmark = [
     pytest.mark.gpu,
@@ -72,7 +73,8 @@ def test_every_storage_and_format_is_its_restored_matrix(storage, weights, dtype
     )
     api.export(tmp_path / "out", output=tmp_path / "dense")
     one, other = (
-        load_model(tmp_path / n, device=device(), dtype=dtype).model for n in ("out", "dense")
+        load_model(tmp_path / n, RunOptions(device=device(), dtype=dtype)).model
+        for n in ("out", "dense")
     )
     assert compressed_layers(one)
     for tokens in (1, 40):

@@ -24,6 +24,7 @@ from spectrim.recipe import Recipe
 from spectrim.recipes import PRESETS
 from spectrim.run.compress import Outcome, run_recipe
 from spectrim.run.loading import load_model
+from spectrim.run.options import RunOptions
 from spectrim.run.store.saving import save_outcome
 
 ARCHITECTURE = "qwen2"  # a llama whose queries, keys and values have biases
@@ -46,7 +47,7 @@ def text():
 def carry_out(recipe: Recipe) -> Outcome:
     if any(step.step == "lora" for step in recipe.refine):
         pytest.importorskip("peft")
-    outcome = run_recipe(load_model(original()), recipe, text=text())
+    outcome = run_recipe(load_model(original()), recipe, RunOptions(measure=False), text=text())
     # The artifact of every size has laws of its own; here it is one model of the asked size.
     return dataclasses.replace(outcome, elastic=None)
 

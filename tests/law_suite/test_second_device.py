@@ -16,6 +16,7 @@ from spectrim.layers.swap import compressed_layers
 from spectrim.measure.benching import bench
 from spectrim.recipes import PRESETS
 from spectrim.run.loading import load_model
+from spectrim.run.options import RunOptions
 from spectrim.storage.tensor_file import TensorFile
 
 pytestmark = [
@@ -117,9 +118,10 @@ def test_every_storage_and_format_is_its_restored_matrix(storage, weights, devic
         text=TEXT,
         output=tmp_path / "out",
     )
-    loaded = load_model(tmp_path / "out", device=device).model
+    loaded = load_model(tmp_path / "out", RunOptions(device=device)).model
     assert lies_on(device, loaded) and compressed_layers(loaded)
-    dense = load_model(api.export(tmp_path / "out", output=tmp_path / "dense"), device="cpu").model
+    exported = api.export(tmp_path / "out", output=tmp_path / "dense")
+    dense = load_model(exported, RunOptions(device="cpu")).model
     assert close(outputs(loaded), outputs(dense))
 
 

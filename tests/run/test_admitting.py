@@ -14,6 +14,7 @@ from spectrim import api
 from spectrim.errors import InputError, ModelError
 from spectrim.run import loading
 from spectrim.run.loading import load_model
+from spectrim.run.options import RunOptions
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +159,7 @@ def test_an_own_mistake_does_not_read_as_a_bad_checkpoint(source, tmp_path, monk
 
     monkeypatch.setattr("spectrim.run.out_of_core.unit_names", broken)
     with pytest.raises(AttributeError, match="ours"):
-        load_model(source, out_of_core=True)
+        load_model(source, RunOptions(out_of_core=True))
     api.compress(source, keep=0.5, recipe="svd", output=tmp_path / "out")
     monkeypatch.setattr("spectrim.storage.verify.read_header", None)
     with pytest.raises(TypeError, match="not callable"):

@@ -15,6 +15,7 @@ from spectrim.model.onload import Onloader, unit_names
 from spectrim.model.weights import get_module
 from spectrim.recipes import get_recipe
 from spectrim.run.loading import load_model
+from spectrim.run.options import RunOptions
 from spectrim.storage.tensor_file import Slot, TensorFile, write_tensors
 
 
@@ -93,7 +94,7 @@ def test_scores_that_run_the_model_again_and_again_are_refused(tmp_path):
 
 
 def test_a_block_is_in_memory_only_while_it_is_held(tmp_path):
-    loaded = load_model(checkpoint(tmp_path / "m"), device="cpu", out_of_core=True)
+    loaded = load_model(checkpoint(tmp_path / "m"), RunOptions(device="cpu", out_of_core=True))
     model, onloader = loaded.model, loaded.onloader
     assert isinstance(onloader, Onloader)
 
@@ -111,7 +112,7 @@ def test_a_block_is_in_memory_only_while_it_is_held(tmp_path):
             found = model(input_ids=windows(2), use_cache=False).logits
         assert resident() == ["model.layers.1"]
     assert resident() == []
-    plain = load_model(tmp_path / "m", device="cpu")
+    plain = load_model(tmp_path / "m", RunOptions(device="cpu"))
     assert torch.equal(found, plain.model(input_ids=windows(2), use_cache=False).logits)
     assert plain.identity() == loaded.identity()
 

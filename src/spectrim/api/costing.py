@@ -18,6 +18,7 @@ from spectrim.errors import BudgetError, InputError
 from spectrim.recipe import Recipe
 from spectrim.run.resolving import resolve_recipe
 from spectrim.run.survey.by_cost import energy_plan, loss_plan, predicted_nats
+from spectrim.run.words import RecipeWords, SavingWords, among
 from spectrim.storage.survey_file import load_survey
 from spectrim.storage.survey_record import Survey
 
@@ -25,15 +26,6 @@ __all__ = ["compress_at_cost"]
 
 LARGEST_CORRECTION = 10.0
 """Factor between predicted and measured loss that is believed."""
-
-_OF_RECIPES = (
-    *("seed", "text", "windows", "window_length", "batch", "bos"),
-    *("storage", "weights", "effort", "only", "skip", "multiple"),
-)
-_OF_SURVEYS = (
-    *("text", "window_length", "device", "dtype", "tokenizer", "offload_streams"),
-    *("out_of_core", "progress", "trust_remote_code", "team"),
-)
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +38,7 @@ def compress_at_cost(
     Args:
         compress: of the interface.
         survey: of the interface.
-        asked: all arguments of `compress`, with `max_loss` or `energy`.
+        asked: all words of `compress` and its model, with `max_loss` or `energy`.
 
     Raises:
         BudgetError: more than one word for the size, or a cost that is none.
@@ -54,15 +46,17 @@ def compress_at_cost(
     """
     max_loss, energy = asked.pop("max_loss"), asked.pop("energy")
     _check(asked, max_loss, energy)
-    recipe = resolve_recipe(asked["recipe"], **{k: asked[k] for k in _OF_RECIPES})
+    recipe = resolve_recipe(
+        asked["recipe"], **{k: v for k, v in among(asked, RecipeWords).items() if k != "keep"}
+    )
     if recipe.flow == "learned":
         raise InputError(
             f"recipe {recipe.name!r} learns its ranks; make the artifact and resize it to a keep"
         )
     model, brought = asked.pop("model"), asked.pop("survey")
-    given = {name: asked[name] for name in _OF_SURVEYS}
     if brought is None:
-        made = survey(model, recipe=recipe, **given)
+        given = among(asked, SavingWords) | {n: asked[n] for n in ("text", "window_length")}
+        made = survey(model, **given | {"recipe": recipe, "output": None, "overwrite": False})
     else:
         made = brought if isinstance(brought, Survey) else load_survey(brought)
     if energy is not None:
@@ -121,7 +115,7 @@ def _cut(
     plan: Any,
 ) -> Any:
     """Compress with a plan; the recipe has everything that its options said."""
-    passed = {k: v for k, v in asked.items() if k not in _OF_RECIPES}
+    passed = {k: v for k, v in asked.items() if k not in among(asked, RecipeWords)}
     passed |= {"recipe": recipe, "plan": plan, "text": asked["text"]}
     if survey is not None and recipe.flow == "one-shot":
         passed["survey"] = survey

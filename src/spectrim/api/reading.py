@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from spectrim.allocate.plan import Plan
-from spectrim.measure.evaluating import evaluate_model
+from spectrim.measure.evaluating import evaluate_models
 from spectrim.run.survey.replanning import replan
+from spectrim.run.words import EvaluateWords, takes
 from spectrim.shortage import tells_of_shortage
 from spectrim.storage.survey_record import Survey
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["evaluate", "export", "inspect", "plan"]
 
@@ -31,9 +35,10 @@ def plan(survey: Survey | str | Path, **options: Any) -> Plan:
 
 
 @tells_of_shortage
-def evaluate(model: str | Path | nn.Module, **options: Any) -> dict[str, Any]:
-    """Perplexity with its protocol, and bytes; see `measure.evaluating.evaluate_model`."""
-    return evaluate_model(model, **options)
+@takes(EvaluateWords)
+def evaluate(model: str | Path | nn.Module, **words: Unpack[EvaluateWords]) -> dict[str, Any]:
+    """Perplexity with its protocol, and bytes; see `measure.evaluating.evaluate_models`."""
+    return evaluate_models([model], **words)[-1]
 
 
 @tells_of_shortage

@@ -62,15 +62,16 @@ def bench(
     sizes = {"batches": as_numbers("--batch", batch), "lengths": as_numbers("--lengths", lengths)}
     with session(verbose=verbose, quiet=quiet or as_json) as progress:
         from spectrim.measure.benching import bench as measure
+        from spectrim.run.options import RunOptions
 
         found = measure(
             model,
             against,
+            RunOptions(progress=progress, **options.given(**words)),
             prepared=prepared,
             memory=memory,
             latent_cache=latent_cache,
-            progress=progress,
-            **options.given(**sizes, new_tokens=new_tokens, repeats=repeats, **words),
+            **options.given(**sizes, new_tokens=new_tokens, repeats=repeats),
         )
     from spectrim.cli.render import print_json
 

@@ -51,9 +51,8 @@ def calibration_study(
 
         found = studies.calibration_study(
             model,
-            measure=study.measure(words),
+            measure=study.measure(words, progress),
             output=output,
-            progress=progress,
             **options.given(**chosen),
             **study.calibration(words),
         )

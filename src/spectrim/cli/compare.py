@@ -43,9 +43,8 @@ def compare(
             model,
             recipes=study.names(words["recipes"]),
             keep=keep,
-            measure=study.measure(words),
+            measure=study.measure(words, progress),
             output=output,
-            progress=progress,
             **study.calibration(words),
         )
     from spectrim.cli.render import print_json

@@ -55,9 +55,8 @@ def curve(
             recipes=study.names(words["recipes"]),
             keep=keep,
             formats=study.names(dense_quantized),
-            measure=study.measure(words),
+            measure=study.measure(words, progress),
             output=output,
-            progress=progress,
             **study.calibration(words),
         )
     from spectrim.cli.render import print_json

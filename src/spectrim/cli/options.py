@@ -15,7 +15,6 @@ from spectrim.arguments import check_fraction
 __all__ = [
     "Against",
     "AsJson",
-    "EvaluationBos",
     "Every",
     "Model",
     "Output",
@@ -61,10 +60,6 @@ Overwrite = Annotated[
 Against = Annotated[
     str | None,
     typer.Option("--against", metavar="MODEL", help="The dense model to compare with."),
-]
-EvaluationBos = Annotated[
-    str | None,
-    typer.Option("--bos", help="BOS: none (default), at each window's start, or start of text."),
 ]
 Every = Annotated[bool, typer.Option("--all", help="Every target instead of a summary.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]

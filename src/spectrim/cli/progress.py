@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TextIO
 
+from spectrim.run import progress as run
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import TaskID
@@ -22,7 +24,6 @@ __all__ = [
     "Forecast",
     "LineProgress",
     "Progress",
-    "SilentProgress",
     "format_seconds",
 ]
 
@@ -30,20 +31,8 @@ SECONDS_BETWEEN_LINES = 5.0
 WIDTH_FOR_NOTES = 70
 
 
-class Progress(Protocol):
-    """What the library calls. A stage is a short phrase such as `moments`; totals are steps."""
-
-    def expect(self, seconds: Mapping[str, float]) -> None:
-        """What the stages of this run are predicted to take, in their order."""
-
-    def start(self, stage: str, total: int) -> None:
-        """A stage of `total` steps begins; starting it again counts from zero."""
-
-    def advance(self, stage: str, note: str = "") -> None:
-        """One step is done; the note says what just happened (a block, a loss)."""
-
-    def finish(self, stage: str) -> None:
-        """The stage is over."""
+class Progress(run.Progress, Protocol):
+    """What the library calls, and the command line at the end."""
 
     def close(self) -> None:
         """Nothing will follow; called by the command line, also after an error."""
@@ -104,25 +93,6 @@ class Forecast:
         if stage not in self.expected:
             return ""
         return f" ({list(self.expected).index(stage) + 1} of {len(self.expected)})"
-
-
-class SilentProgress:
-    """For `--quiet` and for output that a program reads."""
-
-    def expect(self, seconds: Mapping[str, float]) -> None:
-        """Say nothing."""
-
-    def start(self, stage: str, total: int) -> None:
-        """Say nothing."""
-
-    def advance(self, stage: str, note: str = "") -> None:
-        """Say nothing."""
-
-    def finish(self, stage: str) -> None:
-        """Say nothing."""
-
-    def close(self) -> None:
-        """Nothing to undo."""
 
 
 class LineProgress:

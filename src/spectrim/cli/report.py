@@ -58,11 +58,14 @@ def report(
 
     with session(verbose=verbose, quiet=quiet, output=output):
         from spectrim import studies
+        from spectrim.run.options import RunOptions
 
+        placed = {name: words.pop(name) for name in ("device", "dtype", "trust_remote_code")}
         studies.report(
             folder,
             output=output,
             overwrite=overwrite,
+            options=RunOptions(**options.given(**placed)),
             **options.given(
                 **words,
                 against=against,

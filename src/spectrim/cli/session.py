@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from spectrim.cli.progress import BarProgress, LineProgress, Progress, SilentProgress
+from spectrim.cli.progress import BarProgress, LineProgress, Progress
+from spectrim.run.progress import Silent
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -106,7 +107,7 @@ def silence_foreign_bars() -> None:
 def new_progress(console: Console, *, quiet: bool) -> Progress:
     """Bars on a terminal, lines otherwise, nothing if asked to be quiet."""
     if quiet:
-        return SilentProgress()
+        return Silent()
     return BarProgress(console) if console.is_terminal else LineProgress(sys.stderr)
 
 

@@ -47,11 +47,10 @@ def slider(
 
         server = studies.slider(
             artifact,
-            measure=study.measure(words),
+            measure=study.measure(words, progress),
             curve=curve,
             host=host,
             port=port,
-            progress=progress,
         )
         print_facts({"page": server.url, "end": "Ctrl-C"})
         try:

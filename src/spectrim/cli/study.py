@@ -58,16 +58,18 @@ def as_length(words: str | None) -> Any:
     return int(words)
 
 
-def measure(words: Mapping[str, Any]) -> Measure:
+def measure(words: Mapping[str, Any], progress: Any) -> Measure:
     """The evaluation protocol of a study from its options."""
+    from spectrim.run.options import RunOptions
     from spectrim.studies import Measure
 
-    same = ("max_tokens", "device", "dtype", "trust_remote_code")
+    placed = {name: words[name] for name in ("device", "dtype", "trust_remote_code")}
     return Measure(
         **options.given(
             text=words["evaluation_text"],
             window_length=as_length(words["evaluation_length"]),
-            **{name: words[name] for name in same},
+            max_tokens=words["max_tokens"],
+            options=RunOptions(progress=progress, **options.given(**placed)),
         )
     )
 
@@ -82,9 +84,8 @@ def along_depth(words: Mapping[str, Any], output: Path, progress: Any) -> dict[s
     return {
         "recipes": names(words["recipes"]),
         "objectives": names(words["objectives"]),
-        "measure": measure(words),
+        "measure": measure(words, progress),
         "output": output,
-        "progress": progress,
         **calibration(words),
     }
 

@@ -1,4 +1,4 @@
-"""Options made from their declarations in `run/options.py`, and help with a heading per group."""
+"""Options made from their declarations in `run/words.py`, and help with a heading per group."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 from spectrim.cli.options import check_keep, check_size
-from spectrim.run.options import CALIBRATION, MAKE, MEASURE, OUTPUT, WHERE, WORDS, Word
+from spectrim.run.words import CALIBRATION, MAKE, MEASURE, OUTPUT, WHERE, WORDS, Word, declared
 
 __all__ = ["CALIBRATING", "MEASURING", "GroupedCommand", "takes"]
 
@@ -36,17 +36,19 @@ GROUPS = ("Arguments", MAKE, CALIBRATION, MEASURE, WHERE, OUTPUT, "Options")
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def takes(*names: str) -> Callable[[Command], Command]:
+def takes(*names: str, of: type | None = None) -> Callable[[Command], Command]:
     """A command whose `**words` are the options of these names; those not given are None.
 
     Args:
         names: of `WORDS`.
+        of: the function whose words they are, where it has a meaning of its own for them.
     """
+    words = WORDS if of is None else declared(of)
 
     def wrap(function: Command) -> Command:
         signature = inspect.signature(function, eval_str=True)
         own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        added = [_parameter(WORDS[name]) for name in names]
+        added = [_parameter(words[name]) for name in names]
 
         @wraps(function)
         def command(*args: Any, **kwargs: Any) -> Any:

@@ -11,8 +11,8 @@ from spectrim.data.text import read_text
 from spectrim.data.windows import evaluation_windows
 from spectrim.evaluate.perplexity import perplexity
 from spectrim.evaluate.samples import continuations
-from spectrim.run.job import Progress, Silent
 from spectrim.run.loading import LoadedModel, load_model
+from spectrim.run.progress import Progress, Silent
 from spectrim.serve.speed import speed
 
 __all__ = ["CALIBRATION", "HELD_OUT", "MODEL", "run_demo"]

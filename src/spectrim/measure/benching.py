@@ -16,8 +16,9 @@ from typing import Any
 from spectrim.arguments import check_whole
 from spectrim.errors import ModelError
 from spectrim.layers.swap import compressed_layers
-from spectrim.run.job import Progress, Silent
 from spectrim.run.loading import load_model
+from spectrim.run.options import RunOptions
+from spectrim.run.progress import Progress
 from spectrim.run.reporting import environment
 from spectrim.serve.bench import Cell, Work, measure_cells, paths_of, uncut_bytes, work_of
 from spectrim.serve.latent.switch import latent_cache as switch_over
@@ -46,6 +47,7 @@ class _Measured:
 def bench(
     model: str | Path,
     against: str | Path,
+    options: RunOptions = RunOptions(),
     *,
     batches: Sequence[int] = BATCHES,
     lengths: Sequence[int] = LENGTHS,
@@ -54,10 +56,6 @@ def bench(
     prepared: bool = True,
     memory: int | str | None = None,
     latent_cache: bool = False,
-    device: str = "auto",
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Prefill and decode speed, time to first token, memory and cache of two models.
 
@@ -66,6 +64,7 @@ def bench(
     Args:
         model: the compressed folder.
         against: the dense model.
+        options: how both are loaded, and who is told of every cell.
         batches: sequences side by side.
         lengths: tokens per prompt.
         new_tokens: tokens to write per sequence.
@@ -73,10 +72,6 @@ def bench(
         prepared: arrange the weights of both for this device before they are timed.
         memory: what the compressed model's weights may take then, see `serve.prepare`.
         latent_cache: measure the compressed model once more with a latent key-value cache.
-        device: `auto`, or a torch device.
-        dtype: to work in; `auto` is fp32 on a CPU and the checkpoint's elsewhere.
-        trust_remote_code: run code that comes with the checkpoints.
-        progress: told of every cell.
 
     Returns:
         JSON-ready: both models' work and cells, speed-ups with their ideal, hardware, versions.
@@ -85,7 +80,7 @@ def bench(
         SpectrimError: a model that cannot be loaded, sizes it cannot run, or memory that is less
             than its weights take.
     """
-    progress = progress or Silent()
+    progress = options.progress
     check_whole(new_tokens=new_tokens, repeats=repeats)
     for name, values in {"batches": batches, "lengths": lengths}.items():
         for value in values:
@@ -93,7 +88,7 @@ def bench(
     sizes = {"batches": batches, "lengths": lengths, "new_tokens": new_tokens, "repeats": repeats}
     measured = {}
     for role, name in (("dense", against), ("compressed", model)):
-        loaded = load_model(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        loaded = load_model(name, options)
         network: Any = loaded.model
         _check_role(network, str(name), role)
         uncut = uncut_bytes(network, work_of(network))

@@ -17,7 +17,6 @@ from spectrim.measure.measuring import PointStore, Reference
 from spectrim.measure.running import run_and_measure
 from spectrim.recipe import Recipe
 from spectrim.run.cost import LONG
-from spectrim.run.job import Progress, Silent
 from spectrim.run.reporting import environment
 from spectrim.run.texts import UserText
 
@@ -88,7 +87,6 @@ def study_calibration(
     *,
     text: UserText = None,
     store: PointStore | None = None,
-    progress: Progress | None = None,
 ) -> CalibrationStudy:
     """Run every recipe on every number of windows with every seed.
 
@@ -99,14 +97,13 @@ def study_calibration(
         seeds: of the recipes; another seed calibrates on other windows.
         text: documents that the recipes cannot name, None for the recipes' sources.
         store: finished points.
-        progress: told of every point.
 
     Raises:
         InputError: no number of windows could be had.
         SpectrimError: a recipe that cannot be run at all; a number of windows that the text is
             too short for is skipped and named.
     """
-    store, progress = store or PointStore(None), progress or Silent()
+    store, progress = store or PointStore(None), reference.progress
     first = recipes[0]
     length = first.calibration.window_length or LONG
     study = CalibrationStudy(reference.dense_record(), first.keep, length)

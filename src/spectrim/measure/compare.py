@@ -22,8 +22,8 @@ from spectrim.evaluate.curve import CurvePoint
 from spectrim.evaluate.perplexity import Perplexity
 from spectrim.measure.measuring import Measured, PointStore, Reference, Size
 from spectrim.recipe import Recipe
-from spectrim.run.job import Progress, Silent
 from spectrim.run.loading import load_model
+from spectrim.run.options import RunOptions
 from spectrim.run.reporting import environment
 from spectrim.storage.json_file import read_json
 
@@ -82,7 +82,6 @@ def compare_recipes(
     *,
     options: Sequence[str] = (),
     store: PointStore | None = None,
-    progress: Progress | None = None,
 ) -> Comparison:
     """Run every recipe at every size, each in its own process, and compare the results.
 
@@ -94,12 +93,11 @@ def compare_recipes(
         keeps: sizes, fractions in (0, 1].
         options: further options of `spectrim compress`, e.g. a device.
         store: finished runs.
-        progress: told of every run.
 
     Raises:
         InputError: the model is an object, which no other process can load; every run failed.
     """
-    store, progress = store or PointStore(None), progress or Silent()
+    store, progress = store or PointStore(None), reference.progress
     found: dict[float, list[Measured]] = {keep: [] for keep in keeps}
     table = Comparison(reference.dense_record())
     stage = "compare"
@@ -132,11 +130,8 @@ def _run(
         output = Path(scratch) / "result"
         _compress_alone(reference.loaded.name, recipe, output, options)
         report = read_json(output / "spectrim_report.json")
-        loaded = load_model(
-            output,
-            device=next(reference.loaded.model.parameters()).device,
-            dtype=next(reference.loaded.model.parameters()).dtype,
-        )
+        beside = next(reference.loaded.model.parameters())
+        loaded = load_model(output, RunOptions(device=beside.device, dtype=beside.dtype))
         measured = reference.measure(
             loaded.model,
             Size.from_report(report, alone=True),

@@ -20,7 +20,6 @@ from spectrim.measure.measuring import Measured, PointStore, Reference, Size
 from spectrim.measure.quantized import quantized_points
 from spectrim.measure.running import gives_every_size, run_and_measure, train_every_size
 from spectrim.recipe import Recipe
-from spectrim.run.job import Progress, Silent
 from spectrim.run.loading import LoadedModel
 from spectrim.run.opening import open_job
 from spectrim.run.reporting import environment
@@ -89,7 +88,6 @@ def recipe_curve(
     text: UserText = None,
     formats: Sequence[str] = (),
     store: PointStore | None = None,
-    progress: Progress | None = None,
 ) -> Curve:
     """Compress with every recipe at every size and measure each result.
 
@@ -100,22 +98,20 @@ def recipe_curve(
         text: calibration text, None for each recipe's.
         formats: number formats, `int8` and `int4`, in which the dense model is measured too.
         store: finished points.
-        progress: told of every point.
 
     Raises:
         SpectrimError: a recipe that cannot be run at all; a size out of a recipe's reach is
             skipped and named.
     """
-    store, progress = store or PointStore(None), progress or Silent()
+    store, progress = store or PointStore(None), reference.progress
     curve = Curve(reference.dense_record())
     progress.start(STAGE, len(recipes) * len(keeps) + len(formats))
     for recipe in recipes:
         sized = [recipe.with_changes(keep=keep) for keep in keeps]
         keys = [store.key(one, reference, text) for one in sized]
         found = [store.find(key) for key in keys]
-        measure = _measuring(
-            reference, recipe, text, store, progress, missing=sum(one is None for one in found)
-        )
+        missing = sum(one is None for one in found)
+        measure = _measuring(reference, recipe, text, store, missing)
         for one, key, known in zip(sized, keys, found, strict=True):
             note = f"{one.name} {one.keep:g}"
             try:
@@ -140,8 +136,6 @@ def _measuring(
     recipe: Recipe,
     text: UserText,
     store: PointStore,
-    progress: Progress,
-    *,
     missing: int,
 ) -> Callable[[Recipe], Measured]:
     """How a size of a recipe is measured, once what all its sizes share is there."""
@@ -151,7 +145,7 @@ def _measuring(
             work = store.folder / f"training-{store.key(_sizeless(recipe), reference, text)}"
         started = time.perf_counter()
         artifact = train_every_size(
-            reference.loaded, recipe, text=text, work=work, progress=progress
+            reference.loaded, recipe, text=text, work=work, progress=reference.progress
         )
         seconds = time.perf_counter() - started
         return lambda one: _slice(reference, artifact, one.keep, one.name, seconds)
@@ -182,7 +176,6 @@ def elastic_curve(
     name: str,
     formats: Sequence[str] = (),
     store: PointStore | None = None,
-    progress: Progress | None = None,
 ) -> Curve:
     """Measure an elastic artifact at several sizes; nothing is decomposed or trained.
 
@@ -193,12 +186,11 @@ def elastic_curve(
         name: of the artifact, in tables and pictures.
         formats: number formats in which the dense model is measured too.
         store: finished points of the dense model; slices are always measured.
-        progress: told of every point.
 
     Raises:
         InputError: no size is within the artifact's reach.
     """
-    store, progress = store or PointStore(None), progress or Silent()
+    store, progress = store or PointStore(None), reference.progress
     curve = Curve(reference.dense_record())
     progress.start(STAGE, len(keeps) + len(formats))
     for keep in keeps:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -30,9 +30,14 @@ from spectrim.evaluate.bootstrap import perplexity_difference
 from spectrim.evaluate.perplexity import Perplexity, perplexity
 from spectrim.evaluate.zero_shot import ZeroShot, task_difference, zero_shot
 from spectrim.run.loading import LoadedModel, load_model
+from spectrim.run.options import RunOptions
 from spectrim.run.texts import SHORTEST, UserText, own_text
+from spectrim.run.words import EvaluateWords, takes
 
-__all__ = ["evaluate_model", "evaluate_models", "evaluation_windows_of"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["evaluate_models", "evaluation_windows_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -116,48 +121,19 @@ class _Measured:
     tasks: ZeroShot | None = None
 
 
-def evaluate_model(model: str | Path | nn.Module, **options: Any) -> dict[str, Any]:
-    """One model, measured as `evaluate_models` does it; with `against` also held against it."""
-    return evaluate_models([model], **options)[-1]
-
-
+@takes(EvaluateWords)
 def evaluate_models(
-    models: Sequence[str | Path | nn.Module],
-    *,
-    text: UserText = None,
-    against: str | Path | nn.Module | None = None,
-    window_length: int | Literal["max"] | None = None,
-    max_tokens: int | None = None,
-    batch: int = 8,
-    bos: EvaluationBos = "none",
-    device: str | torch.device = "auto",
-    dtype: str | torch.dtype = "auto",
-    tokenizer: Any = None,
-    trust_remote_code: bool = False,
-    tasks: str | Sequence[str] = (),
-    limit: int | None = None,
-    task_folders: Sequence[str | Path] = (),
+    models: Sequence[str | Path | nn.Module], **words: Unpack[EvaluateWords]
 ) -> list[dict[str, Any]]:
     """Perplexity on every text, task accuracies, parameters and bytes of every model.
 
-    Of several texts and tasks, one whose data is not to be had is named under `skipped`.
+    Of several texts and tasks, one whose data is not to be had is named under `skipped`. A dense
+    model to compare with is measured first, and every other one is held against it: KL divergence
+    and agreement, and paired differences of losses and accuracies.
 
     Args:
         models: hub names, folders, or model objects.
-        text: source names or files separated by commas, documents, or token windows (N, T).
-        against: the dense model: measured first, and every other one is held against it: KL
-            divergence and agreement, and paired differences of losses and accuracies.
-        window_length: tokens per window; None for 2048 or the model's longest, or `max`.
-        max_tokens: score at most this many tokens of a text.
-        batch: windows per forward pass.
-        bos: BOS at the start of `none`, of `each` window, or at the `start` of the text.
-        device: `auto` or a torch device.
-        dtype: `auto` is fp32 on a CPU.
-        tokenizer: for model objects.
-        trust_remote_code: run code that comes with the checkpoint.
-        tasks: zero-shot tasks by name, or `literature` or `offline`; see `evaluate.zero_shot`.
-        limit: questions per task, None for all.
-        task_folders: task files of the user's own.
+        **words: those below; a text can also be documents or token windows (N, T).
 
     Returns:
         One record per model, the dense one first where there is one to compare with.
@@ -165,42 +141,50 @@ def evaluate_models(
     Raises:
         SpectrimError: unknown text or task, non-finite losses, unloadable models.
     """
-    check_whole(batch=batch, limit=limit)
-    wanted = _task_names(tasks)
-    if not wanted:
-        given = {"limit": limit, "task_folders": tuple(task_folders)}
-        refuse_unused("it is for tasks, and none are named", given)
-    elif text is None:
-        given = {"window_length": window_length, "max_tokens": max_tokens}
-        refuse_unused("it is for a text, and tasks alone read none", given)
-    options = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    if bos not in get_args(EvaluationBos):
-        raise InputError(f"bos is {bos!r}; use {', '.join(get_args(EvaluationBos))}")
-    # Tasks alone need no text.
-    texts = [] if text is None and wanted else _text_names(text)
-    protocol = _Protocol(
-        tuple(texts),
-        tuple(wanted),
-        window_length,
-        max_tokens,
-        batch,
-        bos,
-        limit,
-        tuple(task_folders),
-    )
+    asked: dict[str, Any] = dict(words)
+    options, against, batch = RunOptions.among(asked), asked["against"], asked["batch"]
+    protocol = _protocol(asked)
     records, dense = [], None
     if against is not None:
-        dense = _measure(load_model(against, **options), protocol)
+        dense = _measure(load_model(against, replace(options, tokenizer=None)), protocol)
         records.append(dense.record)
     for model in models:
         named = isinstance(model, str | Path) and str(model) == str(against)
         if named and len(models) > 1:
             continue  # it has its row already
-        found = _measure(load_model(model, tokenizer=tokenizer, **options), protocol)
+        found = _measure(load_model(model, options), protocol)
         if dense is not None:
             _hold_against(dense, found, batch)
         records.append(found.record)
     return records
+
+
+def _protocol(asked: dict[str, Any]) -> _Protocol:
+    """How all models are measured.
+
+    Raises:
+        InputError: words that contradict each other, or have no effect.
+    """
+    text, bos = asked["text"], asked["bos"]
+    check_whole(batch=asked["batch"], limit=asked["limit"])
+    wanted = _task_names(asked["tasks"])
+    task_folders = tuple(asked["task_folders"])
+    if not wanted:
+        given = {"limit": asked["limit"], "task_folders": task_folders}
+        refuse_unused("it is for tasks, and none are named", given)
+    elif text is None:
+        given = {name: asked[name] for name in ("window_length", "max_tokens")}
+        refuse_unused("it is for a text, and tasks alone read none", given)
+    if bos not in get_args(EvaluationBos):
+        raise InputError(f"bos is {bos!r}; use {', '.join(get_args(EvaluationBos))}")
+    return _Protocol(
+        # Tasks alone need no text.
+        texts=() if text is None and wanted else tuple(_text_names(text)),
+        tasks=tuple(wanted),
+        bos=bos,
+        task_folders=task_folders,
+        **{n: asked[n] for n in ("window_length", "max_tokens", "batch", "limit")},
+    )
 
 
 def _measure(loaded: LoadedModel, protocol: _Protocol) -> _Measured:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,8 @@ from spectrim.evaluate.perplexity import Perplexity, perplexity
 from spectrim.measure.evaluating import evaluation_windows_of
 from spectrim.recipe import Recipe
 from spectrim.run.loading import LoadedModel, load_model
+from spectrim.run.options import RunOptions
+from spectrim.run.progress import Progress, Silent
 from spectrim.run.texts import UserText
 from spectrim.storage.json_file import read_json
 from spectrim.storage.whole_file import write_text
@@ -42,12 +44,14 @@ class Reference:
         windows: evaluation windows.
         perplexity: of the dense model on them.
         batch: windows per forward pass.
+        progress: told of what is measured.
     """
 
     loaded: LoadedModel
     windows: Windows
     perplexity: Perplexity
     batch: int
+    progress: Progress = field(default_factory=Silent)
 
     def measure(self, model: nn.Module, size: Size, *, recipe: str, seconds: float) -> Measured:
         """Perplexity and divergence of a model on the reference's windows.
@@ -146,26 +150,19 @@ def excess_interval(
 
 def open_reference(
     model: str | Path | nn.Module,
+    options: RunOptions = RunOptions(),
     *,
     text: UserText = None,
     window_length: int | Literal["max"] | None = None,
     max_tokens: int | None = None,
     batch: int = 8,
-    device: str | torch.device = "auto",
-    dtype: str | torch.dtype = "auto",
-    tokenizer: Any = None,
-    trust_remote_code: bool = False,
 ) -> Reference:
-    """Load the dense model and measure it; arguments as in `measure.evaluating.evaluate_model`."""
-    loaded = load_model(
-        model,
-        device=device,
-        dtype=dtype,
-        tokenizer=tokenizer,
-        trust_remote_code=trust_remote_code,
-    )
+    """Load the dense model and measure it; arguments as in `measure.evaluating.evaluate_models`."""
+    loaded = load_model(model, options)
     windows = evaluation_windows_of(loaded, text, window_length, max_tokens)
-    return Reference(loaded, windows, perplexity(loaded.model, windows, batch=batch), batch)
+    return Reference(
+        loaded, windows, perplexity(loaded.model, windows, batch=batch), batch, options.progress
+    )
 
 
 class PointStore:

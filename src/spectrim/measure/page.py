@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from spectrim.arguments import refuse_unused
 from spectrim.errors import InputError, TextError
 from spectrim.evaluate.agreement import agreement
@@ -18,6 +16,7 @@ from spectrim.evaluate.samples import continuations
 from spectrim.measure.evaluating import evaluation_windows_of
 from spectrim.report.content import PageContent, read_curve_file, read_result
 from spectrim.run.loading import LoadedModel, load_model
+from spectrim.run.options import RunOptions
 from spectrim.run.texts import UserText
 from spectrim.storage.survey_file import load_survey
 
@@ -29,6 +28,7 @@ _DEPTH_WINDOWS = 8
 
 def gather_page(
     folder: str | Path,
+    options: RunOptions = RunOptions(),
     *,
     against: str | Path | None = None,
     others: Sequence[str | Path] = (),
@@ -38,14 +38,12 @@ def gather_page(
     window_length: int | None = None,
     max_tokens: int | None = None,
     prompts: Sequence[str] = PROMPTS,
-    device: str | torch.device = "auto",
-    dtype: str | torch.dtype = "auto",
-    trust_remote_code: bool = False,
 ) -> PageContent:
     """Everything for the page of one result.
 
     Args:
         folder: a result folder.
+        options: how models are loaded.
         against: the dense model; with it both are measured, followed along depth and sampled.
         others: further results to draw along depth.
         curve: folder or file that `spectrim curve` wrote.
@@ -54,9 +52,6 @@ def gather_page(
         window_length: tokens per window.
         max_tokens: score at most this many.
         prompts: to be continued by both models.
-        device: `auto` or a torch device.
-        dtype: `auto` is fp32 on a CPU.
-        trust_remote_code: run code that comes with the checkpoint.
 
     Raises:
         SpectrimError: something that was asked for cannot be read or measured.
@@ -74,13 +69,8 @@ def gather_page(
         if tuple(prompts) != PROMPTS:
             refuse_unused("both models continue them, which needs against", {"prompts": prompts})
         return content
-    options: dict[str, Any] = {
-        "device": device,
-        "dtype": dtype,
-        "trust_remote_code": trust_remote_code,
-    }
-    dense = load_model(against, **options)
-    models = {_label(name): load_model(name, **options) for name in (folder, *others)}
+    dense = load_model(against, options)
+    models = {_label(name): load_model(name, options) for name in (folder, *others)}
     if len(models) <= len(others):
         raise InputError(f"two results have the same folder name, one of {', '.join(models)}")
     windows = evaluation_windows_of(dense, text, window_length, max_tokens)

@@ -17,9 +17,10 @@ from spectrim.errors import RecipeError
 from spectrim.measure.measuring import Measured, Reference, Size
 from spectrim.recipe import AcipLearning, Recipe
 from spectrim.run.compress import Outcome, run_recipe
-from spectrim.run.job import Progress
 from spectrim.run.learned.elastic import ElasticModel
 from spectrim.run.loading import LoadedModel
+from spectrim.run.options import RunOptions
+from spectrim.run.progress import Progress, Silent
 from spectrim.run.texts import UserText
 from spectrim.storage.elastic import Elastic
 from spectrim.storage.survey_record import Survey
@@ -34,7 +35,6 @@ def run_on_copy(
     *,
     text: UserText = None,
     survey: Survey | None = None,
-    progress: Progress | None = None,
 ) -> Outcome:
     """Compress a copy; the result is in the dense model's working dtype.
 
@@ -44,9 +44,9 @@ def run_on_copy(
     outcome = run_recipe(
         replace(dense, model=copy.deepcopy(dense.model)),
         recipe,
+        RunOptions(measure=False),
         text=text,
         survey=survey,
-        progress=progress,
     )
     outcome.model.to(dtype)
     return outcome
@@ -103,9 +103,9 @@ def train_every_size(
             replace(dense, model=copy.deepcopy(dense.model)),
             # Every training reaches the whole model, wherever it ends.
             recipe.with_changes(keep=1.0),
+            RunOptions(measure=False, progress=progress or Silent()),
             text=text,
             work=folder,
-            progress=progress,
         )
     assert outcome.elastic is not None  # every run names its base
     rounded = _as_stored(outcome.elastic, dense.stored_dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -16,10 +15,11 @@ from spectrim.model.onload import Onloader
 from spectrim.model.outside import count_outside
 from spectrim.recipe import Recipe
 from spectrim.run.cutting_all import choose, cut_targets
-from spectrim.run.job import Job, Progress
+from spectrim.run.job import Job
 from spectrim.run.learned.learned import learn
 from spectrim.run.loading import LoadedModel
 from spectrim.run.opening import open_job, other_bytes, protected_bytes
+from spectrim.run.options import RunOptions
 from spectrim.run.quality import measure_after, measure_before
 from spectrim.run.reporting import build_report
 from spectrim.run.room import said
@@ -70,19 +70,13 @@ def _needs_windows(recipe: Recipe, survey: Survey | None) -> bool:
 def run_recipe(
     loaded: LoadedModel,
     recipe: Recipe,
+    options: RunOptions = RunOptions(),
     *,
     text: UserText = None,
     size: int | None = None,
     plan: Plan | None = None,
     survey: Survey | None = None,
-    progress: Progress | None = None,
-    offload_streams: Path | None = None,
-    on_failure: str = "error",
     work: Work | None = None,
-    team: Team | None = None,
-    exactly: bool = False,
-    measure: bool = False,
-    evaluation_text: UserText = None,
 ) -> Outcome:
     """Compress a loaded model in place.
 
@@ -92,20 +86,14 @@ def run_recipe(
     Args:
         loaded: the model; its parameters are replaced.
         recipe: resolved, with its keep.
+        options: how and where. Every process of a team ends with the compressed model, the
+            leader's report has everything.
         text: the user's calibration text, None for the recipe's.
         size: bytes of the whole checkpoint to reach, in place of the recipe's keep.
         plan: ranks to use instead of the recipe's rule.
         survey: of this model: gives the ranks, and a one-shot flow its decompositions.
-        progress: told of every block.
-        offload_streams: folder for memory-mapped streams.
-        on_failure: `error` or `keep-unrefined`.
         work: where finished blocks, surveyed blocks and checkpoints of a learned flow are kept
             and found again.
-        team: the processes that share the run; every one ends with the compressed model, the
-            leader's report has everything.
-        exactly: whether the user asked for the recipe's window length.
-        measure: also measure perplexity before and after (`quality.py`).
-        evaluation_text: to measure on besides parts of the calibration text.
 
     Raises:
         SpectrimError: anything that keeps the run from an honest result.
@@ -113,30 +101,26 @@ def run_recipe(
     check_steps(recipe)
     check_storage(recipe)
     check_own(recipe)
-    team = team or Team()
+    team = options.team
     _check_shareable(recipe, team)
     job = open_job(
         loaded,
         recipe,
+        options,
         text=text,
         calibrate=_needs_windows(recipe, survey) or text is not None,
         size=size,
-        progress=progress,
-        offload_streams=offload_streams,
-        on_failure=on_failure,
         work=work,
         brought={"plan": plan, "survey": survey},
-        team=team,
-        exactly=exactly,
     )
     model, log = job.model, job.log
     outside = count_outside(model, job.anatomy)
     if survey is not None:
         _check_survey(loaded, job, survey)
     before = None
-    if measure and team.leads:
+    if options.measure and team.leads:
         with log.timed("measure"):
-            before = measure_before(job, loaded, evaluation_text)
+            before = measure_before(job, loaded, options.evaluation_text)
     elastic = None
     if recipe.flow == "learned":
         if plan is not None or survey is not None:

@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
-
 from spectrim.data.windows import longest_window
 from spectrim.errors import InputError
 from spectrim.recipe import Recipe
@@ -21,6 +19,7 @@ from spectrim.run.cost import LONG, MOST_TOKENS, costs, measured_rates, settle, 
 from spectrim.run.footprint import Room, Setting, Sizes, read_sizes
 from spectrim.run.loading import read_config
 from spectrim.run.memory import goes_out_of_core, total_bytes
+from spectrim.run.options import RunOptions
 from spectrim.run.out_of_core import check_out_of_core, checkpoint_folder
 from spectrim.run.room import choose_room, limit_of, peak_parts, said
 from spectrim.run.working import resolve_device, resolve_dtype, stored_dtype
@@ -85,27 +84,19 @@ class Estimate:
 def estimate_run(
     model: str,
     recipe: Recipe,
+    options: RunOptions = RunOptions(),
     *,
-    device: str | torch.device = "auto",
-    dtype: str | torch.dtype = "auto",
-    out_of_core: bool | None = False,
     given_ranks: bool = False,
-    offloaded: bool = False,
     windows: tuple[int, int] | None = None,
-    trust_remote_code: bool = False,
 ) -> Estimate:
     """Predict a run of the flows one-shot and sequential; no weight is read.
 
     Args:
         model: folder or name of the checkpoint.
         recipe: resolved.
-        device: as for `compress`.
-        dtype: as for `compress`.
-        out_of_core: whether blocks stay in their files; None decides as `compress` does.
+        options: as for `compress`.
         given_ranks: whether the user brings a plan.
-        offloaded: whether streams are mapped to files.
         windows: (N, T) where they differ from the recipe's.
-        trust_remote_code: as for `compress`.
 
     Raises:
         InputError: a learned recipe, whose training is not modeled, or one that cannot be run out
@@ -116,24 +107,22 @@ def estimate_run(
         raise InputError(f"recipe {recipe.name!r} trains on the whole model; it is not predicted")
     lazily = goes_out_of_core(
         model,
-        out_of_core,
+        options,
         check=partial(check_out_of_core, recipe, planned=given_ranks, own_text=windows is not None),
-        device=device,
-        dtype=dtype,
         kept=True,
-        trust_remote_code=trust_remote_code,
     )
-    config = read_config(model, trust_remote_code)
+    config = read_config(model, options.trust_remote_code)
     check_unquantized(model, config)
     folder = checkpoint_folder(model)
     admit_folder(folder)
-    place = resolve_device(device)
+    place = resolve_device(options.device)
     stored = stored_dtype(config)
     shards = Shards(folder)
-    sizes = read_sizes(config, trust_remote_code)
+    sizes = read_sizes(config, options.trust_remote_code)
     recipe, how = settle(recipe, sizes, place, longest_window(config), windows)
     count = windows or (how.windows, how.window_length)
-    setting = Setting(place, resolve_dtype(dtype, stored, place), stored, lazily, offloaded, *count)
+    working = resolve_dtype(options.dtype, stored, place)
+    setting = Setting(place, working, stored, lazily, options.streams is not None, *count)
     one = partial(_predicted, recipe, sizes, shards.bytes, given_ranks, measured_rates(place))
     found = one(setting)
     whole = min(LONG, longest_window(config) or LONG)

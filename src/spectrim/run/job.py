@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,40 +17,10 @@ from spectrim.run.footprint import Room
 from spectrim.run.keeping import Keeper
 from spectrim.run.kept_moments import FinishedInputs
 from spectrim.run.log import RunLog
+from spectrim.run.options import RunOptions
+from spectrim.run.progress import Progress
 
-__all__ = ["Job", "Progress", "RunLog", "Silent"]
-
-
-class Progress(Protocol):
-    """How the library tells a command line where it is."""
-
-    def expect(self, seconds: Mapping[str, float]) -> None:
-        """The stages of the run are predicted to take so long; may be left out."""
-
-    def start(self, stage: str, total: int) -> None:
-        """A stage of `total` steps begins."""
-
-    def advance(self, stage: str, note: str = "") -> None:
-        """One step of the stage is done."""
-
-    def finish(self, stage: str) -> None:
-        """The stage is over."""
-
-
-class Silent:
-    """Progress that shows nothing."""
-
-    def expect(self, seconds: Mapping[str, float]) -> None:
-        """Show nothing."""
-
-    def start(self, stage: str, total: int) -> None:
-        """Show nothing."""
-
-    def advance(self, stage: str, note: str = "") -> None:
-        """Show nothing."""
-
-    def finish(self, stage: str) -> None:
-        """Show nothing."""
+__all__ = ["Job", "RunLog"]
 
 
 @dataclass
@@ -65,10 +33,8 @@ class Job:
         windows: calibration windows, None for a data-free recipe.
         recipe: resolved.
         device: where blocks are worked on.
-        progress: told of every block.
+        options: how and where it is carried out.
         log: gathers the report.
-        offload_streams: folder for memory-mapped streams, None for memory.
-        on_failure: `error` or `keep-unrefined`.
         outputs: gradient moments of the original model, once a pass has gathered them.
         inputs: second moments of its inputs on all windows, where that pass gathered them too.
         dtype_bytes: of one number as stored, for budgets.
@@ -77,7 +43,6 @@ class Job:
         finished_inputs: of the compressed network, where the pass that cuts it meets them.
         room: how the run is made to fit; by default whatever the recipe's batch needs.
         surveys: how many surveys this run has begun: each keeps its pieces under its own name.
-        team: the processes that share the run; each has the whole model and its own windows.
     """
 
     model: nn.Module
@@ -85,10 +50,8 @@ class Job:
     windows: Windows | None
     recipe: Recipe
     device: torch.device
-    progress: Progress = field(default_factory=Silent)
+    options: RunOptions = field(default_factory=RunOptions)
     log: RunLog = field(default_factory=RunLog)
-    offload_streams: Path | None = None
-    on_failure: str = "error"
     outputs: Mapping[str, OutputMoments] | None = None
     inputs: Mapping[str, Moments] | None = None
     dtype_bytes: int = 2
@@ -96,7 +59,6 @@ class Job:
     finished_inputs: FinishedInputs = None  # type: ignore[assignment]
     room: Room = None  # type: ignore[assignment]
     surveys: int = 0
-    team: Team = field(default_factory=Team)
 
     def __post_init__(self) -> None:
         if self.keeper is None:
@@ -107,6 +69,16 @@ class Job:
             self.room = Room(batch, batch, "by block" if apart else "whole")
         if self.finished_inputs is None:
             self.finished_inputs = FinishedInputs(self.keeper, self.device)
+
+    @property
+    def progress(self) -> Progress:
+        """Told of every block."""
+        return self.options.progress
+
+    @property
+    def team(self) -> Team:
+        """The processes that share the run; each has the whole model and its own windows."""
+        return self.options.team
 
     @property
     def ids(self) -> Tensor:

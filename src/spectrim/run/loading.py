@@ -19,6 +19,7 @@ from spectrim.model.onload import Onloader
 from spectrim.model.weights import sampled
 from spectrim.run.admitting import check_unquantized, check_whole, one_line
 from spectrim.run.finding import look_up
+from spectrim.run.options import RunOptions
 from spectrim.run.out_of_core import build_onloaded, checkpoint_folder
 from spectrim.run.working import resolve_device, resolve_dtype, stored_dtype
 from spectrim.storage.admission import admit_folder, needs_remote_code
@@ -103,26 +104,18 @@ class LoadedModel:
 
 def load_model(
     model: str | Path | nn.Module,
+    options: RunOptions = RunOptions(),
     *,
-    device: str | torch.device = "auto",
-    dtype: str | torch.dtype = "auto",
-    tokenizer: Any = None,
-    trust_remote_code: bool = False,
-    out_of_core: bool = False,
     whole: bool = False,
 ) -> LoadedModel:
     """Load a checkpoint by name or folder, or take a model object as it is.
 
     A model object keeps its device and, with `auto`, its dtype. Out of core, blocks stay in the
-    checkpoint until they are worked on.
+    checkpoint until they are worked on; this happens only where the options say True.
 
     Args:
         model: a hub name, a folder, or a model object.
-        device: `auto`, or a torch device.
-        dtype: to work in.
-        tokenizer: in place of the checkpoint's.
-        trust_remote_code: run code that comes with the checkpoint.
-        out_of_core: leave blocks in their files.
+        options: device, dtype, a tokenizer in place of the checkpoint's, whether to run its code.
         whole: what is loaded is going to be saved again, so it must be all of the checkpoint, in
             16- or 32-bit numbers; looked at before a weight is read.
 
@@ -133,6 +126,7 @@ def load_model(
         ArtifactError: a damaged or truncated file; names it.
         InputError: a device or dtype that does not work here.
     """
+    device, dtype, tokenizer = options.device, options.dtype, options.tokenizer
     if isinstance(model, nn.Module):
         stored = next(model.parameters()).dtype
         if str(device) != "auto":
@@ -141,7 +135,7 @@ def load_model(
             model.to(resolve_dtype(dtype, stored, HOST))
         name = getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
         return LoadedModel(model.eval(), tokenizer, name, stored)
-    place, name = resolve_device(device), str(model)
+    place, name, trust_remote_code = resolve_device(device), str(model), options.trust_remote_code
     config = read_config(name, trust_remote_code)
     stored = stored_dtype(config)
     working = resolve_dtype(dtype, stored, place)
@@ -156,7 +150,7 @@ def load_model(
         tokenizer, absent = _load_tokenizer(name, trust_remote_code)
         notes += [absent] if absent and whole else []
     onloader = None
-    if out_of_core:
+    if options.out_of_core:
         loaded, onloader = _leave_blocks(name, config, working, place, trust_remote_code)
     else:
         loaded = _load_weights(name, working, place, trust_remote_code)

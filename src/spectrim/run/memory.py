@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from spectrim.devices import free_memory, on_host, whole_memory
-from spectrim.distributed.team import Team
 from spectrim.errors import InputError
 from spectrim.run.loading import read_config
+from spectrim.run.options import RunOptions
 from spectrim.run.working import resolve_device, resolve_dtype, stored_dtype
 from spectrim.storage.shards import Shards
 from spectrim.storage.weight_files import INDEX_FILE, WEIGHTS_FILE
@@ -86,32 +86,22 @@ def resident_bytes() -> int:
 
 
 def goes_out_of_core(
-    model: str | Path | nn.Module,
-    wanted: bool | None,
-    *,
-    check: Callable[[], None],
-    device: str | torch.device,
-    dtype: str | torch.dtype,
-    kept: bool,
-    team: Team | None = None,
-    trust_remote_code: bool = False,
+    model: str | Path | nn.Module, options: RunOptions, *, check: Callable[[], None], kept: bool
 ) -> bool:
     """Whether to leave a model's blocks in their files; collective, and the same on all processes.
 
     Args:
         model: what the user gave.
-        wanted: the user's word; None leaves it to the memory that is free.
+        options: with the user's word; None leaves it to the memory that is free. In memory, each
+            process of the team has the whole model.
         check: raises if what is asked for cannot be done out of core.
-        device: as the user says it.
-        dtype: as the user says it.
         kept: whether there are an output and a work folder, without which there is no place for
             finished blocks.
-        team: the processes that share the run; in memory, each has the whole model.
-        trust_remote_code: read a configuration that comes with code.
 
     Raises:
         InputError: the user wants what cannot be done; says why.
     """
+    wanted, team = options.out_of_core, options.team
     if wanted is False or (wanted is None and (isinstance(model, nn.Module) or not kept)):
         return False
     if isinstance(model, nn.Module):
@@ -124,9 +114,8 @@ def goes_out_of_core(
             )
         check()
         return True
-    team = team or Team()
-    needed, free = _weights_needed(str(model), device, dtype, trust_remote_code)
-    if on_host(resolve_device(device)) and needed is not None:
+    needed, free = _weights_needed(str(model), options)
+    if on_host(resolve_device(options.device)) and needed is not None:
         needed *= team.size  # each holds the model; those of other machines are counted as well
     short = needed is not None and free is not None and needed > SHARE_FOR_WEIGHTS * free
     if not any(team.gather(short)):  # a process may have less memory than the others
@@ -137,19 +126,14 @@ def goes_out_of_core(
     return True
 
 
-def _weights_needed(
-    model: str,
-    device: str | torch.device,
-    dtype: str | torch.dtype,
-    trust_remote_code: bool,
-) -> tuple[int | None, int | None]:
+def _weights_needed(model: str, options: RunOptions) -> tuple[int | None, int | None]:
     """Bytes of the weights in the working dtype, and bytes that are free."""
     folder = Path(model)
     if not any((folder / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE)):
         return None, None
-    config: Any = read_config(model, trust_remote_code)
-    place = resolve_device(device)
+    config: Any = read_config(model, options.trust_remote_code)
+    place = resolve_device(options.device)
     stored = stored_dtype(config)
-    working = resolve_dtype(dtype, stored, place)
+    working = resolve_dtype(options.dtype, stored, place)
     needed = Shards(folder).bytes * working.itemsize // stored.itemsize
     return needed, available_bytes(place)

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,10 +24,12 @@ from spectrim.recipe import Recipe
 from spectrim.run.cost import calibrated_on, costs, settle, stage_seconds
 from spectrim.run.footprint import Room, Setting, Sizes, sizes_of
 from spectrim.run.identity import run_identity
-from spectrim.run.job import Job, Progress, RunLog, Silent
+from spectrim.run.job import Job, RunLog
 from spectrim.run.keeping import Keeper
 from spectrim.run.loading import LoadedModel
 from spectrim.run.memory import total_bytes
+from spectrim.run.options import RunOptions
+from spectrim.run.progress import Progress
 from spectrim.run.rehearsing import check_class, rehearse
 from spectrim.run.room import choose_room, fitting_room, limit_of, peak_parts, said
 from spectrim.run.survey.planning import keep_of_size, shape_curves
@@ -61,40 +62,31 @@ def protected_bytes(model: nn.Module, anatomy: Anatomy, dtype: torch.dtype) -> i
 def open_job(
     loaded: LoadedModel,
     recipe: Recipe,
+    options: RunOptions = RunOptions(),
     *,
     text: UserText = None,
     calibrate: bool = True,
     size: int | None = None,
-    progress: Progress | None = None,
-    offload_streams: Path | None = None,
-    on_failure: str = "error",
     work: Work | None = None,
     brought: Mapping[str, Any] | None = None,
-    team: Team | None = None,
-    exactly: bool = False,
 ) -> Job:
     """A run that is ready to begin; the model is as it was.
 
     Args:
         loaded: the model.
         recipe: resolved, with its keep.
+        options: how and where; all processes of their team open the run.
         text: the user's calibration text, None for the recipe's.
         calibrate: whether windows are needed at all.
         size: bytes of the whole checkpoint to reach, in place of the recipe's keep.
-        progress: told of every step.
-        offload_streams: folder for memory-mapped streams.
-        on_failure: `error` or `keep-unrefined`.
         work: where finished pieces are kept; earlier ones of the same run are taken up.
         brought: the user's plan and survey and other settings that the pieces depend on.
-        team: the processes that share the run; all of them open it.
-        exactly: whether the user asked for the calibration's window length.
 
     Raises:
         SpectrimError: an unfit model, an unknown text, a size out of reach, the work of another
             run.
     """
-    model, log, team, device = loaded.model, RunLog(), team or Team(), loaded.device
-    progress = progress or Silent()
+    model, log, device = loaded.model, RunLog(), loaded.device
     log.notes.extend(loaded.notes)
     check_class(model)
     check_model(model, elsewhere=() if loaded.onloader is None else unit_names(model))
@@ -111,17 +103,7 @@ def open_job(
     room: Room | None = None
     if calibrate:
         planned = (brought or {}).get("plan") is not None
-        recipe, windows, room = _calibrated(
-            loaded,
-            recipe,
-            text,
-            offload_streams,
-            team,
-            progress,
-            log,
-            planned=planned,
-            exactly=exactly,
-        )
+        recipe, windows, room = _calibrated(loaded, recipe, options, text, log, planned=planned)
         log.notes.extend(thin_notes(windows, anatomy, longest_window(model.config)))
     if work is not None:
         decided = work.begin(
@@ -129,9 +111,9 @@ def open_job(
                 loaded,
                 recipe,
                 windows,
-                on_failure=on_failure,
+                on_failure=options.on_failure,
                 # Sums over other parts of the windows round in another way.
-                processes=team.size,
+                processes=options.team.size,
                 **(brought or {}),
             ),
             {} if room is None else {"room": asdict(room)},
@@ -147,38 +129,32 @@ def open_job(
         windows=windows,
         recipe=recipe,
         device=device,
-        progress=progress,
+        options=options,
         log=log,
-        offload_streams=offload_streams,
-        on_failure=on_failure,
         dtype_bytes=dtype_bytes,
         room=room,  # type: ignore[arg-type]
         keeper=Keeper(model, log, work=work, onloader=loaded.onloader),
-        team=team,
     )
 
 
 def _calibrated(
     loaded: LoadedModel,
     recipe: Recipe,
+    options: RunOptions,
     text: UserText,
-    offload_streams: Path | None,
-    team: Team,
-    progress: Progress,
     log: RunLog,
     *,
     planned: bool,
-    exactly: bool,
 ) -> tuple[Recipe, Windows, Room]:
     """The recipe with its windows settled, the windows, and how the run is made to fit them."""
-    shape = None
+    shape, team, progress = None, options.team, options.progress
     if isinstance(text, Tensor) and text.ndim == 2:
         shape = (text.shape[0], text.shape[1])
     sizes = sizes_of(loaded.model)
     recipe, how = settle(recipe, sizes, loaded.device, longest_window(loaded.model.config), shape)
     if how.reason:
         log.notes.append(calibrated_on(how))
-    setting = _setting(loaded, shape or (how.windows, how.window_length), offload_streams, team)
+    setting = _setting(loaded, shape or (how.windows, how.window_length), options)
     room = _room(recipe, setting, sizes, team, log, planned=planned)
     logger.info("%s; %s", calibrated_on(how), said(room))
     stages = costs(recipe, setting, sizes, room) if recipe.flow != "learned" else {}
@@ -188,7 +164,12 @@ def _calibrated(
         progress.expect(stage_seconds(stages, loaded.device))
     with log.timed("windows"), _told(progress, "sampling" if "sampling" in stages else None):
         windows = gather_windows(
-            loaded, recipe.calibration, text, seed=recipe.seed, team=team, exactly=exactly
+            loaded,
+            recipe.calibration,
+            text,
+            seed=recipe.seed,
+            team=team,
+            exactly=options.exactly,
         )
     asked = recipe.calibration.window_length or windows.length
     if not isinstance(text, Tensor) and windows.length < asked:
@@ -210,17 +191,15 @@ def _told(progress: Progress, stage: str | None) -> Iterator[None]:
         progress.finish(stage)
 
 
-def _setting(
-    loaded: LoadedModel, shape: tuple[int, int], offload_streams: Path | None, team: Team
-) -> Setting:
+def _setting(loaded: LoadedModel, shape: tuple[int, int], options: RunOptions) -> Setting:
     """Where this run works, and on which part of the windows (N, T)."""
     return Setting(
         loaded.device,
         next(loaded.model.parameters()).dtype,
         loaded.stored_dtype,
         loaded.onloader is not None,
-        offload_streams is not None,
-        -(-shape[0] // team.size),
+        options.streams is not None,
+        -(-shape[0] // options.team.size),
         shape[1],
     )
 

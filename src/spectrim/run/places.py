@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from spectrim.distributed.team import Team
 from spectrim.errors import OutputError
+from spectrim.run.options import RunOptions
 from spectrim.storage.atomic import check_output
 from spectrim.storage.lock import locked
 from spectrim.storage.ownership import Source, check_apart
@@ -25,14 +25,7 @@ __all__ = ["places"]
 
 @contextmanager
 def places(
-    output: str | Path | None,
-    *,
-    overwrite: bool = False,
-    work: str | Path | None = None,
-    resume: bool = True,
-    streams: str | Path | None = None,
-    sources: Sequence[Source] = (),
-    team: Team | None = None,
+    output: str | Path | None, options: RunOptions, *, sources: Sequence[Source] = ()
 ) -> Iterator[Work | None]:
     """Hold the locks of an output and of its work folder for the time of the context.
 
@@ -41,19 +34,17 @@ def places(
 
     Args:
         output: what will be written; None for a result in memory.
-        overwrite: whether something may be there.
-        work: the user's folder for unfinished work; by default `OUT.work` beside the output.
-        resume: False keeps no work but in a folder that the user chose.
-        streams: the user's folder for hidden states.
+        options: whether something may be there, and the user's folders for unfinished work (by
+            default `OUT.work` beside the output, and none without `resume`) and hidden states; of
+            a team, the leader holds the locks for all.
         sources: what the run reads, which lies elsewhere than all of these.
-        team: the processes of the run; the leader holds the locks for all of them.
 
     Raises:
         OutputError: the output is taken, cannot be written, or another process works on it.
     """
-    team = team or Team()
+    team, work, streams = options.team, options.work, options.offload_streams
     beside = None if output is None else work_beside(output)
-    chosen = Path(work) if work is not None else beside if resume else None
+    chosen = Path(work) if work is not None else beside if options.resume else None
     for place in (beside, chosen, streams):
         if place is not None:
             check_apart(place, sources)
@@ -62,7 +53,7 @@ def places(
             _check_outside(Path(place), Path(output))
     with ExitStack() as stack:
         if output is not None and team.leads:
-            checked = check_output(output, overwrite=overwrite, sources=sources)
+            checked = check_output(output, overwrite=options.overwrite, sources=sources)
             _lock_output(stack, checked, output)
         folder = None
         if chosen is not None and team.leads:

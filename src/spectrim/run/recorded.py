@@ -25,7 +25,7 @@ def recorded(job: Job, ids: Tensor) -> Replay:
         batch=job.batch,
         device=job.device,
         anatomy=job.anatomy,
-        folder=job.offload_streams,
+        folder=job.options.streams,
     )
     if not len(own):
         _, tokens, width = replay.stream.shape

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -14,9 +14,20 @@ from spectrim.errors import BudgetError, InputError, RecipeError
 from spectrim.recipe import Recipe
 from spectrim.recipes import DEFAULT_RECIPE, EFFORTS, get_recipe
 from spectrim.run.texts import UserText
+from spectrim.run.words import WORDS, RecipeWords, takes
 from spectrim.storage.survey_record import Survey
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 __all__ = ["check_brought", "check_size", "resolve_recipe"]
+
+WHOLE = (
+    (1, None, ("windows", "multiple", "batch")),
+    (2, None, ("window_length",)),
+    (0, 2**63 - 1, ("seed",)),
+)
+"""Least and largest value of words that are whole numbers."""
 
 
 def check_brought(model: object, *, plan: object = None, survey: object = None) -> None:
@@ -50,72 +61,62 @@ def check_size(plan: object, keep: float | None, size: str | int | None) -> None
         raise BudgetError(f"{named[0]} and {named[1]} exclude each other; give one")
 
 
+@takes(RecipeWords)
 def resolve_recipe(
-    recipe: str | Path | Recipe = DEFAULT_RECIPE,
-    *,
-    keep: float | None = None,
-    seed: int | None = None,
-    text: UserText = None,
-    windows: int | None = None,
-    window_length: int | None = None,
-    batch: int | None = None,
-    bos: str | None = None,
-    storage: str | None = None,
-    weights: str | None = None,
-    effort: str | None = None,
-    only: str | Sequence[str] = (),
-    skip: str | Sequence[str] = (),
-    multiple: int | None = None,
+    recipe: str | Path | Recipe = DEFAULT_RECIPE, **words: Unpack[RecipeWords]
 ) -> Recipe:
     """A recipe with the user's changes, validated.
+
+    Args:
+        recipe: a preset's name, a YAML file, or a recipe.
+        **words: what to change, by the short names of its fields; None and () leave it.
 
     Raises:
         RecipeError: an unknown recipe, a value outside its range, or an effort for a recipe that
             has none.
     """
-    check_fraction(keep=keep)
-    check_whole(windows=windows, multiple=multiple)
-    check_whole(batch=batch)
-    check_whole(window_length=window_length, least=2)
-    check_whole(seed=seed, least=0, most=2**63 - 1)
-    if effort is not None:
-        recipe = _recipe_at(effort, recipe)
+    asked: dict[str, Any] = {n: v for n, v in words.items() if v is not None}
+    check_fraction(keep=asked.get("keep"))
+    for least, most, names in WHOLE:
+        check_whole(least=least, most=most, **{name: asked.get(name) for name in names})
+    if "effort" in asked:
+        recipe = _recipe_at(asked.pop("effort"), recipe)
     chosen = get_recipe(recipe)
-    calibration: dict[str, Any] = {"windows": windows, "window_length": window_length}
-    shape = getattr(text, "shape", None)
-    if shape is not None and len(shape) == 2:
-        for name, asked, found in zip(calibration, (windows, window_length), shape, strict=True):
-            if asked not in (None, found):
-                raise RecipeError(
-                    f"{name} is {asked}, and the text is {shape[0]} windows of {shape[1]} tokens"
-                )
-    calibration["batch"] = batch
-    if bos is not None:
-        calibration["bos"] = bos
+    text = asked.get("text")
+    _check_shape(text, asked)
     if isinstance(text, (str, Path)):
         parts = [part.strip() for part in str(text).split(",")]
-        calibration["text"] = parts[0] if len(parts) == 1 else parts
+        asked["text"] = parts[0] if len(parts) == 1 else parts
     elif text is not None:
-        calibration["text"] = f"({type(text).__name__})"
-    changes: dict[str, Any] = {
-        "calibration": {k: v for k, v in calibration.items() if v is not None},
-        "storage": {
-            k: v for k, v in {"kind": storage, "weights": weights}.items() if v is not None
-        },
-    }
-    patterns = {"only": only, "skip": skip}
-    changes["targets"] = {
-        name: (given,) if isinstance(given, str) else tuple(given)
-        for name, given in patterns.items()
-        if given
-    }
-    if multiple is not None:
-        changes["allocate"] = {"multiple": multiple}
-    if keep is not None:
-        changes["keep"] = keep
-    if seed is not None:
-        changes["seed"] = seed
+        asked["text"] = f"({type(text).__name__})"
+    for name in ("only", "skip"):
+        given = asked.pop(name, ())
+        if given:
+            asked[name] = (given,) if isinstance(given, str) else tuple(given)
+    changes: dict[str, Any] = {}
+    for name, value in asked.items():
+        section, _, field = str(WORDS[name].field).rpartition(".")
+        if section:
+            changes.setdefault(section, {})[field] = value
+        else:
+            changes[field] = value
     return chosen.with_changes(**changes)
+
+
+def _check_shape(text: UserText, asked: Mapping[str, Any]) -> None:
+    """Refuse numbers that token windows (N, T) contradict.
+
+    Raises:
+        RecipeError: names both.
+    """
+    shape = getattr(text, "shape", ())
+    if len(shape) != 2:
+        return
+    for name, found in zip(("windows", "window_length"), shape, strict=True):
+        if asked.get(name) not in (None, found):
+            raise RecipeError(
+                f"{name} is {asked[name]}, and the text is {shape[0]} windows of {shape[1]} tokens"
+            )
 
 
 def _recipe_at(effort: str, recipe: str | Path | Recipe) -> str:

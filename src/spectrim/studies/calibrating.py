@@ -17,7 +17,6 @@ from spectrim.report.content import as_json
 from spectrim.report.drawing import new_figure
 from spectrim.report.study_figures import draw_calibration
 from spectrim.report.tables import rows_csv
-from spectrim.run.job import Progress
 from spectrim.run.sources import sources_of
 from spectrim.run.texts import own_text
 from spectrim.studies.files import open_study, save_pictures, write_text
@@ -37,8 +36,6 @@ def calibration_study(
     keep: float | None = None,
     measure: Measure | None = None,
     output: str | Path | None = None,
-    tokenizer: Any = None,
-    progress: Progress | None = None,
     **calibration: Any,
 ) -> CalibrationStudy:
     """Quality against the number of calibration windows, for several recipes and seeds.
@@ -52,8 +49,6 @@ def calibration_study(
         measure: evaluation text and its protocol.
         output: folder for `calibration.json`, `.csv`, `.png`, `.svg` and the finished points,
             which a later call takes up again.
-        tokenizer: for model objects.
-        progress: told of every point.
         **calibration: `text` and `window_length` as in `spectrim.compress`.
 
     Raises:
@@ -74,13 +69,12 @@ def calibration_study(
         sources=sources_of(model=model, text=[calibration.get("text"), measure.text]),
     )
     found = study_calibration(
-        measure.reference(model, tokenizer),
+        measure.reference(model),
         resolved,
         sorted(set(windows)),
         list(dict.fromkeys(seeds)),
         text=own_text(calibration.get("text")),
         store=store,
-        progress=progress,
     )
     if folder is not None:
         record = found.record()

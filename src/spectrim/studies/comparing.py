@@ -15,7 +15,6 @@ from spectrim.measure.compare import Comparison, compare_recipes
 from spectrim.recipe import Recipe
 from spectrim.report.content import as_json
 from spectrim.report.tables import comparison_csv, comparison_markdown
-from spectrim.run.job import Progress
 from spectrim.run.sources import sources_of
 from spectrim.run.texts import own_text
 from spectrim.studies.files import open_study, write_text
@@ -31,7 +30,6 @@ def compare(
     keep: str | Sequence[float] = (0.8, 0.6, 0.4),
     measure: Measure | None = None,
     output: str | Path | None = None,
-    progress: Progress | None = None,
     **calibration: Any,
 ) -> Comparison:
     """Recipes side by side at equal sizes, each run in a process of its own.
@@ -42,7 +40,6 @@ def compare(
         keep: sizes.
         measure: evaluation text and its protocol.
         output: folder for `compare.md`, `.csv`, `.json` and the finished runs.
-        progress: told of every run.
         **calibration: `text` (names or files), `windows`, `window_length`, `seed`, `storage`,
             `weights` as in `spectrim.compress`.
 
@@ -63,15 +60,14 @@ def compare(
         writes=[f"compare.{kind}" for kind in ("json", "csv", "md")],
         sources=sources_of(model=model, text=[calibration.get("text"), measure.text]),
     )
-    options = ["--device", str(measure.device)]
-    options += ["--trust-remote-code"] if measure.trust_remote_code else []
+    options = ["--device", str(measure.options.device)]
+    options += ["--trust-remote-code"] if measure.options.trust_remote_code else []
     found = compare_recipes(
         measure.reference(model),
         resolved,
         keeps,
         options=options,
         store=store,
-        progress=progress,
     )
     if folder is not None:
         record = found.record()

@@ -19,7 +19,6 @@ from spectrim.recipe import Recipe
 from spectrim.report.content import as_json
 from spectrim.report.drawing import new_figure
 from spectrim.report.figures import draw_curve
-from spectrim.run.job import Progress
 from spectrim.run.sources import sources_of
 from spectrim.run.texts import own_text
 from spectrim.studies.files import open_study, save_pictures, write_text
@@ -37,8 +36,6 @@ def curve(
     formats: Sequence[str] = (),
     measure: Measure | None = None,
     output: str | Path | None = None,
-    tokenizer: Any = None,
-    progress: Progress | None = None,
     **calibration: Any,
 ) -> Curve:
     """The rate-distortion curve of a model, or of an elastic artifact.
@@ -51,8 +48,6 @@ def curve(
         measure: evaluation text and its protocol.
         output: folder for `curve.json`, `.csv`, `.png`, `.svg` and the finished points, which a
             later call takes up again.
-        tokenizer: for model objects.
-        progress: told of every point.
         **calibration: `text`, `windows`, `window_length`, `seed`, `storage`, `weights` as in
             `spectrim.compress`.
 
@@ -73,19 +68,18 @@ def curve(
         if recipes:
             raise InputError(f"{model} is an elastic artifact and has its sizes; give no recipes")
         refuse_unused("an elastic artifact was calibrated when it was made", calibration)
-        found = _elastic(Path(str(model)), keeps, formats, measure, store, progress)
+        found = _elastic(Path(str(model)), keeps, formats, measure, store)
     else:
         if not recipes:
             raise InputError("a curve needs recipes, for example svd-llm,aa-svd")
         resolved = different_names([resolve_recipe(r, **calibration) for r in recipes])
         found = recipe_curve(
-            measure.reference(model, tokenizer),
+            measure.reference(model),
             resolved,
             keeps,
             text=own_text(calibration.get("text")),
             formats=formats,
             store=store,
-            progress=progress,
         )
     if folder is not None:
         write_text(folder / "curve.json", as_json(found.record()))
@@ -102,12 +96,11 @@ def _elastic(
     formats: Sequence[str],
     measure: Measure,
     store: PointStore,
-    progress: Progress | None,
 ) -> Curve:
     elastic = open_sizes(folder, measure)
-    reference = replace(measure, device="auto", dtype="auto").reference(
-        dense_twin(elastic.model), elastic.tokenizer
-    )
+    # As its device and dtype are now.
+    here = replace(measure.options, device="auto", dtype="auto", tokenizer=elastic.tokenizer)
+    reference = replace(measure, options=here).reference(dense_twin(elastic.model))
     reference.loaded.stored_dtype = elastic.elastic.dtype
     return elastic_curve(
         reference,
@@ -116,5 +109,4 @@ def _elastic(
         name=folder.resolve().name,
         formats=formats,
         store=store,
-        progress=progress,
     )

@@ -24,7 +24,6 @@ from spectrim.report.drawing import new_figure
 from spectrim.report.figures import draw_depth
 from spectrim.report.study_figures import draw_layer_errors, shown_projections
 from spectrim.report.tables import rows_csv
-from spectrim.run.job import Progress, Silent
 from spectrim.run.loading import load_model
 from spectrim.run.reporting import environment
 from spectrim.run.sources import sources_of
@@ -105,8 +104,8 @@ def layer_errors(
         measure: text and protocol.
         output: folder for `layer_errors.json`, `.csv`, `.png` and `.svg`, and for the finished
             runs, which a later call takes up again.
-        **options: `recipes` and `objectives` to run and follow, at the size `keep`; `progress`;
-            `text`, `windows`, `window_length`, `seed` as in `spectrim.compress`.
+        **options: `recipes` and `objectives` to run and follow, at the size `keep`; `text`,
+            `windows`, `window_length`, `seed` as in `spectrim.compress`.
 
     Raises:
         SpectrimError: no results, two of one name, or models that cannot be compared.
@@ -158,11 +157,11 @@ def _follow_all(
     recipes: Sequence[str | Path | Recipe] = (),
     objectives: Sequence[str] = (),
     keep: float | None = None,
-    progress: Progress | None = None,
     **calibration: Any,
 ) -> tuple[dict[str, Any], list[DepthRun]]:
     """What both studies record, and every result and recipe followed along depth."""
-    measure, progress = measure or Measure(), progress or Silent()
+    measure = measure or Measure()
+    progress = measure.options.progress
     chosen = [objective_recipe(name) for name in objectives]
     resolved = [resolve_recipe(one, keep=keep, **calibration) for one in (*chosen, *recipes)]
     if not resolved:
@@ -176,12 +175,7 @@ def _follow_all(
             + (", ".join([*(str(r) for r in results), *(r.name for r in resolved)]) or "none")
         )
     reports = {name: _report_of(result) for name, result in folders.items()}
-    options = {
-        "device": measure.device,
-        "dtype": measure.dtype,
-        "trust_remote_code": measure.trust_remote_code,
-    }
-    dense = load_model(model, **options)
+    dense = load_model(model, measure.options)
     windows = evaluation_windows_of(dense, measure.text, measure.window_length, measure.max_tokens)
     place = next(dense.model.parameters()).device
     first = torch.arange(8, device=place)[None] % vocabulary_size(dense.model)
@@ -189,7 +183,7 @@ def _follow_all(
     progress.start(STAGE, len(names))
     runs = []
     for name, result in folders.items():
-        compressed = load_model(result, **options).model
+        compressed = load_model(result, measure.options).model
         runs.append(
             follow(name, dense, compressed, reports[name], windows, anatomy, batch=measure.batch)
         )

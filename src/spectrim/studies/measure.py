@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from torch import nn
 
 from spectrim.arguments import check_whole
@@ -17,6 +16,7 @@ from spectrim.data.text import SELF, split_sources
 from spectrim.errors import InputError
 from spectrim.measure.measuring import Reference, open_reference
 from spectrim.recipe import Recipe
+from spectrim.run.options import RunOptions
 from spectrim.run.texts import UserText
 
 __all__ = ["Measure", "different_names", "measured_on"]
@@ -33,18 +33,14 @@ class Measure:
         window_length: tokens per window; None for 2048 or the model's longest, or `max`.
         max_tokens: score at most this many tokens.
         batch: windows per forward pass.
-        device: `auto` or a torch device.
-        dtype: `auto` is fp32 on a CPU.
-        trust_remote_code: run code that comes with the checkpoint.
+        options: how models are loaded, and who is told of what is measured.
     """
 
     text: UserText = None
     window_length: int | Literal["max"] | None = None
     max_tokens: int | None = None
     batch: int = 8
-    device: str | torch.device = "auto"
-    dtype: str | torch.dtype = "auto"
-    trust_remote_code: bool = False
+    options: RunOptions = field(default_factory=RunOptions)
 
     def __post_init__(self) -> None:
         check_whole(batch=self.batch)
@@ -52,9 +48,9 @@ class Measure:
         if self.window_length != "max":
             check_whole(least=2, window_length=self.window_length)
 
-    def reference(self, model: str | Path | nn.Module, tokenizer: Any = None) -> Reference:
+    def reference(self, model: str | Path | nn.Module) -> Reference:
         """The dense model, loaded and measured."""
-        return open_reference(model, tokenizer=tokenizer, **vars(self))
+        return open_reference(model, **vars(self))
 
 
 def measured_on(measure: Measure | None, text: UserText) -> Measure:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from spectrim.api import ElasticModel, load_elastic
+from spectrim.run.learned.elastic import ElasticModel, open_elastic
 from spectrim.storage.elastic import is_elastic
 from spectrim.storage.survey_file import is_survey
 from spectrim.studies.measure import Measure
@@ -22,12 +22,7 @@ def has_every_size(model: str | Path | nn.Module) -> bool:
 
 def open_sizes(folder: Path, measure: Measure) -> ElasticModel:
     """The artifact with its base model, as the study measures."""
-    return load_elastic(
-        folder,
-        device=str(measure.device),
-        dtype=str(measure.dtype).removeprefix("torch."),
-        trust_remote_code=measure.trust_remote_code,
-    )
+    return open_elastic(folder, measure.options)
 
 
 def dense_twin(model: nn.Module) -> nn.Module:

@@ -13,9 +13,9 @@ from spectrim.evaluate.curve import is_dense_format
 from spectrim.evaluate.perplexity import perplexity
 from spectrim.measure.evaluating import evaluation_windows_of
 from spectrim.report.content import read_curve_file
-from spectrim.run.job import Progress, Silent
 from spectrim.run.learned.elastic import ElasticModel
 from spectrim.run.loading import LoadedModel
+from spectrim.run.progress import Progress
 from spectrim.serve.slider.engine import Engine
 from spectrim.serve.slider.server import LOCAL_NAMES, SliderServer
 from spectrim.storage.paths import last_part
@@ -36,7 +36,6 @@ def slider(
     curve: str | Path | None = None,
     host: str = "127.0.0.1",
     port: int = 7860,
-    progress: Progress | None = None,
 ) -> SliderServer:
     """The slider's server, ready for `serve_forever`.
 
@@ -47,7 +46,6 @@ def slider(
             it a few sizes are measured first.
         host: address to listen on; the page writes folders for this machine's users only.
         port: 0 takes any free one.
-        progress: told of the sizes that are measured first.
 
     Raises:
         SpectrimError: the artifact cannot be loaded, or the address is taken.
@@ -76,7 +74,7 @@ def slider(
         if curve is not None:
             known = _from_curve(curve, Path(artifact).resolve().name)
         else:
-            measured |= _landmarks(elastic, windows, measure.batch, progress or Silent())
+            measured |= _landmarks(elastic, windows, measure.batch, measure.options.progress)
     engine = Engine(
         name=Path(artifact).resolve().name,
         dense=dense,

@@ -88,7 +88,7 @@ def must_restart(job: Job, stream: Stream, *, streams: int) -> bool:
         stream: one of the streams, before the first block.
         streams: how many pause at the same time.
     """
-    if job.room.restarts or job.offload_streams is not None:
+    if job.room.restarts or job.options.streams is not None:
         return True
     free = free_memory(job.device)
     if free is None:

@@ -79,7 +79,7 @@ class _Pass:
         self.needs = frozenset(needs - {"C"} if self.seen else needs)
         self.replay: Replay = recorded(job, job.ids)
         self.original: Stream = self.replay.stream
-        self.shifted: Stream = self.original.duplicate(job.offload_streams)
+        self.shifted: Stream = self.original.duplicate(job.options.streams)
         streams = 2 if self.stages_shifted else 1
         self.restarts = must_restart(job, self.original, streams=streams)
         if self.restarts:
@@ -170,7 +170,7 @@ def _cut_block(state: _Pass, plan: Plan, block: Block) -> tuple[nn.Module, Strea
     # Without training nothing asks for the original inputs again: outputs take their place.
     outputs = state.original
     if state.block_step is not None:
-        outputs = Stream.empty(*outputs.shape, outputs.dtype, job.offload_streams)
+        outputs = Stream.empty(*outputs.shape, outputs.dtype, job.options.streams)
     with ExitStack() as stack:
         first = stack.enter_context(Staged(module, block.groups))
         second = stack.enter_context(Staged(compressed, block.groups))

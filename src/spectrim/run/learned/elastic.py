@@ -25,6 +25,7 @@ from spectrim.layers.lowrank import LowRankLinear
 from spectrim.layers.swap import dense_shape
 from spectrim.model.weights import get_module, is_transposed, read_bias, read_weight, replace_module
 from spectrim.run.loading import LoadedModel, load_model
+from spectrim.run.options import RunOptions
 from spectrim.run.survey.planning import best_score
 from spectrim.storage.elastic import BASE_FOLDER, Base, Elastic, load_elastic
 from spectrim.storage.survey_file import is_survey, load_factors, load_survey
@@ -163,22 +164,18 @@ def _shell(original: nn.Module, shape: tuple[int, int]) -> LowRankLinear:
 
 def open_elastic(
     artifact: str | Path | Elastic | Survey,
+    options: RunOptions = RunOptions(),
     *,
     base: str | Path | nn.Module | None = None,
-    device: str | torch.device = "auto",
-    dtype: str = "auto",
     score: str | None = None,
-    trust_remote_code: bool = False,
 ) -> ElasticModel:
     """Load an artifact with its base model.
 
     Args:
         artifact: a folder with an elastic artifact or a survey, or an artifact in memory.
+        options: how the base model is loaded.
         base: where the base model lies now, if not under its recorded name.
-        device: see `load_model`.
-        dtype: to work in.
         score: of a survey, what its components are ordered by.
-        trust_remote_code: run code that comes with the base checkpoint.
 
     Raises:
         ArtifactError: a damaged artifact, or a base model that is not the recorded one.
@@ -190,12 +187,7 @@ def open_elastic(
         known = load_survey(known) if is_survey(known) else load_elastic(known)
     if isinstance(known, Elastic):
         refuse_unused("an elastic artifact has its order", {"score": score})
-    loaded = load_model(
-        _place(known) if base is None else base,
-        device=device,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-    )
+    loaded = load_model(_place(known) if base is None else base, options)
     if isinstance(known, Survey):
         known = elastic_from_survey(known, dtype=loaded.stored_dtype, score=score)
     found = loaded.identity()

@@ -16,6 +16,7 @@ from spectrim.recipe import AcipLearning, Recipe, SocoLearning
 from spectrim.run.estimate import Estimate
 from spectrim.run.footprint import Room, Setting
 from spectrim.run.loading import read_config
+from spectrim.run.options import RunOptions
 from spectrim.run.out_of_core import checkpoint_folder
 from spectrim.run.working import resolve_device, resolve_dtype, stored_dtype
 from spectrim.storage.shards import Shards
@@ -48,14 +49,7 @@ def learning_steps(section: AcipLearning | SocoLearning) -> dict[str, int]:
     }
 
 
-def estimate_learning(
-    model: str | Path,
-    recipe: Recipe,
-    *,
-    device: str | torch.device = "auto",
-    dtype: str | torch.dtype = "auto",
-    trust_remote_code: bool = False,
-) -> Estimate:
+def estimate_learning(model: str | Path, recipe: Recipe, options: RunOptions) -> Estimate:
     """Predict the time of a recipe with the flow `learned`; no weight is read.
 
     Raises:
@@ -63,15 +57,15 @@ def estimate_learning(
     """
     section = recipe.learn
     assert section is not None  # the flow says so
-    config = read_config(str(model), trust_remote_code)
+    config = read_config(str(model), options.trust_remote_code)
     shards = Shards(checkpoint_folder(str(model)))
-    place, stored = resolve_device(device), stored_dtype(config)
+    place, stored = resolve_device(options.device), stored_dtype(config)
     calibration = recipe.calibration
     length = calibration.window_length or LITERATURE_LENGTH
     length = min(length, longest_window(config) or length)
     setting = Setting(
         place,
-        resolve_dtype(dtype, stored, place),
+        resolve_dtype(options.dtype, stored, place),
         stored,
         False,
         False,

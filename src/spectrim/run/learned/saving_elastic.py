@@ -13,6 +13,7 @@ from spectrim.recipe import Recipe, validated
 from spectrim.run.compress import Outcome
 from spectrim.run.learned.elastic import open_elastic
 from spectrim.run.loading import load_model
+from spectrim.run.options import RunOptions
 from spectrim.run.sources import sources_of
 from spectrim.storage.atomic import check_output
 from spectrim.storage.elastic import Elastic, save_elastic
@@ -44,7 +45,7 @@ def save_elastic_outcome(
         f"written as an elastic artifact: `spectrim resize` gives every keep from "
         f"{sizes['smallest_keep']:.4f} to 1"
     )
-    base = None if original is None else load_model(original, device=HOST, dtype="auto")
+    base = None if original is None else load_model(original, RunOptions(device=HOST))
     save_elastic(
         outcome.elastic,
         output,
@@ -84,7 +85,7 @@ def save_survey_as_elastic(
     check_output(output, overwrite=overwrite, sources=sources_of(survey=survey, model=base))
     if not isinstance(survey, Survey):
         survey = load_survey(survey)
-    opened = open_elastic(survey, base=base, device=HOST, score=score)
+    opened = open_elastic(survey, RunOptions(device=HOST), base=base, score=score)
     recipe = validated(Recipe, survey.recipe, source=f"the survey of {survey.model_name}")
     elastic = opened.elastic
     save_elastic(

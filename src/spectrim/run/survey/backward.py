@@ -68,7 +68,7 @@ def backward_pass(
             ids,
             at_hand=job.keeper.at_hand,
             device=job.device,
-            folder=job.offload_streams,
+            folder=job.options.streams,
             on_block=lambda: job.progress.advance(stage),
             **options,
         )

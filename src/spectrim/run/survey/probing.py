@@ -37,7 +37,7 @@ def measured_divergences(
     The original's last hidden states are held, and its distribution follows from them.
     """
     replay = recorded(job, ids)
-    reference = replay.stream.duplicate(job.offload_streams)
+    reference = replay.stream.duplicate(job.options.streams)
     with torch.no_grad():
         for index in range(len(replay.names)):
             replay.advance(index, reference, job.batch, job.device)

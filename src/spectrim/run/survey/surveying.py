@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from spectrim.allocate.budget import parse_size
-from spectrim.distributed.team import Team
 from spectrim.errors import InputError
 from spectrim.recipe import Recipe, validated
 from spectrim.run.compress import Outcome, run_recipe
-from spectrim.run.job import Progress
 from spectrim.run.loading import LoadedModel, load_model
 from spectrim.run.opening import open_job, other_bytes
+from spectrim.run.options import RunOptions
 from spectrim.run.survey.planning import TABLE, needed_scores, plan_from_survey
 from spectrim.run.survey.survey import make_survey, surveyed_choice
 from spectrim.run.survey.survey_key import survey_key
@@ -35,28 +33,22 @@ SCORES = (*DEFAULT_SCORES, "kfac", "measured", TABLE)
 def survey_model(
     loaded: LoadedModel,
     recipe: Recipe,
+    options: RunOptions = RunOptions(),
     *,
     text: UserText = None,
     scores: Collection[str] | None = None,
-    progress: Progress | None = None,
-    offload_streams: Path | None = None,
     work: Work | None = None,
-    team: Team | None = None,
-    exactly: bool = False,
 ) -> Survey:
     """Survey a loaded model, which stays as it is.
 
     Args:
         loaded: the model.
         recipe: objective, calibration and default rule.
+        options: how and where; all processes of their team get the survey.
         text: the user's calibration text, None for the recipe's.
         scores: any of `first_order`, `second_order`, `kfac`, `measured`, `table`; by default the
             first two and what the recipe's rule needs.
-        progress: told of every step.
-        offload_streams: folder for memory-mapped streams.
         work: where surveyed blocks are kept and found again.
-        team: the processes that share the work; all of them get the survey.
-        exactly: whether the user asked for the recipe's window length.
 
     Raises:
         InputError: an unknown score.
@@ -67,17 +59,8 @@ def survey_model(
     unknown = sorted(wanted - set(SCORES))
     if unknown:
         raise InputError(f"unknown score {unknown[0]!r}; a survey can hold {', '.join(SCORES)}")
-    job = open_job(
-        loaded,
-        recipe,
-        text=text,
-        progress=progress,
-        offload_streams=offload_streams,
-        work=work,
-        brought={"scores": sorted(wanted)},
-        team=team,
-        exactly=exactly,
-    )
+    brought = {"scores": sorted(wanted)}
+    job = open_job(loaded, recipe, options, text=text, work=work, brought=brought)
     key = survey_key(loaded, job.recipe, job.windows)
     made = make_survey(job, scores=wanted)
     return replace(
@@ -95,7 +78,6 @@ def cut_survey(
     keep: float | None = None,
     size: int | None = None,
     score: str | None = None,
-    progress: Progress | None = None,
 ) -> Outcome:
     """Cut a surveyed model to a size by the survey's rule, without text or decompositions.
 
@@ -116,30 +98,30 @@ def cut_survey(
         refine=[],
         learn=None,
     )
-    return run_recipe(loaded, recipe, plan=plan, survey=survey, progress=progress)
+    return run_recipe(loaded, recipe, RunOptions(measure=False), plan=plan, survey=survey)
 
 
 def resize_survey(
     surveyed: Survey,
+    options: RunOptions = RunOptions(),
     *,
     keep: float | None,
     size: str | int | None,
     base: str | Path | nn.Module | None = None,
     score: str | None = None,
-    **options: Any,
 ) -> Outcome:
     """A surveyed model at one size: the survey's decompositions in the base model's place.
 
     Args:
         surveyed: with the name of its model.
+        options: how the model is loaded.
         keep: fraction of the target bytes.
         size: instead of keep, of the whole checkpoint.
         base: the model, where it does not lie under that name.
         score: that ranks components, in place of the recipe's rule.
-        options: of `load_model`.
     """
     return cut_survey(
-        load_model(surveyed.model_name if base is None else base, whole=True, **options),
+        load_model(surveyed.model_name if base is None else base, options, whole=True),
         surveyed,
         keep=keep,
         size=None if size is None else parse_size(size),

@@ -76,7 +76,7 @@ def record_teacher(job: Job, step: DistillRefinement) -> Teacher:
     train = torch.ones(len(windows), dtype=torch.bool)
     train[held] = False
     replay = recorded(job, windows.ids)
-    hidden = replay.stream.duplicate(job.offload_streams)
+    hidden = replay.stream.duplicate(job.options.streams)
     for block in job.anatomy.blocks:
         replay.advance(block.index, hidden, job.batch, job.device)
     return Teacher(replay, hidden, train.nonzero().flatten(), held, len(windows))

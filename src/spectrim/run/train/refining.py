@@ -55,7 +55,7 @@ def _looked_ahead(
     ahead = job.anatomy.blocks[block.index + 1 : block.index + 1 + step.look_ahead]
     if not ahead:
         return (), targets
-    beyond = Stream.empty(*targets.shape, targets.dtype, job.offload_streams)
+    beyond = Stream.empty(*targets.shape, targets.dtype, job.options.streams)
     for rows in targets.batches(job.batch):
         hidden = targets.read(rows, job.device)
         for following in ahead:
@@ -130,7 +130,7 @@ def _refine(
                 pool=pool,
             )
     except NonFiniteError as error:
-        if job.on_failure != "keep-unrefined":
+        if job.options.on_failure != "keep-unrefined":
             raise
         job.progress.finish(stage)
         job.log.notes.append(f"{error} The unrefined block was kept, as asked.")

@@ -53,7 +53,7 @@ def carry_out(job: Job, steps: list[Step]) -> None:
             with job.log.timed(name):
                 act()
         except NonFiniteError as error:
-            if job.on_failure != "keep-unrefined":
+            if job.options.on_failure != "keep-unrefined":
                 raise
             job.log.notes.append(f"{error} The network was kept as it was, as asked.")
         job.progress.finish(name)
