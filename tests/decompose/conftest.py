@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from spectrim.decompose import Decomposition, decompose
+from spectrim.decompose import decompose
+from spectrim.decompose.decomposition import Decomposition
 from spectrim.moments.moments import Moments, OutputMoments
 
 

@@ -26,7 +26,8 @@ def test_registry_holds_the_objectives_of_the_recipe():
 
     for objective, spec in OBJECTIVES.items():
         fields = Decompose(objective=objective).model_dump()
-        assert set(spec.accepted(fields)) <= set(fields)
+        for name, option in spec.options.items():
+            assert option.default == fields.get(name, option.default), (objective, name)
     assert OBJECTIVES["kfac"].accepted({"shrink_out": 0.1, "alpha": 1}) == {"shrink_out": 0.1}
 
 
@@ -122,3 +123,13 @@ def test_moments_and_low_precision_weights_are_left_alone(make):
     assert torch.equal(W, kept)
     for field, value in before.items():
         assert torch.equal(getattr(moments, field), value)
+
+
+def test_an_option_of_an_objective_alone_is_read_from_its_function():
+    from spectrim.recipe import Decompose
+
+    chosen = Decompose(objective="fisher", side="out")
+    assert OBJECTIVES["fisher"].accepted(chosen.model_dump()) == {"side": "out"}
+    for wrong in ({"objective": "fisher", "side": "up"}, {"objective": "plain", "side": "in"}):
+        with pytest.raises(ValueError):
+            Decompose(**wrong)

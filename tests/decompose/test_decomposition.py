@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from spectrim.decompose import Decomposition
+from spectrim.decompose.decomposition import Decomposition
 
 
 def record(r, energy, total, **more):

@@ -1,29 +1,84 @@
-"""All allocation rules by name, and one call that gives each the options it understands."""
+"""All allocation rules by name: what each reads of a survey; its options are its function's.
+
+A new rule is one file with one function, and one row here; a program adds a row for its own.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
-from spectrim.allocate.curve import Curve, Score
+from spectrim.allocate.curve import Curve
 from spectrim.allocate.knapsack import knapsack
 from spectrim.allocate.ladder import Limits
 from spectrim.allocate.loss_ratio import loss_ratio
 from spectrim.allocate.plan import Plan
-from spectrim.allocate.sensitivity import Table, predicted_table, sensitivity
+from spectrim.allocate.sensitivity import TABLE, sensitivity
 from spectrim.allocate.uniform import uniform
 from spectrim.allocate.zero_sum import zero_sum
 from spectrim.errors import InputError
 
-__all__ = ["RULES", "allocate"]
+__all__ = ["NATS", "RULES", "Rule", "allocate", "known_rule"]
 
-RULES: dict[str, Callable[..., Plan]] = {
-    "uniform": uniform,
-    "loss_ratio": loss_ratio,
-    "sensitivity": sensitivity,
-    "zero_sum": zero_sum,
-    "knapsack": knapsack,
+NATS = "nats per token"
+"""Unit of predicted losses that can be held against measured ones."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule.
+
+    Attributes:
+        function: called as `rule(curves, keep=..., limits=..., **its own options)`.
+        surveys: whether it needs spectra; shapes are enough otherwise.
+        reads: of a recipe's score, the one that a survey must hold for the rule.
+        minimises: whether the losses of its plans are those that this score predicts.
+        weighs_forms: whether it chooses among storages and number formats by their losses.
+    """
+
+    function: Callable[..., Plan]
+    surveys: bool = True
+    reads: Callable[[str], str] = lambda score: "energy"
+    minimises: bool = False
+    weighs_forms: bool = False
+
+    @cached_property
+    def options(self) -> frozenset[str]:
+        """Names of its own options: words of recipes, and what a survey knows."""
+        return frozenset(inspect.signature(self.function).parameters) - {"curves", "keep", "limits"}
+
+    def scores(self, score: str) -> frozenset[str]:
+        """What a survey must hold besides spectra; `table` for measured sensitivities."""
+        return frozenset({self.reads(score)}) - {"energy"}
+
+    def unit(self, score: str) -> str:
+        """What the predicted losses of its plans are counted in."""
+        in_nats = self.minimises and self.scores(score)
+        return NATS if in_nats else "relative squared errors, summed over targets"
+
+
+RULES: dict[str, Rule] = {
+    "uniform": Rule(uniform, surveys=False),
+    "loss_ratio": Rule(loss_ratio),
+    "sensitivity": Rule(sensitivity, reads=lambda score: TABLE if score == "measured" else score),
+    "zero_sum": Rule(zero_sum, reads=lambda score: "first_order", minimises=True),
+    "knapsack": Rule(knapsack, reads=lambda score: score, minimises=True, weighs_forms=True),
 }
-"""Every rule is called as `rule(curves, keep=..., limits=..., **its own options)`."""
+"""The rules of `Recipe.allocate.rule`."""
+
+
+def known_rule(name: str) -> str:
+    """The name itself, if there is such a rule.
+
+    Raises:
+        ValueError: there is none; quotes what is known.
+    """
+    if name not in RULES:
+        raise ValueError(f"{name!r} is unknown; expected one of {', '.join(map(repr, RULES))}")
+    return name
 
 
 def allocate(
@@ -32,36 +87,23 @@ def allocate(
     *,
     keep: float,
     limits: Limits | None = None,
-    score: Score = "energy",
-    fill: bool = True,
-    faithful: bool = False,
-    table: Table | None = None,
-    scale: Mapping[str, float] | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """A plan by the rule of that name, from the options that recipes have.
+    """A plan by the rule of that name.
 
     Args:
         curves: the targets, in execution order; `uniform` needs no spectra.
         rule: a key of `RULES`.
         keep: fraction of the dense target bytes to keep.
         limits: storage, number format, least rank, rank multiple, dtype bytes.
-        score: for knapsack, and for sensitivity without a table.
-        fill: for uniform, loss_ratio and sensitivity.
-        faithful: for zero_sum.
-        scale: for knapsack, what predicted losses of cutting and rounding are worth.
-        table: measured sensitivities; without them they are predicted from the score.
+        options: those of a recipe and what a survey knows; the rule takes its own.
 
     Raises:
         InputError: for an unknown rule, or curves without what the rule needs.
         BudgetError: for a keep that the limits do not allow.
     """
-    if rule in ("uniform", "loss_ratio"):
-        return RULES[rule](curves, keep=keep, limits=limits, fill=fill)
-    if rule == "zero_sum":
-        return zero_sum(curves, keep=keep, limits=limits, faithful=faithful)
-    if rule == "knapsack":
-        return knapsack(curves, keep=keep, limits=limits, score=score, scale=scale)
-    if rule == "sensitivity":
-        found = table or predicted_table(curves, score=score, limits=limits)
-        return sensitivity(curves, keep=keep, table=found, limits=limits, fill=fill)
-    raise InputError(f"unknown allocation rule {rule!r}, expected one of {', '.join(RULES)}")
+    if rule not in RULES:
+        raise InputError(f"unknown allocation rule {rule!r}, expected one of {', '.join(RULES)}")
+    chosen = RULES[rule]
+    own = {name: value for name, value in (options or {}).items() if name in chosen.options}
+    return chosen.function(curves, keep=keep, limits=limits, **own)

@@ -31,7 +31,10 @@ from spectrim.allocate.ladder import (
 from spectrim.allocate.plan import Plan
 from spectrim.errors import BudgetError, InputError, NonFiniteError
 
-__all__ = ["CANDIDATES", "Table", "predicted_table", "sensitivity"]
+__all__ = ["CANDIDATES", "TABLE", "Table", "predicted_table", "sensitivity"]
+
+TABLE = "table"
+"""Stands beside the scores for ASVD's measured sensitivities."""
 
 CANDIDATES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """The keeps that ASVD tries for every target."""
@@ -62,7 +65,8 @@ def sensitivity(
     curves: Sequence[Curve],
     *,
     keep: float,
-    table: Table,
+    table: Table | None = None,
+    score: Score = "energy",
     limits: Limits | None = None,
     fill: bool = True,
 ) -> Plan:
@@ -73,17 +77,26 @@ def sensitivity(
         keep: fraction of the dense target bytes to keep.
         table: sensitivity of every target at every candidate; candidates below a target's
             least rank count as that rank.
+        score: predicts the table where there is none; `measured` predicts nothing.
         limits: what the plan may contain.
         fill: spend what the coarse candidates leave over, most sensitive targets first; False
             is the published rule.
 
     Raises:
         BudgetError: if all targets at their smallest candidate are still over the budget.
-        InputError: if the table names an unknown target or has no entry for any.
+        InputError: if the table names an unknown target, has no entry for any, or is missing
+            where it was to be measured.
         NonFiniteError: if a sensitivity is NaN (infinite ones are the most sensitive).
     """
     ladders = ladders_for(curves, limits or Limits())
     budget = budget_for(ladders, keep)
+    if score != "measured" and table is None:
+        table = predicted_table(curves, score=score, limits=limits)
+    if table is None:
+        raise InputError(
+            "the survey holds no measured sensitivities; survey with the recipe asvd, or predict "
+            "them from spectra with score energy"
+        )
     targets, levels, losses = _sorted_entries(ladders, table)
     start = np.array([x.top for x in ladders], dtype=np.int64)
 

@@ -53,6 +53,9 @@ __all__ = ["KEYS", "Key", "Selection", "select", "zero_sum"]
 
 Key = Literal["zero_sum", "magnitude", "negative", "sigma"]
 
+STABLE_SIGNS = 0.75
+"""Least share of agreeing signs at which they are believed; noise gives a half."""
+
 KEYS: tuple[Key, ...] = ("zero_sum", "magnitude", "negative", "sigma")
 """Selection rules: cancel the sum, smallest |dL|, most negative dL, smallest singular value."""
 
@@ -84,8 +87,12 @@ def zero_sum(
     faithful: bool = False,
     key: Key = "zero_sum",
     ordered: bool = True,
+    sign_stability: float | None = None,
 ) -> Plan:
     """Rank of every target after the selection; see the module.
+
+    Balancing a sum whose terms have random signs only forces large components out; the least
+    `|dL|` first is then the better half of the rule.
 
     Args:
         curves: the targets with signed `score` (for the key `sigma`: with `energy`).
@@ -95,12 +102,21 @@ def zero_sum(
         key: selection rule.
         ordered: drop a target's components from the tail only. Without it the plan has the
             number of survivors and `select` says which they are.
+        sign_stability: share of components whose sign is the same on both halves of the
+            gradient windows; below `STABLE_SIGNS` signs play no part, unless `faithful`.
 
     Raises:
         BudgetError: if the keep is below what the limits allow.
         InputError: if a curve lacks the scores.
     """
     ladders = ladders_for(curves, limits or Limits())
+    notes = []
+    if not faithful and sign_stability is not None and sign_stability < STABLE_SIGNS:
+        key = "magnitude"
+        notes.append(
+            f"signs agree between the halves of the gradient windows for {sign_stability:.0%} of "
+            "the components only, so the smallest |dL| goes first whatever its sign"
+        )
     selection = _select(ladders, keep, faithful, key, ordered)
     survivors = zip(ladders, selection.kept, strict=True)
     levels = np.array([x.levels_by_rank()[k.size] for x, k in survivors], dtype=np.int64)
@@ -109,7 +125,8 @@ def zero_sum(
         levels = spend(ladders, levels, budget_for(ladders, keep), recent)
     known = ordered and all(c.score is not None for c in curves)
     losses = [_signed_losses(c) for c in curves] if known else None
-    notes = [f"{len(selection.reverted)} targets went back to dense"] if selection.reverted else []
+    if selection.reverted:
+        notes.insert(0, f"{len(selection.reverted)} targets went back to dense")
     return plan_from_levels(ladders, levels, keep=keep, rule="zero_sum", losses=losses, notes=notes)
 
 

@@ -29,21 +29,15 @@ from spectrim.run.options import RunOptions
 from spectrim.run.out_of_core import check_out_of_core, check_survey_out_of_core
 from spectrim.run.places import places
 from spectrim.run.predicting import estimate
+from spectrim.run.reading_words import ElasticWords, ResizeWords
 from spectrim.run.resolving import check_brought, check_size, resolve_recipe
 from spectrim.run.sources import sources_of
 from spectrim.run.store.saving import save_outcome
 from spectrim.run.survey.replanning import bring_plan
 from spectrim.run.survey.surveying import resize_survey, survey_model
 from spectrim.run.texts import own_text
-from spectrim.run.words import (
-    CompressWords,
-    ElasticWords,
-    RecipeWords,
-    ResizeWords,
-    SurveyWords,
-    among,
-    takes,
-)
+from spectrim.run.word import among, takes
+from spectrim.run.words import CompressWords, RecipeWords, SurveyWords
 from spectrim.shortage import tells_of_shortage
 from spectrim.storage.atomic import check_output
 from spectrim.storage.survey_file import is_survey, load_survey, save_survey
@@ -235,9 +229,3 @@ def resize(artifact: str | Path, **words: Unpack[ResizeWords]) -> Result:
         save_outcome(result, output, overwrite=asked["overwrite"])
         result.output = Path(output)
     return result
-<<<<<<< HEAD
-
-
-survey_of = survey  # the function, where an argument has its name
-=======
->>>>>>> 48ad1f1 (One record of run options from the interface to the passes, and every word declared once)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from spectrim.recipe import Calibration, Recipe
 from spectrim.recipes import DEFAULT_RECIPE, get_recipe
 from spectrim.run.adapting import Adapter, make_adapter
 from spectrim.run.healing import Healed, Healing, heal_model
-from spectrim.run.job import Progress
 from spectrim.run.loading import load_model
+from spectrim.run.options import RunOptions
 from spectrim.run.places import places
+from spectrim.run.progress import Progress, Silent
 from spectrim.run.resolving import check_brought, resolve_recipe
 from spectrim.run.sources import sources_of
 from spectrim.run.store.saving import save_healed
@@ -100,22 +102,26 @@ def adapter(
     recipe = resolve_recipe(recipe, text=text, **asked)
     given = own_text(text)
     read = sources_of(model=[base, model], text=text)
-    with places(output, overwrite=overwrite, resume=False, sources=read):
-        options: dict[str, Any] = {
-            "device": device,
-            "dtype": dtype,
-            "trust_remote_code": trust_remote_code,
-        }
-        of = load_model(base, **options)
-        to = load_model(model, tokenizer=tokenizer, **options)
+    options = RunOptions(
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        overwrite=overwrite,
+        resume=False,
+        progress=progress or Silent(),
+        exactly=window_length is not None,
+    )
+    with places(output, options, sources=read):
+        of = load_model(base, options)
+        to = load_model(model, replace(options, tokenizer=tokenizer))
         made = make_adapter(
             of,
             to,
             recipe,
+            options,
             rank=rank,
             text=given,
             allow_differences=allow_differences,
-            progress=progress,
         )
         if output is not None:
             save_adapter(
@@ -204,21 +210,24 @@ def heal(
         window_length=window_length or LENGTH,
     )
     read = sources_of(result=artifact, model=teacher or (), text=text)
-    with places(output, overwrite=overwrite, resume=False, sources=read):
-        options: dict[str, Any] = {
-            "device": device,
-            "dtype": dtype,
-            "trust_remote_code": trust_remote_code,
-        }
-        loaded = load_model(artifact, **options)
+    options = RunOptions(
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        overwrite=overwrite,
+        resume=False,
+        progress=progress or Silent(),
+        exactly=window_length is not None,
+    )
+    with places(output, options, sources=read):
+        loaded = load_model(artifact, options)
         healed = heal_model(
             loaded,
             calibration,
             healing,
+            options,
             text=given,
-            teacher=None if teacher is None else load_model(teacher, **options),
-            exactly=window_length is not None,
-            progress=progress,
+            teacher=None if teacher is None else load_model(teacher, options),
         )
         if output is not None:
             save_healed(healed, artifact, output, overwrite=overwrite)

@@ -18,7 +18,8 @@ from spectrim.errors import BudgetError, InputError
 from spectrim.recipe import Recipe
 from spectrim.run.resolving import resolve_recipe
 from spectrim.run.survey.by_cost import energy_plan, loss_plan, predicted_nats
-from spectrim.run.words import RecipeWords, SavingWords, among
+from spectrim.run.word import among
+from spectrim.run.words import RecipeWords, SavingWords
 from spectrim.storage.survey_file import load_survey
 from spectrim.storage.survey_record import Survey
 

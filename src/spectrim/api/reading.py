@@ -9,8 +9,9 @@ from torch import nn
 
 from spectrim.allocate.plan import Plan
 from spectrim.measure.evaluating import evaluate_models
+from spectrim.run.reading_words import EvaluateWords
 from spectrim.run.survey.replanning import replan
-from spectrim.run.words import EvaluateWords, takes
+from spectrim.run.word import takes
 from spectrim.shortage import tells_of_shortage
 from spectrim.storage.survey_record import Survey
 

@@ -10,7 +10,7 @@ from spectrim.cli import options
 from spectrim.cli.study import as_length
 from spectrim.cli.words import takes
 from spectrim.errors import InputError
-from spectrim.run.words import EvaluateWords
+from spectrim.run.reading_words import EvaluateWords
 
 __all__ = ["evaluate"]
 

@@ -11,7 +11,9 @@ import typer
 from typer.core import TyperCommand
 
 from spectrim.cli.options import check_keep, check_size
-from spectrim.run.words import CALIBRATION, MAKE, MEASURE, OUTPUT, WHERE, WORDS, Word, declared
+from spectrim.run.reading_words import StudyWords
+from spectrim.run.word import CALIBRATION, MAKE, MEASURE, OUTPUT, WHERE, Word, declared
+from spectrim.run.words import WORDS
 
 __all__ = ["CALIBRATING", "MEASURING", "GroupedCommand", "takes"]
 
@@ -40,10 +42,10 @@ def takes(*names: str, of: type | None = None) -> Callable[[Command], Command]:
     """A command whose `**words` are the options of these names; those not given are None.
 
     Args:
-        names: of `WORDS`.
+        names: of `WORDS` and `StudyWords`.
         of: the function whose words they are, where it has a meaning of its own for them.
     """
-    words = WORDS if of is None else declared(of)
+    words = WORDS | declared(StudyWords) if of is None else declared(of)
 
     def wrap(function: Command) -> Command:
         signature = inspect.signature(function, eval_str=True)

@@ -1,7 +1,5 @@
 """Ordered components `W ≈ B A`: per objective one decomposition, the best answer at each rank."""
 
-from spectrim.decompose.balance import balanced
-from spectrim.decompose.decomposition import Decomposition
-from spectrim.decompose.registry import OBJECTIVES, ObjectiveSpec, decompose
+from spectrim.decompose.registry import OBJECTIVES, Objective, decompose, known_objective
 
-__all__ = ["OBJECTIVES", "Decomposition", "ObjectiveSpec", "balanced", "decompose"]
+__all__ = ["OBJECTIVES", "Objective", "decompose", "known_objective"]

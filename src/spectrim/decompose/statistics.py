@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import Tensor
 
 from spectrim.errors import InputError
 from spectrim.linalg.psd import finite, symmetrized
 from spectrim.moments.moments import Moments, OutputMoments
 
-__all__ = ["Statistic", "statistic", "tokens_of", "weight"]
-
-Statistic = Literal["C", "shifted", "cross", "absolute", "G", "fisher"]
-"""What an objective can need: fields of `Moments`, or of `OutputMoments` (`G`, `fisher`)."""
+__all__ = ["statistic", "tokens_of", "weight"]
 
 _SYMMETRIC = frozenset({"C", "shifted", "G"})
 

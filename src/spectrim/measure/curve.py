@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from spectrim.allocate.rules import RULES
 from spectrim.errors import BudgetError, InputError
 from spectrim.evaluate.curve import CurvePoint, is_dense_format
 from spectrim.measure.measuring import Measured, PointStore, Reference, Size
@@ -160,7 +161,7 @@ def _sizeless(recipe: Recipe) -> Recipe:
 
 def _survey(loaded: LoadedModel, recipe: Recipe, text: UserText) -> Survey | None:
     """One survey for all sizes, where the recipe's flow can use it."""
-    if recipe.flow != "one-shot" and recipe.allocate.rule == "uniform":
+    if recipe.flow != "one-shot" and not RULES[recipe.allocate.rule].surveys:
         return None
     if recipe.flow == "learned":
         return None

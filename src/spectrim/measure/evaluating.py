@@ -31,8 +31,9 @@ from spectrim.evaluate.perplexity import Perplexity, perplexity
 from spectrim.evaluate.zero_shot import ZeroShot, task_difference, zero_shot
 from spectrim.run.loading import LoadedModel, load_model
 from spectrim.run.options import RunOptions
+from spectrim.run.reading_words import EvaluateWords
 from spectrim.run.texts import SHORTEST, UserText, own_text
-from spectrim.run.words import EvaluateWords, takes
+from spectrim.run.word import takes
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -12,8 +12,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
+from spectrim.allocate.curve import Score
+from spectrim.allocate.rules import RULES, known_rule
+from spectrim.decompose import OBJECTIVES, known_objective
 from spectrim.errors import RecipeError
 from spectrim.formats import known_weights
 from spectrim.layers.layout import known_kind
@@ -63,15 +73,15 @@ class Calibration(Section):
     )
 
 
-Objective = Literal[
-    "plain", "fisher", "activation", "whitened", "shifted", "anchored", "kfac", "anchored_kfac"
-]
-
-
 class Decompose(Section):
-    """The objective whose best rank-k answer the components are ordered for."""
+    """The objective whose best rank-k answer the components are ordered for.
 
-    objective: Objective = "whitened"
+    Further options are those that the objective's function takes.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    objective: Annotated[str, AfterValidator(known_objective)] = "whitened"
     alpha: float = Field(default=0.5, ge=0, le=2, description="activation: exponent of mean |x|")
     blend: float = Field(
         default=1.0, ge=0, le=1, description="anchored: 1 is anchored (AA-SVD), 0 is shift-aware"
@@ -87,12 +97,25 @@ class Decompose(Section):
         description="kfac: token gradients are clipped to this multiple of the mean norm",
     )
 
+    @model_validator(mode="after")
+    def _own_options(self) -> Decompose:
+        extra = self.__pydantic_extra__ or {}
+        options = OBJECTIVES[self.objective].options if extra else {}
+        for name, value in extra.items():
+            if name not in options:
+                raise ValueError(
+                    f"{name!r} is no option of the objective {self.objective!r}, which takes "
+                    f"{', '.join(options) or 'none'}"
+                )
+            TypeAdapter(options[name].annotation).validate_python(value)
+        return self
+
 
 class Allocation(Section):
     """How the budget is shared among the targets."""
 
-    rule: Literal["uniform", "loss_ratio", "sensitivity", "zero_sum", "knapsack"] = "uniform"
-    score: Literal["energy", "first_order", "second_order", "measured", "kfac"] = "energy"
+    rule: Annotated[str, AfterValidator(known_rule)] = "uniform"
+    score: Score = "energy"
     floor: float = Field(default=0.0, ge=0, lt=1, description="least rank as a share of break-even")
     multiple: int = Field(default=1, ge=1, description="ranks are multiples of this")
     fill: bool = Field(
@@ -237,6 +260,12 @@ class Recipe(Section):
     storage: StorageChoice = StorageChoice()
     refine: tuple[Refinement, ...] = ()
     learn: Learning | None = None
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether its components or its ranks depend on text."""
+        objective, rule = OBJECTIVES[self.decompose.objective], RULES[self.allocate.rule]
+        return bool(objective.needs) or rule.surveys
 
     def hash(self) -> str:
         """SHA-256 of everything that influences the result; prose and order of keys do not."""

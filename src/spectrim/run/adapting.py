@@ -26,9 +26,10 @@ from spectrim.model.anatomy import Anatomy
 from spectrim.model.weights import get_module, is_transposed, read_weight, write_weight
 from spectrim.recipe import Recipe
 from spectrim.run.cut.cutting import decompose_target
-from spectrim.run.job import Job, Progress
+from spectrim.run.job import Job
 from spectrim.run.loading import LoadedModel
 from spectrim.run.opening import open_job
+from spectrim.run.options import RunOptions
 from spectrim.run.quality import measure_before
 from spectrim.run.survey.survey import moments_by_block
 from spectrim.run.texts import UserText
@@ -60,11 +61,11 @@ def make_adapter(
     base: LoadedModel,
     model: LoadedModel,
     recipe: Recipe,
+    options: RunOptions = RunOptions(),
     *,
     rank: int,
     text: UserText = None,
     allow_differences: bool = False,
-    progress: Progress | None = None,
 ) -> Adapter:
     """What has to be added to `base` to come as close to `model` as rank r allows.
 
@@ -74,10 +75,10 @@ def make_adapter(
         base: the model that the adapter is for.
         model: the model to reach, which gives the moments.
         recipe: objective and calibration.
+        options: how and where.
         rank: r, the same for every target.
         text: the user's calibration text, None for the recipe's.
         allow_differences: leave what lies outside the targets as it is in the base.
-        progress: told of every block.
 
     Raises:
         ModelError: two architectures, or nothing differs.
@@ -87,8 +88,8 @@ def make_adapter(
     for one, dtype in ((base, torch.float32), (model, None)):
         _multiply_out(one.model, dtype)
     _check_pair(base, model)
-    needs = frozenset(OBJECTIVES[recipe.decompose.objective].needs)
-    job = open_job(model, recipe, text=text, calibrate=bool(needs), progress=progress)
+    objective = OBJECTIVES[recipe.decompose.objective]
+    job = open_job(model, recipe, options, text=text, calibrate=bool(objective.needs))
     _check_rank(job.anatomy, rank)
     outside = _outside(base, model, job.anatomy)
     if outside and not allow_differences:
@@ -99,7 +100,7 @@ def make_adapter(
         )
     before = measure_before(job, model)
     adapter = Adapter({}, rank, any(_conv(model, t.name) for t in job.anatomy.targets))
-    targets = _extract(job, base.model, adapter, needs & {"C"})
+    targets = _extract(job, base.model, adapter, objective.inputs & {"C"})
     if not adapter.factors:
         raise ModelError(f"no linear layer of {model.name} differs from {base.name}'s")
     adapter.facts = {

@@ -64,7 +64,7 @@ def _needs_windows(recipe: Recipe, survey: Survey | None) -> bool:
         return True
     if survey is not None:
         return False
-    return recipe.decompose.objective != "plain" or recipe.allocate.rule != "uniform"
+    return recipe.reads_text
 
 
 def run_recipe(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from spectrim.allocate.rules import RULES
 from spectrim.decompose import OBJECTIVES
 from spectrim.devices import in_widest, on_host
 from spectrim.moments.symmetric import panel_numbers
@@ -77,7 +78,7 @@ def costs(recipe: Recipe, setting: Setting, sizes: Sizes, room: Room) -> dict[st
         room: how it is made to fit.
     """
     tokens = setting.windows * setting.window_length
-    needs = OBJECTIVES[recipe.decompose.objective].needs
+    objective = OBJECTIVES[recipe.decompose.objective]
     gathers, backward = has_gradients(recipe, planned=False)
     forward = 2.0 * tokens * sizes.blocks * sizes.block
     head = 2.0 * tokens * sizes.vocabulary * sizes.width
@@ -92,26 +93,26 @@ def costs(recipe: Recipe, setting: Setting, sizes: Sizes, room: Room) -> dict[st
     if backward:
         share = 1.0 if gathers else min(1.0, recipe.allocate.gradient_windows / setting.windows)
         products = (FORWARDS[room.backward] + 1) * forward + 2 * head
-        if "G" in needs:
+        if "G" in objective.outputs:
             products += outputs + inputs
         found["gradients"] = Cost(share * products)
     sequential = recipe.flow == "sequential"
-    if recipe.allocate.rule != "uniform":
-        plain = 0.0 if gathers or not needs & {"C", "absolute"} else forward + inputs
+    if RULES[recipe.allocate.rule].surveys:
+        plain = 0.0 if gathers or not objective.original else forward + inputs
         found["survey"] = Cost(plain, (SPECTRUM if sequential else VECTORS) * work)
     if sequential:
         streams = 2 * forward * (RESTARTED if room.restarts else 1)
-        sums = inputs * (1 + (not gathers)) + (crossed if "cross" in needs else 0.0)
+        sums = inputs * (1 + (not gathers)) + (crossed if "cross" in objective.inputs else 0.0)
         found["compress"] = Cost(streams + sums, SOLVED * work)
-    elif recipe.allocate.rule == "uniform":
-        sums = forward + inputs if needs & {"C", "absolute"} else 0.0
+    elif not RULES[recipe.allocate.rule].surveys:
+        sums = forward + inputs if objective.original else 0.0
         found["compress"] = Cost(sums, VECTORS * work)
     if recipe.storage.kind != "factored" or recipe.storage.weights != "native":
         trains = any(
             isinstance(s, (BlockRefinement, DistillRefinement, LoraRefinement))
             for s in recipe.refine
         )
-        again = trains or not (sequential and "shifted" in needs)
+        again = trains or not (sequential and "shifted" in objective.inputs)
         found["store"] = Cost(forward + inputs if again else 0.0, SPECTRUM * work)
     return found
 

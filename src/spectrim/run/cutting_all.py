@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from spectrim.allocate.curve import Curve
 from spectrim.allocate.forms import AUTO
 from spectrim.allocate.plan import Plan
+from spectrim.allocate.rules import RULES
 from spectrim.allocate.yardstick import sentence, yardstick, yardsticks_for
 from spectrim.linalg.exact_rank import exact_rank
 from spectrim.model.weights import get_module, read_weight
@@ -50,10 +51,10 @@ def choose(job: Job, *, plan: Plan | None = None, survey: Survey | None = None) 
         BudgetError: the keep is out of reach, or the plan is for another model.
     """
     recipe = job.recipe
-    if plan is None and survey is None and recipe.allocate.rule != "uniform":
+    if plan is None and survey is None and RULES[recipe.allocate.rule].surveys:
         # A sequential flow makes factors anew: all that it takes from a survey are the ranks.
         # Factors as well where families of forms are compared, or targets cut to see what it costs.
-        probes = recipe.allocate.rule == "knapsack" and recipe.allocate.probe_windows > 0
+        probes = recipe.allocate.probe_windows > 0 and RULES[recipe.allocate.rule].weighs_forms
         wanted = probes or recipe.flow != "sequential" or recipe.storage.weights == AUTO
         survey = make_survey(job, vectors=wanted)
         job.log.notes.extend(survey.notes)
@@ -107,7 +108,7 @@ def _curves(job: Job) -> list[Curve]:
 
 def mixes(job: Job, survey: Survey | None) -> bool:
     """Whether the plan weighs cutting against rounding, with numbers for both."""
-    wanted = job.recipe.storage.weights == AUTO and job.recipe.allocate.rule == "knapsack"
+    wanted = job.recipe.storage.weights == AUTO and RULES[job.recipe.allocate.rule].weighs_forms
     return wanted and survey is not None and all(c.rounding for c in survey.curves)
 
 

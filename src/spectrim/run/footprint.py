@@ -178,7 +178,7 @@ def has_gradients(recipe: Recipe, *, planned: bool) -> tuple[bool, bool]:
         recipe: resolved.
         planned: whether the ranks are given, so that nothing is scored.
     """
-    gathered = bool(OBJECTIVES[recipe.decompose.objective].needs & {"G", "fisher"})
+    gathered = bool(OBJECTIVES[recipe.decompose.objective].outputs)
     scored = not planned and needed_scores(recipe.allocate) & {"first_order", "second_order"}
     return gathered, bool(gathered or scored)
 
@@ -210,7 +210,7 @@ def gradient_phase(recipe: Recipe, setting: Setting, sizes: Sizes, room: Room) -
     }
     if room.backward == "recomputed":
         parts["states"] = tokens * sizes.width * sizes.blocks * working
-    if "G" in OBJECTIVES[recipe.decompose.objective].needs:
+    if "G" in OBJECTIVES[recipe.decompose.objective].outputs:
         by_block = room.backward == "by block"
         held = 8 * _own(sizes, folded=False) if by_block else _folded(setting, sizes)
         parts["gradient moments"] = held
@@ -236,16 +236,16 @@ def _streams(recipe: Recipe) -> int:
     if recipe.flow == "sequential":
         # Original and shifted; what a block is trained towards is a third one.
         return 2 + any(isinstance(s, BlockRefinement) for s in recipe.refine)
-    return 1 if OBJECTIVES[recipe.decompose.objective].needs & {"C", "absolute"} else 0
+    return int(bool(OBJECTIVES[recipe.decompose.objective].original))
 
 
 def cut_phase(recipe: Recipe, setting: Setting, sizes: Sizes, room: Room) -> Phase:
     """Moments and decomposition of a block's targets, beside what other blocks wait for."""
     working = setting.working.itemsize
     objective = recipe.decompose.objective
-    needs = OBJECTIVES[objective].needs
+    gathers = OBJECTIVES[objective]
     tokens = min(room.batch, setting.windows) * setting.window_length
-    if not needs & {"C", "shifted", "cross", "absolute"}:
+    if not gathers.inputs:
         tokens = 0
     family = _FAMILY.get(objective, objective)
     a, b, c = _WORKSPACE.get(family, _WORKSPACE["anchored"])
@@ -254,11 +254,11 @@ def cut_phase(recipe: Recipe, setting: Setting, sizes: Sizes, room: Room) -> Pha
         "decomposition": workspace,
         "activations": tokens * (2 * sizes.width + sizes.widest) * working,
     }
-    matrices = 8 * sum(n * n for n in sizes.inputs) if needs & {"C"} else 0
+    matrices = 8 * sum(n * n for n in sizes.inputs) if "C" in gathers.inputs else 0
     if recipe.flow == "sequential":
         kinds = (
             3
-            if "cross" in needs
+            if "cross" in gathers.inputs
             else 1 + any(isinstance(s, ClosedFormRefinement) for s in recipe.refine)
         )
         matrices = 8 * kinds * max(sizes.inputs) ** 2
@@ -270,6 +270,6 @@ def cut_phase(recipe: Recipe, setting: Setting, sizes: Sizes, room: Room) -> Pha
     elif needed_scores(recipe.allocate):
         parts["components"] = _components(sizes)
     parts["moments"] = matrices
-    if "G" in needs and room.backward != "by block":
+    if "G" in gathers.outputs and room.backward != "by block":
         parts["gradient moments"] = _folded(setting, sizes)
     return Phase(_streams(recipe) * _stream(setting, sizes), parts)

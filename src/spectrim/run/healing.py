@@ -16,9 +16,9 @@ from spectrim.recipe import Calibration
 from spectrim.refine.fitting import FitSettings, hold_out
 from spectrim.refine.lora import LoraTraining, recover, require_peft
 from spectrim.refine.tuning import tune
-from spectrim.run.job import Progress, Silent
 from spectrim.run.loading import LoadedModel
 from spectrim.run.log import RunLog
+from spectrim.run.options import RunOptions
 from spectrim.run.store.storing import cast_parameters
 from spectrim.run.texts import UserText, gather_windows
 from spectrim.storage.folder import REPORT_FILE
@@ -112,11 +112,10 @@ def heal_model(
     loaded: LoadedModel,
     calibration: Calibration,
     healing: Healing,
+    options: RunOptions = RunOptions(),
     *,
     text: UserText = None,
     teacher: LoadedModel | None = None,
-    exactly: bool = False,
-    progress: Progress | None = None,
 ) -> Healed:
     """Train a loaded result in place.
 
@@ -124,10 +123,9 @@ def heal_model(
         loaded: a result of spectrim, by its folder.
         calibration: sources, number and length of windows.
         healing: how to train.
+        options: whether the user asked for the windows' length, and who is told of judgements.
         text: the user's own text, None for the calibration's sources.
         teacher: the original, whose next-token distribution is then the aim instead of the text.
-        exactly: whether the user asked for the windows' length.
-        progress: told of every judgement.
 
     Raises:
         ModelError: nothing compressed, integer weights, or a teacher with another vocabulary.
@@ -138,7 +136,7 @@ def heal_model(
     layers = _trainable(loaded)
     if healing.parts == "lora":
         require_peft()
-    windows = gather_windows(loaded, calibration, text, seed=healing.seed, exactly=exactly)
+    windows = gather_windows(loaded, calibration, text, seed=healing.seed, exactly=options.exactly)
     train, held = hold_out(len(windows), healing.held_out)
     tails = [_tail(loaded, windows.ids), None if teacher is None else _tail(teacher, windows.ids)]
     if teacher is not None and tails[0].vocabulary != tails[1].vocabulary:
@@ -146,7 +144,7 @@ def heal_model(
             f"{teacher.name} has {tails[1].vocabulary} tokens and {loaded.name} "
             f"{tails[0].vocabulary}; only a model of the same vocabulary can teach"
         )
-    log, progress = RunLog(), progress or Silent()
+    log, progress = RunLog(), options.progress
     stages = _stages(layers) if healing.parts == "lora" else [[]]
     progress.start(STAGE, -(-healing.steps // healing.judge_every) * len(stages))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     import torch
 
     from spectrim.distributed.team import Team
-    from spectrim.run.texts import UserText
 
 __all__ = ["RunOptions"]
 
@@ -66,7 +65,7 @@ class RunOptions:
     self_contained: bool = False
     overwrite: bool = False
     measure: bool = True
-    evaluation_text: UserText = None
+    evaluation_text: str | Path | Sequence[str] | torch.Tensor | None = None
     progress: Progress = field(default_factory=Silent)
     team: Team = field(default_factory=_alone)
     exactly: bool = False

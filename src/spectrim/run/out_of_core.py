@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spectrim.allocate.rules import RULES
+from spectrim.allocate.sensitivity import TABLE
 from spectrim.errors import ArtifactError, InputError, ModelError
 from spectrim.model.onload import Onloader, unit_names
 from spectrim.model.weights import check_finite, get_module
 from spectrim.recipe import DistillRefinement, LoraRefinement, ProjectedGradientRefinement, Recipe
-from spectrim.run.survey.planning import TABLE, needed_scores
+from spectrim.run.survey.planning import needed_scores
 from spectrim.storage.conversions import Conversions
 from spectrim.storage.shards import Shards
 
@@ -88,8 +90,7 @@ def _check_text(recipe: Recipe) -> None:
 
 
 def _calibrates(recipe: Recipe) -> bool:
-    plain = recipe.decompose.objective == "plain" and recipe.allocate.rule == "uniform"
-    return recipe.flow != "one-shot" or bool(recipe.refine) or not plain
+    return recipe.flow != "one-shot" or bool(recipe.refine) or recipe.reads_text
 
 
 def _reason(recipe: Recipe, planned: bool) -> str | None:
@@ -101,7 +102,7 @@ def _reason(recipe: Recipe, planned: bool) -> str | None:
         if isinstance(step, ProjectedGradientRefinement) and step.stages > 1:
             return f"the refinement {step.step!r} moves all blocks together (one stage moves none)"
     scores = frozenset() if planned else needed_scores(recipe.allocate)
-    probes = recipe.allocate.probe_windows > 0 and recipe.allocate.rule == "knapsack"
+    probes = recipe.allocate.probe_windows > 0 and RULES[recipe.allocate.rule].weighs_forms
     if scores & {"measured", TABLE} or (probes and not planned):
         return f"the rule {recipe.allocate.rule!r} evaluates the model once for every target"
     return None

@@ -9,7 +9,8 @@ from spectrim.run.estimate import Estimate, estimate_run
 from spectrim.run.learned.predicting import estimate_learning
 from spectrim.run.options import RunOptions
 from spectrim.run.resolving import check_size, resolve_recipe
-from spectrim.run.words import EstimateWords, RecipeWords, among, takes
+from spectrim.run.word import among, takes
+from spectrim.run.words import EstimateWords, RecipeWords
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -87,11 +87,11 @@ class Before:
 
 def passes_over_windows(recipe: Recipe) -> int:
     """Forward passes over all calibration windows that a run makes at least."""
-    needs = OBJECTIVES[recipe.decompose.objective].needs
+    objective = OBJECTIVES[recipe.decompose.objective]
     if recipe.flow == "learned":
         return _TRAINING_PASSES
-    forwards = 2 if recipe.flow == "sequential" else int(bool(needs & {"C", "absolute"}))
-    return forwards + (3 if needs & {"G", "fisher"} else 0)
+    forwards = 2 if recipe.flow == "sequential" else int(bool(objective.original))
+    return forwards + (3 if objective.outputs else 0)
 
 
 def measure_before(job: Job, loaded: LoadedModel, text: UserText = None) -> Before:

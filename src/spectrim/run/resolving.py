@@ -14,7 +14,8 @@ from spectrim.errors import BudgetError, InputError, RecipeError
 from spectrim.recipe import Recipe
 from spectrim.recipes import DEFAULT_RECIPE, EFFORTS, get_recipe
 from spectrim.run.texts import UserText
-from spectrim.run.words import WORDS, RecipeWords, takes
+from spectrim.run.word import takes
+from spectrim.run.words import WORDS, RecipeWords
 from spectrim.storage.survey_record import Survey
 
 if TYPE_CHECKING:

@@ -63,7 +63,7 @@ def cut_one_shot(job: Job, plan: Plan, outputs: Mapping[str, OutputMoments] | No
         plan: rank per target.
         outputs: gradient moments for objectives that need them.
     """
-    needs = frozenset(OBJECTIVES[job.recipe.decompose.objective].needs) & {"C", "absolute"}
+    needs = OBJECTIVES[job.recipe.decompose.objective].original
     stage = "compress"
     job.progress.start(stage, len(job.anatomy.blocks))
     unfinished = not job.keeper.all_finished(CUT, job.anatomy.blocks)

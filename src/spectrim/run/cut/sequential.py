@@ -63,12 +63,7 @@ class _Pass:
         self.closed_step: ClosedFormRefinement | None = _first(job, ClosedFormRefinement)
         # Closed forms do not care how a product is split, gradient steps do.
         self.trains = any(not isinstance(s, ClosedFormRefinement) for s in job.recipe.refine)
-        needs = set(OBJECTIVES[job.recipe.decompose.objective].needs) & {
-            "C",
-            "shifted",
-            "cross",
-            "absolute",
-        }
+        needs: set[str] = set(OBJECTIVES[job.recipe.decompose.objective].inputs)
         if "cross" in needs:
             needs |= {"C", "shifted"}
         if self.closed_step is not None:

@@ -52,8 +52,8 @@ def build_gated(job: Job, *, adapters: Adapters, deviation: bool = False) -> tup
         RecipeError: the objective needs shifted inputs, which a one-pass basis has not.
     """
     choice = job.recipe.decompose
-    needs = frozenset(OBJECTIVES[choice.objective].needs)
-    if needs & {"shifted", "cross"}:
+    objective = OBJECTIVES[choice.objective]
+    if objective.inputs != objective.original:
         raise RecipeError(
             f"recipe {job.recipe.name!r}: gates cannot be put on the objective "
             f"{choice.objective!r}, which changes while the model shrinks; use whitened or plain"
@@ -65,7 +65,7 @@ def build_gated(job: Job, *, adapters: Adapters, deviation: bool = False) -> tup
     with job.log.timed(stage), evaluating(job.model):
         replay = recorded(job, job.ids)
         for block in job.anatomy.blocks:
-            moments = block_moments(job, replay, block, needs & {"C", "absolute"})
+            moments = block_moments(job, replay, block, objective.original)
             for group in block.groups:
                 for target in group.targets:
                     original = get_module(job.model, target.name)

@@ -21,6 +21,7 @@ from torch import nn
 from spectrim.allocate.budget import Shape, layer_bytes
 from spectrim.allocate.forms import AUTO
 from spectrim.allocate.plan import Plan, PlanEntry
+from spectrim.allocate.rules import RULES
 from spectrim.errors import RecipeError
 from spectrim.formats import JOINT
 from spectrim.layers.swap import swap_in
@@ -49,11 +50,12 @@ def check_storage(recipe: Recipe) -> None:
         RecipeError: the flow learns its ranks, and counts them as factored native numbers.
     """
     choice = recipe.storage
-    if choice.weights == AUTO and recipe.allocate.rule != "knapsack":
+    weighing = [name for name, rule in RULES.items() if rule.weighs_forms]
+    if choice.weights == AUTO and recipe.allocate.rule not in weighing:
         raise RecipeError(
-            f"weights auto needs a rule that weighs forms against each other, which only knapsack "
-            f"does; the recipe {recipe.name!r} has {recipe.allocate.rule}. Name a format, for "
-            "example int8, or use the default recipe"
+            "weights auto needs a rule that weighs forms against each other, which only "
+            f"{', '.join(weighing)} does; the recipe {recipe.name!r} has {recipe.allocate.rule}. "
+            "Name a format, for example int8, or use the default recipe"
         )
     if recipe.flow == "learned" and (choice.kind, choice.weights) != ("factored", "native"):
         raise RecipeError(

@@ -49,9 +49,7 @@ def backward_pass(
     """
     stage = "gradients"
     ids = job.ids if windows is None else job.ids[:windows]
-    needs = (
-        frozenset(OBJECTIVES[choice.objective].needs & {"G", "fisher"}) if needs is None else needs
-    )
+    needs = OBJECTIVES[choice.objective].outputs if needs is None else needs
     options = {
         "needs": needs,
         "input_needs": input_needs,
@@ -152,7 +150,7 @@ def output_moments(job: Job) -> Mapping[str, OutputMoments]:
     What a survey has gathered already is used again.
     """
     choice = job.recipe.decompose
-    if not OBJECTIVES[choice.objective].needs & {"G", "fisher"}:
+    if not OBJECTIVES[choice.objective].outputs:
         return {}
     if job.outputs is None:
         with job.log.timed("gradients"):

@@ -20,10 +20,9 @@ from spectrim.allocate.curve import Curve
 from spectrim.allocate.forms import AUTO, Form, dense_forms
 from spectrim.allocate.ladder import Limits, ladders_for, smallest_keep
 from spectrim.allocate.plan import Plan, PlanEntry
-from spectrim.allocate.rules import allocate
-from spectrim.allocate.sensitivity import CANDIDATES, Table
+from spectrim.allocate.rules import RULES, allocate
+from spectrim.allocate.sensitivity import CANDIDATES, TABLE, Table
 from spectrim.allocate.yardstick import YARDSTICKS, yardsticks_for
-from spectrim.allocate.zero_sum import zero_sum
 from spectrim.errors import BudgetError, InputError
 from spectrim.recipe import Allocation, Recipe, validated
 from spectrim.run.survey.pinning import own_storages, plan_around
@@ -33,28 +32,17 @@ if TYPE_CHECKING:
     from spectrim.storage.survey_record import Survey
 
 __all__ = [
-    "NATS",
     "candidate_ranks",
     "check_plan",
     "judged_forms",
     "keep_of_size",
     "largest_rank",
-    "loss_unit",
     "make_plan",
     "needed_scores",
     "plan_from_survey",
     "plan_limits",
     "shape_curves",
 ]
-
-STABLE_SIGNS = 0.75
-"""Least share of agreeing signs at which zero-sum believes them; noise gives a half."""
-
-NATS = "nats per token"
-"""Unit of predicted losses that can be held against measured ones."""
-
-TABLE = "table"
-"""Stands beside the scores for ASVD's measured sensitivities."""
 
 
 def shape_curves(anatomy: Anatomy) -> list[Curve]:
@@ -91,15 +79,9 @@ def judged_forms(
     return YARDSTICKS if keep is None else yardsticks_for(curves, keep, limits.dtype_bytes)
 
 
-def needed_scores(rule: Allocation) -> frozenset[str]:
+def needed_scores(choice: Allocation) -> frozenset[str]:
     """What the survey must hold besides spectra for this rule; `table` for measured sensitivity."""
-    if rule.rule == "zero_sum":
-        return frozenset({"first_order"})
-    if rule.rule == "sensitivity" and rule.score == "measured":
-        return frozenset({TABLE})
-    if rule.rule in ("knapsack", "sensitivity"):
-        return frozenset({rule.score}) - {"energy"}
-    return frozenset()
+    return RULES[choice.rule].scores(choice.score)
 
 
 def largest_rank(shape: Shape, limits: Limits) -> int:
@@ -138,45 +120,36 @@ def make_plan(
         InputError: the survey lacks what the rule needs, or there is none.
         BudgetError: the keep is below what the limits allow.
     """
-    rule = recipe.allocate
-    table: Mapping[tuple[str, float], float] | None = None
+    choice = recipe.allocate
+    rule, table = RULES[choice.rule], None
     if survey is not None:
         # Zero-sum reads the signed scores, which every curve carries; the others take one score.
-        needed = sorted(needed_scores(rule) - {TABLE})
+        needed = sorted(rule.scores(choice.score) - {TABLE})
         curves = survey.curves_for(needed[0] if needed else "energy")  # type: ignore[arg-type]
-        table = survey.table or None
-    elif rule.rule != "uniform":
-        raise InputError(f"the rule {rule.rule!r} needs a survey of the model")
-    if rule.rule == "sensitivity" and rule.score == "measured" and table is None:
-        raise InputError(
-            "the survey holds no measured sensitivities; survey with the recipe asvd, or predict "
-            "them from spectra with score energy"
-        )
+        table = (survey.table or None) if choice.score == "measured" else None
+    elif rule.surveys:
+        raise InputError(f"the rule {choice.rule!r} needs a survey of the model")
     limits = plan_limits(recipe, dtype_bytes)
+    known = {
+        **choice.model_dump(),
+        "scale": scale,
+        "sign_stability": None if survey is None else survey.sign_stability,
+    }
 
     def by_rule(some: Sequence[Curve], keep: float) -> Plan:
-        if rule.rule == "zero_sum" and survey is not None:
-            return _zero_sum(some, keep, limits, faithful=rule.faithful, of=survey)
-        return allocate(
-            some,
-            rule.rule,
-            keep=keep,
-            limits=limits,
-            score=rule.score,
-            fill=rule.fill,
-            scale=scale,
-            table=_of_targets(table, some) if rule.score == "measured" else None,
-        )
+        options = {**known, "table": _of_targets(table, some)}
+        return allocate(some, choice.rule, keep=keep, limits=limits, options=options)
 
     made = plan_around(
         own_storages(curves or [], recipe.targets.own),
         recipe.targets.own,
         keep=recipe.keep,
         limits=limits,
-        score=rule.score if rule.rule == "knapsack" else None,
+        score=choice.score if rule.weighs_forms else None,
         rule=by_rule,
     )
-    return replace(made, unit=None if made.predicted_loss is None else loss_unit(rule))
+    unit = rule.unit(choice.score)
+    return replace(made, unit=None if made.predicted_loss is None else unit)
 
 
 def _of_targets(table: Table | None, curves: Sequence[Curve]) -> Table | None:
@@ -185,39 +158,6 @@ def _of_targets(table: Table | None, curves: Sequence[Curve]) -> Table | None:
         return None
     names = {curve.name for curve in curves}
     return {key: value for key, value in table.items() if key[0] in names}
-
-
-def loss_unit(rule: Allocation) -> str:
-    """What the predicted losses of a rule's plan are counted in."""
-    if rule.rule == "zero_sum" or (rule.rule == "knapsack" and rule.score != "energy"):
-        return NATS
-    return "relative squared errors, summed over targets"
-
-
-def _zero_sum(
-    curves: Sequence[Curve], keep: float, limits: Limits, *, faithful: bool, of: Survey
-) -> Plan:
-    """ZS-SVD's selection, without signs where signs are noise.
-
-    Balancing a sum whose terms have random signs only forces large components out; the least
-    `|dL|` first is then the better half of the rule. `faithful` selects as published.
-    """
-    stability = of.sign_stability
-    unsigned = not faithful and stability is not None and stability < STABLE_SIGNS
-    plan = zero_sum(
-        curves,
-        keep=keep,
-        limits=limits,
-        faithful=faithful,
-        key="magnitude" if unsigned else "zero_sum",
-    )
-    if not unsigned:
-        return plan
-    note = (
-        f"signs agree between the halves of the gradient windows for {stability:.0%} of the "
-        "components only, so the smallest |dL| goes first whatever its sign"
-    )
-    return replace(plan, notes=(*plan.notes, note))
 
 
 def plan_from_survey(

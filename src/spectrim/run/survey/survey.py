@@ -172,7 +172,7 @@ def moments_by_block(
     outputs: Mapping[str, OutputMoments] = {}
     inputs: Mapping[str, Moments] = {}
     replay = None
-    if OBJECTIVES[choice.objective].needs & {"G", "fisher"}:
+    if OBJECTIVES[choice.objective].outputs:
         outputs, inputs = gathered_moments(job, choice, input_needs=input_needs, stage=stage)
         job.outputs = outputs
         job.inputs = inputs if "C" in input_needs else None
@@ -201,7 +201,7 @@ def _decompose_all(
     """Decompose every target, one block's moments at a time."""
     limits = _limits(job)
     shapes = {c.name: c for c in shape_curves(job.anatomy)}
-    needs = frozenset(OBJECTIVES[choice.objective].needs) & {"C", "absolute"}
+    needs: frozenset[str] = OBJECTIVES[choice.objective].original
     if "kfac" in found.wanted:
         needs |= {"C"}
     # Losses of rounding are in nats, which only this objective's energies are.

@@ -9,13 +9,14 @@ from pathlib import Path
 from torch import nn
 
 from spectrim.allocate.budget import parse_size
+from spectrim.allocate.sensitivity import TABLE
 from spectrim.errors import InputError
 from spectrim.recipe import Recipe, validated
 from spectrim.run.compress import Outcome, run_recipe
 from spectrim.run.loading import LoadedModel, load_model
 from spectrim.run.opening import open_job, other_bytes
 from spectrim.run.options import RunOptions
-from spectrim.run.survey.planning import TABLE, needed_scores, plan_from_survey
+from spectrim.run.survey.planning import needed_scores, plan_from_survey
 from spectrim.run.survey.survey import make_survey, surveyed_choice
 from spectrim.run.survey.survey_key import survey_key
 from spectrim.run.texts import UserText
