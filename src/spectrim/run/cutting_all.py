@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from spectrim.allocate.curve import Curve
 from spectrim.allocate.forms import AUTO
 from spectrim.allocate.plan import Plan
-from spectrim.allocate.rules import RULES
+from spectrim.allocate.rules import NATS, RULES
 from spectrim.allocate.yardstick import sentence, yardstick, yardsticks_for
 from spectrim.linalg.exact_rank import exact_rank
 from spectrim.model.weights import get_module, read_weight
@@ -20,7 +20,7 @@ from spectrim.run.job import Job
 from spectrim.run.survey.backward import output_moments
 from spectrim.run.survey.correcting import corrected_survey
 from spectrim.run.survey.families import measured_scale
-from spectrim.run.survey.planning import NATS, check_plan, make_plan, shape_curves
+from spectrim.run.survey.planning import check_plan, make_plan, shape_curves
 from spectrim.run.survey.survey import make_survey, surveyed_choice
 from spectrim.storage.survey_file import held_ranks
 from spectrim.storage.survey_record import Survey
