@@ -24,6 +24,7 @@ CARRYING = (
     *("only", "skip", "multiple", "storage", "weights", *CALIBRATING, "batch", "bos"),
     *("measure", "evaluation_text"),
     *("device", "dtype", "out_of_core", "offload_streams", "on_failure", "trust_remote_code"),
+    "dequantize",
     *("work", "resume", "self_contained", "overwrite"),
 )
 def compress(

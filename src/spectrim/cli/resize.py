@@ -13,7 +13,7 @@ from spectrim.cli.words import takes
 __all__ = ["resize"]
 
 
-@takes("keep", "size", "overwrite")
+@takes("keep", "size", "dequantize", "overwrite")
 def resize(
     artifact: Annotated[
         Path, typer.Argument(metavar="ELASTIC", help="An elastic artifact, e.g. of recipe acip.")

@@ -14,7 +14,7 @@ __all__ = ["survey"]
 
 @takes(
     *("recipe", "only", "skip", *CALIBRATING, "batch", "bos", "device", "dtype", "out_of_core"),
-    *("trust_remote_code", "overwrite"),
+    *("trust_remote_code", "dequantize", "overwrite"),
 )
 def survey(
     model: options.Model,

@@ -20,7 +20,13 @@ from spectrim.storage.json_file import read_json
 from spectrim.storage.table import QUANT_METHOD
 from spectrim.storage.weight_files import checkpoint_files
 
-__all__ = ["check_unquantized", "check_whole", "one_line"]
+__all__ = [
+    "QUANTIZATION_KEYS",
+    "check_unquantized",
+    "check_whole",
+    "one_line",
+    "quantization_of",
+]
 
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 SIDE_FILES = {"quantize_config.json": "GPTQ", "hf_quant_config.json": "ModelOpt"}
@@ -54,7 +60,7 @@ def check_unquantized(name: str, config: Any) -> None:
     Raises:
         ModelError: names the method.
     """
-    stated = _stated_quantization(config)
+    stated = quantization_of(config)
     if stated is None and Path(name).is_dir():
         side = next((f for f in SIDE_FILES if (Path(name) / f).is_file()), None)
         stated = None if side is None else {"quant_method": f"{SIDE_FILES[side]}, {side}"}
@@ -66,11 +72,13 @@ def check_unquantized(name: str, config: Any) -> None:
     bits = stated.get("bits", stated.get("w_bit"))
     raise ModelError(
         f"{name!r} is quantised ({method}{f', {bits} bits' if bits else ''}), and spectrim "
-        "decomposes 16- or 32-bit weights; give the model it was made from"
+        "decomposes 16- or 32-bit weights; give the model it was made from, or restore such "
+        "weights with --dequantize (dequantize=True)"
     )
 
 
-def _stated_quantization(config: Any) -> Mapping[str, Any] | None:
+def quantization_of(config: Any) -> Mapping[str, Any] | None:
+    """What a configuration says of the quantiser of its weights, None if it says nothing."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     for part in (config, text):
         for key in QUANTIZATION_KEYS:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from spectrim.data.windows import longest_window
@@ -21,6 +22,7 @@ from spectrim.run.loading import read_config
 from spectrim.run.memory import goes_out_of_core, total_bytes
 from spectrim.run.options import RunOptions
 from spectrim.run.out_of_core import check_out_of_core, checkpoint_folder
+from spectrim.run.restoring import stored_after
 from spectrim.run.room import choose_room, limit_of, peak_parts, said
 from spectrim.run.working import resolve_device, resolve_dtype, stored_dtype
 from spectrim.storage.admission import admit_folder
@@ -111,12 +113,15 @@ def estimate_run(
         check=partial(check_out_of_core, recipe, planned=given_ranks, own_text=windows is not None),
         kept=True,
     )
-    config = read_config(model, options.trust_remote_code)
-    check_unquantized(model, config)
+    config = read_config(model, options.trust_remote_code, restoring=options.dequantize)
+    if Path(model).is_file():
+        raise InputError(f"{model} is one file; runs are predicted from the headers of safetensors")
+    if not options.dequantize:
+        check_unquantized(model, config)
     folder = checkpoint_folder(model)
     admit_folder(folder)
     place = resolve_device(options.device)
-    stored = stored_dtype(config)
+    stored = stored_after(stored_dtype(config)) if options.dequantize else stored_dtype(config)
     shards = Shards(folder)
     sizes = read_sizes(config, options.trust_remote_code)
     recipe, how = settle(recipe, sizes, place, longest_window(config), windows)

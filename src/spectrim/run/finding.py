@@ -22,11 +22,12 @@ PATIENCE = 5.0
 """Seconds to wait for the hub's machine to answer at all."""
 
 
-def look_up(name: str) -> None:
+def look_up(name: str, *, restoring: bool = False) -> None:
     """Refuse what cannot be a model: a wrong path, an adapter, a file in another format.
 
     Args:
         name: a folder, or a name on the hub.
+        restoring: whether a .gguf file can be one, whose weights are going to be restored.
 
     Raises:
         ModelError: says what is there instead, and what to do.
@@ -35,7 +36,8 @@ def look_up(name: str) -> None:
     if path.is_dir():
         _check_folder(path)
     elif path.is_file():
-        raise ModelError(_what_file(path))
+        if not (restoring and path.suffix == ".gguf"):
+            raise ModelError(_what_file(path))
     elif HUB_NAME.fullmatch(name):
         _check_hub(name)
     else:
@@ -67,7 +69,8 @@ def _what_file(path: Path) -> str:
     if magic == b"GGUF" or path.suffix == ".gguf":
         return (
             f"{path} is a GGUF file, which holds rounded weights for other programs; give the "
-            "folder or hub name of the 16- or 32-bit model it was made from"
+            "folder or hub name of the 16- or 32-bit model it was made from, or restore what the "
+            "file holds with --dequantize (dequantize=True)"
         )
     return f"{path} is a file; give the folder with config.json and the weights"
 

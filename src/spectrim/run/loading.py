@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 
+from spectrim.arguments import refuse_unused
 from spectrim.devices import HOST
 from spectrim.errors import ArtifactError, ModelError
 from spectrim.model.onload import Onloader
@@ -21,36 +21,12 @@ from spectrim.run.admitting import check_unquantized, check_whole, one_line
 from spectrim.run.finding import look_up
 from spectrim.run.options import RunOptions
 from spectrim.run.out_of_core import build_onloaded, checkpoint_folder
+from spectrim.run.restoring import gguf_words, restored, stored_after
+from spectrim.run.tokenizing import BAD_CONFIGURATION, load_tokenizer, refuse_remote_code
 from spectrim.run.working import resolve_device, resolve_dtype, stored_dtype
 from spectrim.storage.admission import admit_folder, needs_remote_code
 
 __all__ = ["LoadedModel", "load_model", "read_config"]
-
-# What transformers raises for a configuration of wrong types, beside what it raises on purpose.
-_BAD_CONFIGURATION = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    IndexError,
-    StrictDataclassError,
-)
-
-_BAD_TOKENIZER = (*_BAD_CONFIGURATION, ImportError, RuntimeError)
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tekken.json",
-)
-"""Any of them says that a checkpoint is meant to have a tokenizer."""
 
 _CIRCUMSTANCES = frozenset({"_name_or_path", "dtype", "torch_dtype", "transformers_version"})
 
@@ -128,6 +104,7 @@ def load_model(
     """
     device, dtype, tokenizer = options.device, options.dtype, options.tokenizer
     if isinstance(model, nn.Module):
+        refuse_unused("a model object is what it is", {"dequantize": options.dequantize})
         stored = next(model.parameters()).dtype
         if str(device) != "auto":
             model.to(resolve_device(device))
@@ -136,21 +113,25 @@ def load_model(
         name = getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
         return LoadedModel(model.eval(), tokenizer, name, stored)
     place, name, trust_remote_code = resolve_device(device), str(model), options.trust_remote_code
-    config = read_config(name, trust_remote_code)
-    stored = stored_dtype(config)
+    restoring = options.dequantize
+    config = read_config(name, trust_remote_code, restoring=restoring)
+    stored = stored_after(stored_dtype(config)) if restoring else stored_dtype(config)
     working = resolve_dtype(dtype, stored, place)
     notes: list[str] = []
-    if whole:
+    if whole and not restoring:
         check_unquantized(name, config)
         folder = checkpoint_folder(name)
         if not Path(name).is_dir():
             admit_folder(folder)
         notes += check_whole(name, folder, config, trust_remote_code=trust_remote_code)
     if tokenizer is None:
-        tokenizer, absent = _load_tokenizer(name, trust_remote_code)
+        tokenizer, absent = load_tokenizer(name, trust_remote_code)
         notes += [absent] if absent and whole else []
     onloader = None
-    if options.out_of_core:
+    if restoring:
+        loaded, told = restored(name, config, working, place, trust_remote_code)
+        notes.insert(0, told)
+    elif options.out_of_core:
         loaded, onloader = _leave_blocks(name, config, working, place, trust_remote_code)
     else:
         loaded = _load_weights(name, working, place, trust_remote_code)
@@ -172,8 +153,13 @@ def _leave_blocks(
     )
 
 
-def read_config(name: str, trust_remote_code: bool) -> Any:
+def read_config(name: str, trust_remote_code: bool, *, restoring: bool = False) -> Any:
     """A checkpoint's configuration; the files of a folder are looked at first.
+
+    Args:
+        name: a folder or hub name; where weights are restored, a .gguf file too.
+        trust_remote_code: run code that comes with the checkpoint.
+        restoring: whether codes of a quantiser become weights again.
 
     Raises:
         ModelError: there is none, or none that transformers can use; gives the whole reason.
@@ -181,14 +167,15 @@ def read_config(name: str, trust_remote_code: bool) -> Any:
     """
     from transformers import AutoConfig
 
-    look_up(name)
+    look_up(name, restoring=restoring)
     local = Path(name).is_dir()
     if local:
         admit_folder(name)
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except _BAD_CONFIGURATION as error:
-        _refuse_remote_code(name, error)
+        words = gguf_words(name) or {"pretrained_model_name_or_path": name}
+        return AutoConfig.from_pretrained(**words, trust_remote_code=trust_remote_code)
+    except BAD_CONFIGURATION as error:
+        refuse_remote_code(name, error)
         found = f"{Path(name) / 'config.json'} cannot be used" if local else f"no model {name!r}"
         raise ModelError(f"{found}: {one_line(error)}") from error
 
@@ -206,10 +193,10 @@ def _load_weights(name: str, dtype: torch.dtype, device: torch.device, trust_rem
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    except (SafetensorError, RuntimeError, *_BAD_CONFIGURATION) as error:
+    except (SafetensorError, RuntimeError, *BAD_CONFIGURATION) as error:
         if _raised_here(error):
             raise
-        _refuse_remote_code(name, error)
+        refuse_remote_code(name, error)
         _name_damaged_file(name, error)
         raise ModelError(
             f"{name!r} cannot be loaded as a causal language model from safetensors: "
@@ -243,15 +230,6 @@ def _has_code(name: str) -> bool:
     return Path(name).is_dir() and needs_remote_code(name)
 
 
-def _refuse_remote_code(name: str, error: BaseException) -> None:
-    """Transformers says "no" to code with a long text; say what to do in one line."""
-    if isinstance(error, ValueError) and "trust_remote_code" in str(error):
-        raise ModelError(
-            f"{name!r} needs Python code that comes with it (auto_map), which could do anything; "
-            "pass --trust-remote-code (trust_remote_code=True) only if you trust its author"
-        ) from error
-
-
 def _name_damaged_file(name: str, error: BaseException) -> None:
     """Safetensors does not name the file; a download lies in a folder that can be looked at."""
     if not isinstance(error, SafetensorError):
@@ -262,40 +240,3 @@ def _name_damaged_file(name: str, error: BaseException) -> None:
     if config is not None:
         admit_folder(Path(config).parent)
     raise ArtifactError(f"a weight file of {name!r} is damaged: {one_line(error)}") from error
-
-
-def _load_tokenizer(name: str, trust_remote_code: bool) -> tuple[Any, str | None]:
-    """The tokenizer, or None and a note where the checkpoint has none.
-
-    Raises:
-        ModelError: its files are there and cannot be used; gives the reason.
-    """
-    from transformers import AutoTokenizer
-
-    if Path(name).is_dir() and not _tokenizer_files(name):
-        return None, "the model has no tokenizer, and neither has the result"
-    try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code), None
-    except Exception as error:
-        _refuse_remote_code(name, error)
-        # The tokenizers package raises bare `Exception` for a damaged file.
-        if type(error) is not Exception and not isinstance(error, _BAD_TOKENIZER):
-            raise
-        present = _tokenizer_files(name)
-        if not present:
-            return None, "the model has no tokenizer, and neither has the result"
-        raise ModelError(
-            f"the tokenizer of {name!r} ({', '.join(present[:3])}) cannot be loaded: "
-            f"{one_line(error)}; install what it needs, mend the file, or pass the tokenizer "
-            "yourself (tokenizer=...)"
-        ) from error
-
-
-def _tokenizer_files(name: str) -> list[str]:
-    """Those that a folder has, or that were downloaded."""
-    from huggingface_hub import try_to_load_from_cache
-
-    if Path(name).is_dir():
-        return [file for file in TOKENIZER_FILES if (Path(name) / file).is_file()]
-    found = {file: try_to_load_from_cache(name, file) for file in TOKENIZER_FILES}
-    return [file for file, path in found.items() if isinstance(path, str)]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from spectrim.arguments import refuse_unused
 from spectrim.devices import free_memory, on_host, whole_memory
 from spectrim.errors import InputError
 from spectrim.run.loading import read_config
@@ -102,6 +103,9 @@ def goes_out_of_core(
         InputError: the user wants what cannot be done; says why.
     """
     wanted, team = options.out_of_core, options.team
+    if options.dequantize:
+        refuse_unused("restored weights are in memory, not out of core", {"out_of_core": wanted})
+        return False
     if wanted is False or (wanted is None and (isinstance(model, nn.Module) or not kept)):
         return False
     if isinstance(model, nn.Module):

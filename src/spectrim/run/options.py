@@ -39,6 +39,7 @@ class RunOptions:
         dtype: to work in; `auto` is fp32 on a CPU.
         tokenizer: for model objects.
         trust_remote_code: run code that comes with the checkpoint.
+        dequantize: restore the weights of a quantised checkpoint.
         out_of_core: leave blocks in the checkpoint; None decides by the memory that is free.
         offload_streams: folder for hidden states; None for memory.
         on_failure: `error`, or `keep-unrefined`.
@@ -57,6 +58,7 @@ class RunOptions:
     dtype: str | torch.dtype = "auto"
     tokenizer: Any = None
     trust_remote_code: bool = False
+    dequantize: bool = False
     out_of_core: bool | None = None
     offload_streams: Path | str | None = None
     on_failure: str = "error"

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from spectrim.run.word import MAKE, MEASURE, OUTPUT, Word
-from spectrim.run.words import LoadWords
+from spectrim.run.words import LoadWords, RestoringWords
 
 if TYPE_CHECKING:
     from torch import nn
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["ElasticWords", "EvaluateWords", "ResizeWords", "StudyWords"]
 
 
-class ElasticWords(LoadWords, total=False):
+class ElasticWords(RestoringWords, total=False):
     """The words of `spectrim.load_elastic`."""
 
     base: Annotated[

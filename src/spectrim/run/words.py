@@ -27,6 +27,7 @@ __all__ = [
     "EstimateWords",
     "LoadWords",
     "RecipeWords",
+    "RestoringWords",
     "SavingWords",
     "SurveyWords",
 ]
@@ -148,7 +149,16 @@ class LoadWords(TypedDict, total=False):
     ]
 
 
-class PlaceWords(LoadWords, total=False):
+class RestoringWords(LoadWords, total=False):
+    """How a model is loaded that may be published in codes."""
+
+    dequantize: Annotated[
+        bool,
+        Word(bool, None, "Restore 16-bit weights from a quantised checkpoint or a .gguf file."),
+    ]
+
+
+class PlaceWords(RestoringWords, total=False):
     """Which recipe, and where it is carried out."""
 
     recipe: Annotated[

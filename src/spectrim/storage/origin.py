@@ -44,6 +44,8 @@ def read_origin(base: str | Path) -> Origin:
     A card without readable front matter carries nothing over; the result's card then says so.
     """
     folder = Path(base)
+    if folder.is_file():
+        return _read(folder.parent, None)
     if not folder.is_dir():
         if not HUB_ID.fullmatch(str(base)):
             return Origin()
