@@ -15,6 +15,7 @@ __all__ = [
     "RANK_CUTOFF_FP64",
     "ROUNDING_DAMPING",
     "SAME_LOGITS",
+    "SCALING",
     "STEP_COUNT",
     "SYMMETRY",
 ]
@@ -52,6 +53,9 @@ piece by piece. Products of other shapes round differently, in half precision by
 
 STEP_COUNT = 1e-9
 """Share by which a span of sizes may miss a whole number of steps and still count it."""
+
+SCALING = 1e-10
+"""Relative change of a row's size at which balancing rows and columns has come to rest."""
 
 SYMMETRY = 1e-4
 """Largest asymmetry, relative to the Frobenius norm, that a moment matrix may show before it is

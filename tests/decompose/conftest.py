@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from priors import alike, mixed
 from spectrim.decompose import decompose
 from spectrim.decompose.decomposition import Decomposition
 from spectrim.moments.moments import Moments, OutputMoments
@@ -67,11 +68,6 @@ def root(C):
     return vectors * values.clamp(min=0).sqrt()
 
 
-def mixed(M, share, sizes):
-    """A moment and the diagonal one in which every channel is worth the mean, of unequal sizes."""
-    return (1 - share) * M + share * (M.diagonal() * sizes).mean() * (1 / sizes).diag()
-
-
 def dense_problem(objective, layer, options):
     """What each objective minimises, written from the data and not from the moments."""
     W, X, Y = layer.W, layer.X, layer.X_shifted
@@ -97,9 +93,9 @@ def dense_problem(objective, layer, options):
         return Problem(eye_out, W @ (b * X + (1 - b) * Y), Y)
     tokens = X.shape[1]
     G = layer.gradients @ layer.gradients.T / tokens
-    C = X @ X.T / tokens
-    G = mixed(G, options.get("shrink_out", 0.3), (W @ C @ W.T).diagonal())
-    C = mixed(C, options.get("shrink_in", 0.0), (W.T @ G @ W).diagonal())
+    rows, columns = alike(W)
+    G = mixed(G, options.get("shrink_out", 0.3), rows)
+    C = mixed(X @ X.T / tokens, options.get("shrink_in", 0.0), columns)
     half = root(C)
     return Problem(root(G).T * 0.5**0.5, W @ half, half)
 

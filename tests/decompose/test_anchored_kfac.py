@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from priors import alike, mixed
 from spectrim.decompose import decompose
 from spectrim.moments.moments import Moments, OutputMoments
 
@@ -28,11 +29,6 @@ def value(W, approximation, x, shifted, G):
     return 0.5 * float((error @ G / TOKENS * error).sum()) / TOKENS
 
 
-def shrunk(G, share, W, C):
-    energies = (W @ C @ W.T).diagonal()
-    return (1 - share) * G + share * ((G.diagonal() * energies).mean() / energies).diag()
-
-
 def run(W, moments, output, **options):
     return decompose("anchored_kfac", W, moments, output, name="t", **options)
 
@@ -41,7 +37,7 @@ def run(W, moments, output, **options):
 def test_predicted_error_is_the_measured_one_at_every_rank(share):
     W, x, shifted, moments, output = data()
     found = run(W, moments, output, shrink_out=share, ridge=0.0)
-    G = shrunk(output.G, share, W, moments.C)
+    G = mixed(output.G, share, alike(W)[0])
     for k in range(1, IN + 1):
         up, down = found.cut(k)
         assert found.error(k) == pytest.approx(value(W, up @ down, x, shifted, G), rel=1e-5)
@@ -49,7 +45,7 @@ def test_predicted_error_is_the_measured_one_at_every_rank(share):
 
 def test_alternating_least_squares_does_not_beat_it():
     W, x, shifted, moments, output = data(1)
-    G, k = shrunk(output.G, 0.1, W, moments.C), 3
+    G, k = mixed(output.G, 0.1, alike(W)[0]), 3
     up, down = run(W, moments, output, shrink_out=0.1, ridge=0.0).cut(k)
     best = value(W, up @ down, x, shifted, G)
     y = x @ W.mT
@@ -69,8 +65,8 @@ def test_alternating_least_squares_does_not_beat_it():
 def test_without_output_weight_it_is_anchored():
     W, _, _, moments, _ = data(2)
     output = OutputMoments(TOKENS, 1, G=torch.eye(OUT, dtype=torch.float64))
-    ours = run(W, moments, output, shrink_out=0.0)
-    theirs = decompose("anchored", W, moments, name="t")
+    ours = run(W, moments, output, shrink_out=0.0, ridge=0.0)
+    theirs = decompose("anchored", W, moments, name="t", ridge=0.0)
     for k in (1, 4, IN):
         torch.testing.assert_close(
             torch.mm(*ours.cut(k)), torch.mm(*theirs.cut(k)), rtol=1e-7, atol=1e-9

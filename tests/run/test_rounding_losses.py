@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from priors import alike
 from spectrim.allocate.forms import Form
 from spectrim.decompose.kfac import kfac, output_root
 from spectrim.layers.layout import layout_of
@@ -34,7 +35,7 @@ def case():
 def seen(case):
     """`G` with the share of its prior that the survey's objective gives it."""
     W, moments, output, _ = case
-    L, _ = output_root(W, moments.C / TOKENS, output, CHOICE.shrink_out, name="t")
+    L, _ = output_root(output, alike(W)[0], CHOICE.shrink_out, name="t")
     return L @ L.mT
 
 

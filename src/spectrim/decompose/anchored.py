@@ -47,6 +47,7 @@ def anchored(
     blend: float = 1.0,
     ridge: float | None = None,
     shrink_in: float = 0.0,
+    sizes: Tensor | None = None,
 ) -> Decomposition:
     """Ordered components against the original outputs, energies summed over calibration tokens.
 
@@ -61,6 +62,7 @@ def anchored(
         blend: share of the original input in the target, 0..1.
         ridge: of the least-squares map, relative; None lets the data choose.
         shrink_in: share of the prior in `C'` where the map is cut.
+        sizes: squared sizes of the weight's columns, (in,); of `W` by default.
 
     Raises:
         InputError: a moment was not collected, or `blend` is outside 0..1.
@@ -71,7 +73,7 @@ def anchored(
         raise InputError(f"{name}: blend {blend} is outside 0..1")
     W = weight(W, name=name)
     held = checked_rank(W, rank, name=name)
-    sizes = W.square().sum(0)
+    sizes = W.square().sum(0) if sizes is None else sizes
     space = column_space(W)  # the map has the same column space
     found = anchored_map(space.core, moments, name=name, blend=blend, ridge=ridge, sizes=sizes)
     C_shifted = statistic(moments, "shifted", W.shape[1], name=name)

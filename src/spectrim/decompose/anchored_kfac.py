@@ -10,6 +10,7 @@ components. Energies are in nats per token, as in `kfac.py`.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ from torch import Tensor
 from spectrim.decompose.anchored import anchored
 from spectrim.decompose.decomposition import Decomposition
 from spectrim.decompose.kfac import output_root
-from spectrim.decompose.statistics import statistic, tokens_of, weight
+from spectrim.decompose.statistics import tokens_of, weight
+from spectrim.linalg.scaling import row_and_column_sizes
 from spectrim.moments.moments import Moments, OutputMoments
 
 __all__ = ["anchored_kfac"]
@@ -54,9 +56,10 @@ def anchored_kfac(
         NotPositiveDefiniteError: `G` or `C'` stays singular under the largest damping.
     """
     W = weight(W, name=name)
-    C = statistic(moments, "C", W.shape[1], name=name)
-    options = {"name": name, "rank": rank, "blend": blend, "ridge": ridge, "shrink_in": shrink_in}
-    root = output_root(W, C, output, shrink_out, name=name)
+    rows, columns = row_and_column_sizes(W)
+    options: dict[str, Any] = {"name": name, "rank": rank, "blend": blend, "ridge": ridge}
+    options |= {"shrink_in": shrink_in, "sizes": columns}
+    root = output_root(output, rows, shrink_out, name=name)
     if root is None:
         # No gradient reaches this target: the inputs alone decide, and nothing is at stake.
         return _scaled(anchored(W, moments, **options), 0.0)

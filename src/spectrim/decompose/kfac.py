@@ -12,9 +12,9 @@ divided by the T tokens, `½ tr(Δᵀ Ḡ Δ C̄)` is the predicted increase of 
 in nats.
 
 Both moments are shrunk toward a diagonal under which all channels are worth the same
-(`linalg.psd.channel_prior`): `G` with the output energies `w_i C w_iᵀ` of the rows of `W`, then
-`C` with the sizes `w_jᵀ G w_j` of its columns. That is the mean diagonal where channels are alike,
-and whatever factors channels are written with cancel. Energies are those of the shrunk moments.
+(`linalg.psd.channel_prior`), `G` with the sizes of the rows of `W` and `C` with those of its
+columns (`linalg.scaling`). That is the mean diagonal where channels are alike, and whatever factors
+channels are written with cancel. Energies are those of the shrunk moments.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from spectrim.decompose.decomposition import Decomposition
 from spectrim.decompose.directions import projected
 from spectrim.decompose.statistics import statistic, tokens_of, weight
 from spectrim.linalg.psd import cholesky_damped, shrunk
+from spectrim.linalg.scaling import row_and_column_sizes
 from spectrim.moments.moments import Moments, OutputMoments
 
 __all__ = ["kfac", "output_root"]
@@ -62,27 +63,25 @@ def kfac(
     """
     W = weight(W, name=name)
     C = statistic(moments, "C", W.shape[1], name=name) / tokens_of(moments)
-    root = output_root(W, C, output, shrink_out, name=name)
+    rows, columns = row_and_column_sizes(W)
+    C = shrunk(C, shrink_in, columns)
+    root = output_root(output, rows, shrink_out, name=name)
     if root is None:
         # No gradient reaches this target: every answer costs nothing, the input decides.
-        seen = shrunk(C, shrink_in, W.square().sum(0))
-        return projected(W, seen, name=name, rank=rank, scale=0.0)
+        return projected(W, C, name=name, rank=rank, scale=0.0)
     L, damping = root
-    V = L.mT @ W
-    C = shrunk(C, shrink_in, V.square().sum(0))
-    inner = projected(V, C, name=name, rank=rank, scale=0.5, damping=damping)
+    inner = projected(L.mT @ W, C, name=name, rank=rank, scale=0.5, damping=damping)
     return replace(inner, up=torch.linalg.solve_triangular(L.mT, inner.up, upper=True))
 
 
 def output_root(
-    W: Tensor, C: Tensor, output: OutputMoments | None, share: float, *, name: str
+    output: OutputMoments | None, sizes: Tensor, share: float, *, name: str
 ) -> tuple[Tensor, float] | None:
     """`L` with `L Lᵀ` the shrunk mean of `G`, and the damping it needed; None without gradients.
 
     Args:
-        W: weight in fp64, (out, in).
-        C: second moment of the inputs, (in, in).
         output: must hold `G`.
+        sizes: of the weight's rows, squared, (out,).
         share: of the prior in `G`.
         name: the target, for messages.
 
@@ -90,8 +89,7 @@ def output_root(
         InputError: `G` was not collected.
         NotPositiveDefiniteError: `G` stays singular under the largest damping.
     """
-    G = statistic(output, "G", W.shape[0], name=name) / tokens_of(output)
+    G = statistic(output, "G", len(sizes), name=name) / tokens_of(output)
     if not G.any():
         return None
-    energies = ((W @ C) * W).sum(1).clamp(min=0)
-    return cholesky_damped(shrunk(G, share, energies), name=name, sizes=energies)
+    return cholesky_damped(shrunk(G, share, sizes), name=name, sizes=sizes)

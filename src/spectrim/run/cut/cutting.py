@@ -14,11 +14,11 @@ from spectrim.decompose.anchored import anchored_map
 from spectrim.decompose.balance import balanced
 from spectrim.decompose.decomposition import Decomposition
 from spectrim.decompose.kfac import output_root
-from spectrim.decompose.statistics import tokens_of
 from spectrim.layers.layout import layout_of
 from spectrim.layers.lowrank import LowRankLinear
 from spectrim.layers.source import Source
 from spectrim.linalg.exact_rank import exact_rank
+from spectrim.linalg.scaling import row_and_column_sizes
 from spectrim.model.anatomy import Target
 from spectrim.model.weights import is_transposed, read_bias, read_weight
 from spectrim.moments.moments import Moments, OutputMoments
@@ -202,8 +202,8 @@ def source_of(
     if moments is not None:
         C = moments.C if moments.shifted is None else moments.shifted
         if C is not None and output is not None and output.G is not None:
-            mean = C / tokens_of(moments)
-            root = output_root(W, mean, output, choice.shrink_out, name=name)
+            rows, _ = row_and_column_sizes(W)
+            root = output_root(output, rows, choice.shrink_out, name=name)
             G = None if root is None else root[0] @ root[0].mT
         if moments.shifted is not None and moments.cross is not None:
             W = anchored_map(W, moments, name=name, blend=choice.blend).V

@@ -46,6 +46,10 @@ from spectrim.run.train.refining import refine
 __all__ = ["cut_sequentially"]
 
 
+RETURNS = 4
+"""Times that freed memory is returned while forwards go from one group to the next. What paused
+forwards keep lies between what was freed; taking pages anew costs a few elementwise products."""
+
 Step = TypeVar("Step", bound=BaseModel)
 
 
@@ -107,12 +111,14 @@ class _Pass:
 def _gather_group(state: _Pass, group: Group, original: Flow, compressed: Flow | None) -> Moments:
     """Advance both streams to the group and sum its moments, over all processes."""
     accumulator = MomentAccumulator(group.targets[0].name, state.needs)
-    for rows in state.batches():
+    batches = state.batches()
+    for done, rows in enumerate(batches, 1):
         x = original.input_of(group.index, rows)
         x_shifted = None if compressed is None else compressed.input_of(group.index, rows)
         accumulator.add(x, x_shifted)
+        if done % -(-len(batches) // RETURNS) == 0:
+            give_back()
     moments = reduced(accumulator.moments(), state.job.team)
-    give_back()
     known = state.seen.get(accumulator.name)
     return moments if known is None else replace(moments, C=known.C)
 

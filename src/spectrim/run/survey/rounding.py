@@ -22,6 +22,7 @@ from spectrim.formats import NumberFormat, formats_of
 from spectrim.formats.number_format import Integers
 from spectrim.linalg.psd import shrunk
 from spectrim.linalg.rounding import Grid, Metric
+from spectrim.linalg.scaling import row_and_column_sizes
 from spectrim.moments.moments import Moments, OutputMoments
 from spectrim.recipe import Decompose
 
@@ -54,11 +55,12 @@ def rounding_losses(
     assert moments.C is not None
     W = W.double()
     C = moments.C / tokens_of(moments)
-    root = output_root(W, C, output, choice.shrink_out, name=name)
+    rows, columns = row_and_column_sizes(W)
+    root = output_root(output, rows, choice.shrink_out, name=name)
     if root is None or not C.any():
         return {}  # nothing is at stake here, and shares of nothing are as good
     L, _ = root
-    C, G = shrunk(C, choice.shrink_in, (L.mT @ W).square().sum(0)), L @ L.mT
+    C, G = shrunk(C, choice.shrink_in, columns), L @ L.mT
     metric = Metric.of(moments.C, name=name)
     forms = [form for form in forms if form.integer]
     whole_forms = [form for form in forms if not form.low_rank]
@@ -70,10 +72,10 @@ def rounding_losses(
         for form, E in ((f, e.float()) for f, e in zip(whole_forms, errors, strict=True))
     }
     pairs = {form.key: formats_of(form.weights, 2) for form in forms if form.low_rank}
-    rows = list({down.name: down for _, down in pairs.values()}.values())
+    formats = list({down.name: down for _, down in pairs.values()}.values())
     downs = {
         row.name: 0.5 * ((E @ C) * E).sum(dim=1)
-        for row, E in zip(rows, _errors(whole.down, rows, metric), strict=True)
+        for row, E in zip(formats, _errors(whole.down, formats, metric), strict=True)
     }
     ups = {up.name: _columns_lost(whole, G, up) for up, _ in pairs.values()}
     for key, (up, down) in pairs.items():
