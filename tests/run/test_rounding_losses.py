@@ -34,7 +34,7 @@ def case():
 
 def seen(case):
     """`G` with the share of its prior that the survey's objective gives it."""
-    W, moments, output, _ = case
+    W, _, output, _ = case
     L, _ = output_root(output, alike(W)[0], CHOICE.shrink_out, name="t")
     return L @ L.mT
 
