@@ -8,6 +8,7 @@ import torch
 
 from architectures import windows
 from jobs import logits, make_job, same_state, uniform_plan
+from priors import alike, mixed
 from spectrim.allocate.budget import Shape, break_even
 from spectrim.allocate.curve import loss_by_rank
 from spectrim.decompose import OBJECTIVES
@@ -191,8 +192,7 @@ def test_one_backward_pass_serves_gradient_objectives():
     output, moments = gathered.outputs[target.name], gathered.inputs[target.name]
     G = output.G / output.tokens
     W = read_weight(get_module(job.model, target.name)).double()
-    energies = (W @ moments.C @ W.T).diagonal()
-    G = 0.7 * G + 0.3 * ((G.diagonal() * energies).mean() / energies).diag()
+    G = mixed(G, 0.3, alike(W)[0])
     expected = 0.5 * float((W.T @ G @ W @ moments.C).trace()) / moments.tokens
     assert curve.total == pytest.approx(expected, rel=1e-6)
 
