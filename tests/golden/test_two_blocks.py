@@ -17,6 +17,7 @@ from spectrim.data.windows import calibration_windows, evaluation_windows
 from spectrim.demo.run import CALIBRATION, HELD_OUT, MODEL
 from spectrim.evaluate.perplexity import perplexity
 from spectrim.run.loading import load_model
+from spectrim.run.options import RunOptions
 
 BLOCKS = ("model.layers.0.*", "model.layers.4.*")
 KEEP = 0.4
@@ -29,7 +30,7 @@ GOLDEN = {"dense": 44.287, "svd": 93.989, "svd-llm": 63.692, "spectrim": 46.922}
 
 @cache
 def dense():
-    return load_model(MODEL, dtype="float32")
+    return load_model(MODEL, RunOptions(dtype="float32"))
 
 
 @cache
