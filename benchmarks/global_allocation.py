@@ -32,7 +32,7 @@ from spectrim.recipe import Recipe
 from spectrim.recipes import get_recipe
 from spectrim.run.loading import LoadedModel
 from spectrim.run.opening import open_job, other_bytes
-from spectrim.run.survey.planning import plan_from_survey
+from spectrim.run.planning import plan_from_survey
 from spectrim.run.survey.survey import make_survey
 from spectrim.run.survey.survey_key import survey_key
 from spectrim.storage.survey_file import is_survey, load_factors, load_survey, save_survey

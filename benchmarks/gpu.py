@@ -45,10 +45,10 @@ from spectrim.layers.dense import QuantizedDense
 from spectrim.layers.lowrank import LowRankLinear
 from spectrim.layers.packed import PackedLinear
 from spectrim.layers.quantized import QuantizedLinear, quantize_layer
-from spectrim.measure.benching import bench
 from spectrim.recipes import PRESETS
 from spectrim.serve.fusion import fuse
 from spectrim.serve.prepack import prepack
+from spectrim.studies.benching import bench
 
 DEVICE = accelerator() or HOST
 SMALL = {"hidden": 128, "key_value": 64, "intermediate": 192}

@@ -17,7 +17,7 @@ from typing import Any
 
 from protocol import EVALUATION, read_results
 
-from spectrim.evaluate.curve import CurvePoint
+from spectrim.evaluate.points import CurvePoint
 from spectrim.report.drawing import new_figure, save_figure
 from spectrim.report.figures import draw_curve
 

@@ -20,7 +20,7 @@ from global_allocation import SURVEY
 
 from spectrim.allocate.budget import bytes_by_rank, layer_bytes
 from spectrim.allocate.curve import Curve
-from spectrim.evaluate.curve import lower_hull
+from spectrim.evaluate.points import lower_hull
 from spectrim.formats import format_of
 from spectrim.storage.survey_file import load_survey
 

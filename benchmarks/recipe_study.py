@@ -18,11 +18,11 @@ from typing import Any
 from protocol import Row, main, recipe_rows
 from torch import Tensor
 
-from spectrim.measure.quantized import REFERENCES, round_targets
 from spectrim.model.tracing import trace
 from spectrim.recipe import Recipe
 from spectrim.recipes import get_recipe
 from spectrim.run.loading import LoadedModel
+from spectrim.studies.quantized import REFERENCES, round_targets
 
 RESULTS = Path(__file__).parent / "results" / "recipe_study.json"
 

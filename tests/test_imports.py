@@ -23,7 +23,6 @@ FLOORS = (
     {"learn", "refine", "decompose", "allocate", "storage", "evaluate", "report", "serve"},
     {"recipes"},
     {"run"},
-    {"measure"},
     {"api"},
     {"studies"},
     {"demo"},
@@ -33,7 +32,7 @@ FLOORS = (
 FLOOR_OF = {room: height for height, floor in enumerate(FLOORS) for room in floor}
 
 # Recipes are data that only the upper floors read; the rooms below get plain values.
-READERS_OF_RECIPES = {"recipe", "recipes", "run", "measure", "api", "studies", "demo", "cli"}
+READERS_OF_RECIPES = {"recipe", "recipes", "run", "api", "studies", "demo", "cli"}
 
 # The package itself offers the public names, so it may look anywhere, lazily.
 PACKAGE = "__init__"

@@ -49,7 +49,7 @@ TINY = {
 
 ELSEWHERE = {
     "slider": "a server that runs until it is stopped: tests/serve/test_browser.py",
-    "compare": "starts a process for every recipe: tests/measure/test_compare_runs.py",
+    "compare": "starts a process for every recipe: tests/studies/test_compare_runs.py",
 }
 
 

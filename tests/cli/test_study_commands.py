@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 from architectures import tiny, windows
 from spectrim import api, studies
+from spectrim.api import evaluating
 from spectrim.cli.main import app
 from spectrim.cli.session import session
 from spectrim.errors import InputError, OutputError, SpectrimError, TextError
-from spectrim.measure import evaluating
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spectrim.errors import InputError
-from spectrim.evaluate.curve import CurvePoint, curve_csv, lower_hull, parse_keeps
+from spectrim.evaluate.points import CurvePoint, curve_csv, lower_hull, parse_keeps
 
 COORDINATE = st.integers(0, 12).map(float)
 

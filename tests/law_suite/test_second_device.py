@@ -13,11 +13,11 @@ from jobs import logits
 from quick_recipes import quick
 from spectrim import api
 from spectrim.layers.swap import compressed_layers
-from spectrim.measure.benching import bench
 from spectrim.recipes import PRESETS
 from spectrim.run.loading import load_model
 from spectrim.run.options import RunOptions
 from spectrim.storage.tensor_file import TensorFile
+from spectrim.studies.benching import bench
 
 pytestmark = [
     pytest.mark.device,

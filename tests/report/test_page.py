@@ -11,8 +11,8 @@ from html.parser import HTMLParser
 import pytest
 
 from spectrim.errors import ArtifactError
-from spectrim.evaluate.curve import CurvePoint
 from spectrim.evaluate.distortion import BLOCK, Distortion
+from spectrim.evaluate.points import CurvePoint
 from spectrim.evaluate.samples import Sample
 from spectrim.report.content import (
     PageContent,

@@ -13,8 +13,8 @@ from spectrim.allocate.ladder import ladders_for
 from spectrim.errors import BudgetError, InputError
 from spectrim.recipe import Recipe
 from spectrim.recipes import get_recipe
+from spectrim.run.planning import make_plan, plan_limits
 from spectrim.run.survey.by_cost import energy_plan, loss_plan, predicted_nats
-from spectrim.run.survey.planning import make_plan, plan_limits
 from spectrim.tolerances import KEEP_STEPS
 
 

@@ -10,8 +10,8 @@ from spectrim.errors import InputError
 from spectrim.model.weights import get_module, read_weight, write_weight
 from spectrim.run.cutting_all import choose
 from spectrim.run.out_of_core import check_out_of_core
+from spectrim.run.planning import make_plan
 from spectrim.run.survey.correcting import MOST, corrected_survey
-from spectrim.run.survey.planning import make_plan
 from spectrim.run.survey.survey import make_survey
 
 RULE = {"rule": "knapsack", "score": "kfac", "probe_windows": 4}

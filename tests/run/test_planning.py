@@ -13,20 +13,15 @@ from architectures import tiny, windows
 from jobs import logits, make_job
 from spectrim import api
 from spectrim.allocate.budget import Shape
+from spectrim.allocate.checking import check_plan
 from spectrim.allocate.curve import Curve
 from spectrim.allocate.knapsack import knapsack
-from spectrim.allocate.ladder import Limits
+from spectrim.allocate.ladder import Limits, largest_rank
+from spectrim.allocate.sensitivity import candidate_ranks
 from spectrim.allocate.zero_sum import zero_sum
 from spectrim.errors import ArtifactError, BudgetError, InputError, OutputError
 from spectrim.recipe import Allocation, Recipe
-from spectrim.run.survey.planning import (
-    candidate_ranks,
-    check_plan,
-    largest_rank,
-    make_plan,
-    needed_scores,
-    plan_from_survey,
-)
+from spectrim.run.planning import make_plan, plan_from_survey
 from spectrim.run.survey.replanning import read_plan
 from spectrim.run.survey.survey import make_survey
 from spectrim.storage.survey_record import Survey
@@ -80,7 +75,7 @@ def invented(stability):
     ],
 )
 def test_a_rule_asks_for_what_it_reads(rule, score, needed):
-    assert needed_scores(Allocation(rule=rule, score=score)) == needed
+    assert Allocation(rule=rule, score=score).needed_scores == needed
 
 
 @pytest.mark.parametrize("rule", ["uniform", "loss_ratio", "zero_sum", "knapsack", "sensitivity"])
@@ -185,7 +180,7 @@ def test_a_plan_file_brings_its_decompositions(folders, tmp_path, monkeypatch, c
     forbidden = pytest.fail
 
     monkeypatch.setattr(
-        "spectrim.run.cut.cutting.decompose", lambda *a, **k: forbidden("decomposed")
+        "spectrim.run.parts.cutting.decompose", lambda *a, **k: forbidden("decomposed")
     )
     monkeypatch.setattr("spectrim.run.opening.gather_windows", lambda *a, **k: forbidden("read"))
     result = api.compress(folders / "model", plan=tmp_path / "plan.json", recipe="svd-llm")

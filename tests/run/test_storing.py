@@ -21,9 +21,9 @@ from spectrim.linalg.pivot import pack
 from spectrim.moments.moments import Moments
 from spectrim.recipes import get_recipe
 from spectrim.run.cut.one_shot import cut_one_shot
+from spectrim.run.planning import plan_limits
 from spectrim.run.store.converting import Converter
 from spectrim.run.store.storing import check_storage, store
-from spectrim.run.survey.planning import plan_limits
 from spectrim.storage.inspect import inspect_folder
 
 

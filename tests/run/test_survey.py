@@ -18,7 +18,7 @@ from spectrim.moments.gradients import gradient_pass
 from spectrim.run.cut.from_survey import cut_from_survey, holds
 from spectrim.run.cut.one_shot import cut_one_shot
 from spectrim.run.loading import load_model
-from spectrim.run.survey.planning import make_plan
+from spectrim.run.planning import make_plan
 from spectrim.run.survey.survey import make_survey
 from spectrim.run.survey.survey_key import survey_key
 from spectrim.run.survey.surveying import survey_model

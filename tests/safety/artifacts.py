@@ -12,7 +12,7 @@ import torch
 from spectrim.allocate import Curve, Limits, Shape
 from spectrim.allocate.elastic import elastic_order
 from spectrim.allocate.plan import Plan, PlanEntry
-from spectrim.evaluate.curve import CurvePoint
+from spectrim.evaluate.points import CurvePoint
 from spectrim.learn.checkpoint import Checkpoint
 from spectrim.recipes import get_recipe
 from spectrim.report.content import read_curve_file, read_result

@@ -94,8 +94,8 @@ def test_a_study_is_measured_on_something(given):
 
 
 def test_tasks_of_which_none_can_be_measured_are_an_error(monkeypatch):
+    from spectrim.api import evaluating
     from spectrim.evaluate.zero_shot import ZeroShot
-    from spectrim.measure import evaluating
 
     skipped = ZeroShot(skipped={"piqa": "the data of 'piqa' cannot be fetched"})
     monkeypatch.setattr(evaluating, "zero_shot", lambda *_, **__: skipped)

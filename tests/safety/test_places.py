@@ -112,12 +112,12 @@ def test_every_command_leaves_everything_that_it_reads(made, monkeypatch, comman
         "spectrim.api.load_model",
         "spectrim.api.load_survey",
         "spectrim.api.load_elastic",
-        "spectrim.measure.measuring.load_model",
+        "spectrim.studies.reference.load_model",
         "spectrim.studies.depth.load_model",
-        "spectrim.studies.pages.gather_page",
+        "spectrim.studies.page.gather_page",
         "spectrim.storage.dense._load",
         "spectrim.run.survey.replanning.load_survey",
-        "spectrim.run.learned.saving_elastic.load_survey",
+        "spectrim.run.store.saving_elastic.load_survey",
     ):
         monkeypatch.setattr(place, never)
     before = contents(made)

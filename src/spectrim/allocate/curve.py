@@ -28,9 +28,20 @@ if TYPE_CHECKING:
     # Planning from a saved survey takes a second because nothing here imports torch.
     from torch import Tensor
 
+    from spectrim.model.anatomy import Anatomy
+
     Values: TypeAlias = "Tensor | np.ndarray"
 
-__all__ = ["SCORES", "Curve", "Score", "as_numpy", "curve_values", "loss_by_rank", "tail_energy"]
+__all__ = [
+    "SCORES",
+    "Curve",
+    "Score",
+    "as_numpy",
+    "curve_values",
+    "loss_by_rank",
+    "shape_curves",
+    "tail_energy",
+]
 
 Score = Literal["energy", "first_order", "second_order", "measured", "kfac"]
 
@@ -157,3 +168,11 @@ def as_numpy(values: Values) -> np.ndarray:
     if isinstance(values, np.ndarray):
         return values.astype(np.float64, copy=False)
     return values.detach().double().cpu().numpy()
+
+
+def shape_curves(anatomy: Anatomy) -> list[Curve]:
+    """What a rule that needs no spectra has to know of the targets."""
+    return [
+        Curve(t.name, t.block, t.projection, Shape(t.out_features, t.in_features, t.bias))
+        for t in anatomy.targets
+    ]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from spectrim.allocate.budget import budget_bytes, bytes_by_rank, layer_bytes
+from spectrim.allocate.budget import Shape, budget_bytes, bytes_by_rank, layer_bytes
 from spectrim.allocate.curve import Curve
 from spectrim.allocate.forms import Form, low_rank_forms
 from spectrim.allocate.plan import Plan, PlanEntry, Storage, Weights
@@ -245,3 +245,9 @@ def _ladder(curve: Curve, limits: Limits) -> Ladder:
         which=which[ranks],
         limits=limits,
     )
+
+
+def largest_rank(shape: Shape, limits: Limits) -> int:
+    """Largest rank that a plan can give a target of this shape; at least 1."""
+    ladder = ladders_for([Curve("target", 0, "target", shape)], limits)[0]
+    return int(ladder.ranks[-1]) if ladder.ranks.size else 1

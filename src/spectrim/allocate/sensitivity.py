@@ -31,7 +31,7 @@ from spectrim.allocate.ladder import (
 from spectrim.allocate.plan import Plan
 from spectrim.errors import BudgetError, InputError, NonFiniteError
 
-__all__ = ["CANDIDATES", "TABLE", "Table", "predicted_table", "sensitivity"]
+__all__ = ["CANDIDATES", "TABLE", "Table", "candidate_ranks", "predicted_table", "sensitivity"]
 
 TABLE = "table"
 """Stands beside the scores for ASVD's measured sensitivities."""
@@ -165,3 +165,12 @@ def _claims(
     np.maximum.at(taken, targets[hit], losses[hit])
     names = [x.curve.name for x in ladders]
     return sorted(range(len(ladders)), key=lambda i: (-taken[i], names[i]))
+
+
+def candidate_ranks(curve: Curve, limits: Limits) -> dict[float, int]:
+    """ASVD's candidate keeps of one target with the ranks that they allow."""
+    ladder = ladders_for([curve], limits)[0]
+    levels = {
+        keep: ladder.level_within(budget_bytes(keep, ladder.dense_bytes)) for keep in CANDIDATES
+    }
+    return {keep: int(ladder.ranks[i]) for keep, i in levels.items() if 0 <= i < ladder.top}

@@ -8,11 +8,19 @@ from typing import Any
 
 from spectrim.allocate.budget import layer_bytes
 from spectrim.allocate.curve import Curve, as_numpy
-from spectrim.allocate.forms import Form
+from spectrim.allocate.forms import AUTO, Form, dense_forms
+from spectrim.allocate.ladder import Limits
 from spectrim.allocate.plan import Plan
 from spectrim.formats import FORMATS
 
-__all__ = ["YARDSTICKS", "Yardstick", "sentence", "yardstick", "yardsticks_for"]
+__all__ = [
+    "YARDSTICKS",
+    "Yardstick",
+    "judged_forms",
+    "sentence",
+    "yardstick",
+    "yardsticks_for",
+]
 
 YARDSTICKS = tuple(Form("dense", f"int{bits}-g128") for bits in (8, 4, 3, 2))
 """Formats in which whole models are commonly rounded, the largest first; surveys judge them
@@ -77,3 +85,18 @@ def sentence(found: Yardstick | None, plan: Plan) -> str:
         f"and would lose {found.loss:.2g} nats per token, this plan {plan.predicted_loss or 0:.2g} "
         "(both predicted)"
     )
+
+
+def judged_forms(
+    limits: Limits, curves: Sequence[Curve], keep: float | None = None
+) -> tuple[Form, ...]:
+    """The forms whose rounding a survey measures: what a plan may choose, and yardsticks.
+
+    Args:
+        limits: of the plans to come.
+        curves: the targets' shapes.
+        keep: where it is the only one, None for plans of any size.
+    """
+    if limits.weights == AUTO:
+        return (*limits.forms, *dense_forms(AUTO))
+    return YARDSTICKS if keep is None else yardsticks_for(curves, keep, limits.dtype_bytes)

@@ -18,11 +18,9 @@ from spectrim.api.costing import compress_at_cost
 from spectrim.api.reading import evaluate, export, inspect, plan
 from spectrim.arguments import check_fraction, check_path, refuse_unused
 from spectrim.errors import BudgetError
-from spectrim.measure.running import gives_every_size
 from spectrim.run.compress import Outcome, run_recipe
 from spectrim.run.learned.elastic import ElasticModel, open_elastic
 from spectrim.run.learned.resizing import settle_outcome
-from spectrim.run.learned.saving_elastic import save_survey_as_elastic as elastic
 from spectrim.run.loading import load_model
 from spectrim.run.memory import goes_out_of_core
 from spectrim.run.options import RunOptions
@@ -33,6 +31,7 @@ from spectrim.run.reading_words import ElasticWords, ResizeWords
 from spectrim.run.resolving import check_brought, check_size, resolve_recipe
 from spectrim.run.sources import sources_of
 from spectrim.run.store.saving import save_outcome
+from spectrim.run.store.saving_elastic import save_survey_as_elastic as elastic
 from spectrim.run.survey.replanning import bring_plan
 from spectrim.run.survey.surveying import resize_survey, survey_model
 from spectrim.run.texts import own_text
@@ -96,7 +95,7 @@ def compress(model: str | Path | nn.Module, **words: Unpack[CompressWords]) -> R
         stored = {name: asked[name] for name in ("storage", "weights")}
         refuse_unused("the plan says how it is stored", stored)
     given = own_text(asked["text"])
-    if output is None or not gives_every_size(resolved):
+    if output is None or not resolved.gives_every_size:
         alone = {"self_contained": options.self_contained}
         refuse_unused("no elastic artifact is written", alone)
     read = sources_of(model=model, survey=surveyed, plan=planned, text=asked["text"])

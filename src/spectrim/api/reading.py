@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from spectrim.allocate.plan import Plan
-from spectrim.measure.evaluating import evaluate_models
+from spectrim.api.evaluating import evaluate_models
 from spectrim.run.reading_words import EvaluateWords
 from spectrim.run.survey.replanning import replan
 from spectrim.run.word import takes
@@ -38,7 +38,7 @@ def plan(survey: Survey | str | Path, **options: Any) -> Plan:
 @tells_of_shortage
 @takes(EvaluateWords)
 def evaluate(model: str | Path | nn.Module, **words: Unpack[EvaluateWords]) -> dict[str, Any]:
-    """Perplexity with its protocol, and bytes; see `measure.evaluating.evaluate_models`."""
+    """Perplexity with its protocol, and bytes; see `api.evaluating.evaluate_models`."""
     return evaluate_models([model], **words)[-1]
 
 

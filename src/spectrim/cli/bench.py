@@ -61,8 +61,8 @@ def bench(
 
     sizes = {"batches": as_numbers("--batch", batch), "lengths": as_numbers("--lengths", lengths)}
     with session(verbose=verbose, quiet=quiet or as_json) as progress:
-        from spectrim.measure.benching import bench as measure
         from spectrim.run.options import RunOptions
+        from spectrim.studies.benching import bench as measure
 
         found = measure(
             model,

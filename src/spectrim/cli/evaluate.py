@@ -38,7 +38,7 @@ def evaluate(
 
     words["window_length"], tasks = as_length(words["window_length"]), words["tasks"]
     with session(verbose=verbose, quiet=quiet or as_json):
-        from spectrim.measure.evaluating import evaluate_models
+        from spectrim.api.evaluating import evaluate_models
 
         results = evaluate_models(models, **options.given(**words))
     from spectrim.cli.render import print_json

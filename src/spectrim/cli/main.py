@@ -19,13 +19,12 @@ from spectrim.cli import (
     compress,
     curve,
     demo,
-    distortion,
+    depth,
     elastic,
     evaluate,
     export,
     heal,
     inspect,
-    layer_errors,
     lm_eval,
     plan,
     recipes,
@@ -76,24 +75,27 @@ def root(
     check_alone(context.invoked_subcommand)
 
 
-app.command(cls=GroupedCommand)(compress.compress)
-app.command(cls=GroupedCommand)(evaluate.evaluate)
-app.command(cls=GroupedCommand)(bench.bench)
-app.command(cls=GroupedCommand)(inspect.inspect)
-app.command(cls=GroupedCommand)(export.export)
-app.command(cls=GroupedCommand)(adapter.adapter)
-app.command(cls=GroupedCommand)(heal.heal)
-app.command(cls=GroupedCommand)(survey.survey)
-app.command(cls=GroupedCommand)(plan.plan)
-app.command(cls=GroupedCommand)(elastic.elastic)
-app.command(cls=GroupedCommand)(resize.resize)
-app.command(cls=GroupedCommand)(curve.curve)
-app.command(cls=GroupedCommand)(compare.compare)
-app.command(cls=GroupedCommand)(distortion.distortion)
-app.command("layer-errors", cls=GroupedCommand)(layer_errors.layer_errors)
-app.command("calibration-study", cls=GroupedCommand)(calibration_study.calibration_study)
-app.command(cls=GroupedCommand)(report.report)
-app.command(cls=GroupedCommand)(slider.slider)
+for command in (
+    compress.compress,
+    evaluate.evaluate,
+    bench.bench,
+    inspect.inspect,
+    export.export,
+    adapter.adapter,
+    heal.heal,
+    survey.survey,
+    plan.plan,
+    elastic.elastic,
+    resize.resize,
+    curve.curve,
+    compare.compare,
+    depth.distortion,
+    depth.layer_errors,
+    calibration_study.calibration_study,
+    report.report,
+    slider.slider,
+):
+    app.command(cls=GroupedCommand)(command)
 app.command(
     "lm-eval",
     context_settings={

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Results",
-    "along_depth",
     "as_length",
     "calibration",
     "measure",
@@ -77,17 +76,6 @@ def measure(words: Mapping[str, Any], progress: Any) -> Measure:
 def calibration(words: Mapping[str, Any]) -> dict[str, Any]:
     """What was said about the runs of a study."""
     return options.given(**{name: words.get(name) for name in ("keep", *CALIBRATING)})
-
-
-def along_depth(words: Mapping[str, Any], output: Path, progress: Any) -> dict[str, Any]:
-    """Arguments of the two studies that follow results along the depth."""
-    return {
-        "recipes": names(words["recipes"]),
-        "objectives": names(words["objectives"]),
-        "measure": measure(words, progress),
-        "output": output,
-        **calibration(words),
-    }
 
 
 def print_curve(record: dict[str, Any], output: Path) -> None:

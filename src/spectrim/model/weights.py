@@ -12,6 +12,7 @@ from spectrim.devices import HOST
 from spectrim.errors import ModelError, NonFiniteError
 
 __all__ = [
+    "cast_parameters",
     "check_finite",
     "check_finite_weights",
     "check_model",
@@ -160,3 +161,13 @@ def check_model(model: nn.Module, *, elsewhere: Collection[str] = ()) -> None:
             "spectrim compresses the linear layers of decoder blocks"
         )
     check_finite_weights(model)
+
+
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Round all parameters to the stored dtype, in place.
+
+    Buffers keep theirs: files hold none of the frequencies and masks that a model computes for
+    itself, and a model that is loaded computes them in fp32.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)

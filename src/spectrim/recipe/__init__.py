@@ -133,6 +133,11 @@ class Allocation(Section):
         default=32, ge=1, description="windows behind ASVD's measured sensitivities"
     )
 
+    @property
+    def needed_scores(self) -> frozenset[str]:
+        """What a survey must hold besides spectra; `table` for measured sensitivities."""
+        return RULES[self.rule].scores(self.score)
+
 
 class StorageChoice(Section):
     """How a rank-k matrix is kept on disk and in memory."""
@@ -266,6 +271,11 @@ class Recipe(Section):
         """Whether its components or its ranks depend on text."""
         objective, rule = OBJECTIVES[self.decompose.objective], RULES[self.allocate.rule]
         return bool(objective.needs) or rule.surveys
+
+    @property
+    def gives_every_size(self) -> bool:
+        """Whether one training gives all its sizes."""
+        return self.flow == "learned" and isinstance(self.learn, AcipLearning)
 
     def hash(self) -> str:
         """SHA-256 of everything that influences the result; prose and order of keys do not."""

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from spectrim.errors import ArtifactError
-from spectrim.evaluate.curve import CurvePoint
 from spectrim.evaluate.distortion import Distortion
+from spectrim.evaluate.points import CurvePoint
 from spectrim.evaluate.samples import Sample
 from spectrim.report.record import FORMAT_VERSION, ReportRecord
 from spectrim.storage.json_file import read_json

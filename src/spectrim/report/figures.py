@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from spectrim.evaluate.curve import CurvePoint, is_dense_format, lower_hull
 from spectrim.evaluate.distortion import BLOCK, Distortion
+from spectrim.evaluate.points import CurvePoint, is_dense_format, lower_hull
 from spectrim.report.drawing import INK, legend_above, logarithmic, series_styles
 
 if TYPE_CHECKING:

@@ -25,11 +25,11 @@ from spectrim.layers.swap import compressed_layers, restore_dense
 from spectrim.model.anatomy import Anatomy
 from spectrim.model.weights import get_module, is_transposed, read_weight, write_weight
 from spectrim.recipe import Recipe
-from spectrim.run.cut.cutting import decompose_target
 from spectrim.run.job import Job
 from spectrim.run.loading import LoadedModel
 from spectrim.run.opening import open_job
 from spectrim.run.options import RunOptions
+from spectrim.run.parts.cutting import decompose_target
 from spectrim.run.quality import measure_before
 from spectrim.run.survey.survey import moments_by_block
 from spectrim.run.texts import UserText

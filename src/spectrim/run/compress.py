@@ -13,6 +13,7 @@ from spectrim.distributed.team import Team
 from spectrim.errors import InputError, RecipeError
 from spectrim.model.onload import Onloader
 from spectrim.model.outside import count_outside
+from spectrim.model.weights import cast_parameters
 from spectrim.recipe import Recipe
 from spectrim.run.cutting_all import choose, cut_targets
 from spectrim.run.job import Job
@@ -20,11 +21,11 @@ from spectrim.run.learned.learned import learn
 from spectrim.run.loading import LoadedModel
 from spectrim.run.opening import open_job, other_bytes, protected_bytes
 from spectrim.run.options import RunOptions
+from spectrim.run.planning import check_own
 from spectrim.run.quality import measure_after, measure_before
 from spectrim.run.reporting import build_report
 from spectrim.run.room import said
-from spectrim.run.store.storing import cast_parameters, check_storage, store
-from spectrim.run.survey.pinning import check_own
+from spectrim.run.store.storing import check_storage, store
 from spectrim.run.survey.survey_key import survey_key
 from spectrim.run.texts import UserText
 from spectrim.run.train.refining import check_steps

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from spectrim.allocate.curve import Curve
+from spectrim.allocate.checking import check_plan
+from spectrim.allocate.curve import Curve, shape_curves
 from spectrim.allocate.forms import AUTO
 from spectrim.allocate.plan import Plan
 from spectrim.allocate.rules import NATS, RULES
@@ -13,14 +14,15 @@ from spectrim.linalg.exact_rank import exact_rank
 from spectrim.model.weights import get_module, read_weight
 from spectrim.recipe import ProjectedGradientRefinement, Recipe
 from spectrim.run.cut.from_survey import cut_from_survey, holds
-from spectrim.run.cut.one_shot import CUT, cut_one_shot
+from spectrim.run.cut.one_shot import cut_one_shot
 from spectrim.run.cut.sequential import cut_sequentially
 from spectrim.run.cut.zero_sum import cut_in_stages
 from spectrim.run.job import Job
+from spectrim.run.parts.passing import CUT
+from spectrim.run.planning import make_plan
 from spectrim.run.survey.backward import output_moments
 from spectrim.run.survey.correcting import corrected_survey
 from spectrim.run.survey.families import measured_scale
-from spectrim.run.survey.planning import check_plan, make_plan, shape_curves
 from spectrim.run.survey.survey import make_survey, surveyed_choice
 from spectrim.storage.survey_file import held_ranks
 from spectrim.storage.survey_record import Survey

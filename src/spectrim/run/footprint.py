@@ -23,7 +23,6 @@ from spectrim.model.weights import get_module, is_linear
 from spectrim.moments.gradients_by_block import streams_held
 from spectrim.moments.symmetric import panel_numbers
 from spectrim.recipe import BlockRefinement, ClosedFormRefinement, Recipe
-from spectrim.run.survey.planning import needed_scores
 
 __all__ = [
     "Phase",
@@ -179,7 +178,7 @@ def has_gradients(recipe: Recipe, *, planned: bool) -> tuple[bool, bool]:
         planned: whether the ranks are given, so that nothing is scored.
     """
     gathered = bool(OBJECTIVES[recipe.decompose.objective].outputs)
-    scored = not planned and needed_scores(recipe.allocate) & {"first_order", "second_order"}
+    scored = not planned and recipe.allocate.needed_scores & {"first_order", "second_order"}
     return gathered, bool(gathered or scored)
 
 
@@ -214,7 +213,7 @@ def gradient_phase(recipe: Recipe, setting: Setting, sizes: Sizes, room: Room) -
         by_block = room.backward == "by block"
         held = 8 * _own(sizes, folded=False) if by_block else _folded(setting, sizes)
         parts["gradient moments"] = held
-    if needed_scores(recipe.allocate) & {"first_order", "second_order"}:
+    if recipe.allocate.needed_scores & {"first_order", "second_order"}:
         parts["components"] = _components(sizes)
     if room.backward != "by block":
         return Phase(0, parts)
@@ -267,7 +266,7 @@ def cut_phase(recipe: Recipe, setting: Setting, sizes: Sizes, room: Room) -> Pha
             held = 2 * sizes.width + sizes.widest
             paused = setting.windows * setting.window_length * held * working
             parts["paused forwards"] = 2 * paused
-    elif needed_scores(recipe.allocate):
+    elif recipe.allocate.needed_scores:
         parts["components"] = _components(sizes)
     parts["moments"] = matrices
     if "G" in gathers.outputs and room.backward != "by block":

@@ -12,6 +12,7 @@ from torch import Tensor
 from spectrim.errors import ModelError
 from spectrim.layers.swap import compressed_layers
 from spectrim.model.tail import Tail, blocks_in_sequence
+from spectrim.model.weights import cast_parameters
 from spectrim.recipe import Calibration
 from spectrim.refine.fitting import FitSettings, hold_out
 from spectrim.refine.lora import LoraTraining, recover, require_peft
@@ -19,7 +20,6 @@ from spectrim.refine.tuning import tune
 from spectrim.run.loading import LoadedModel
 from spectrim.run.log import RunLog
 from spectrim.run.options import RunOptions
-from spectrim.run.store.storing import cast_parameters
 from spectrim.run.texts import UserText, gather_windows
 from spectrim.storage.folder import REPORT_FILE
 from spectrim.storage.json_file import read_json

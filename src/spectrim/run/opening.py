@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spectrim.allocate.curve import shape_curves
 from spectrim.data.windows import Windows, longest_window
 from spectrim.devices import on_host
 from spectrim.distributed.team import Team
@@ -29,10 +30,10 @@ from spectrim.run.keeping import Keeper
 from spectrim.run.loading import LoadedModel
 from spectrim.run.memory import total_bytes
 from spectrim.run.options import RunOptions
+from spectrim.run.planning import keep_of_size
 from spectrim.run.progress import Progress
 from spectrim.run.rehearsing import check_class, rehearse
 from spectrim.run.room import choose_room, fitting_room, limit_of, peak_parts, said
-from spectrim.run.survey.planning import keep_of_size, shape_curves
 from spectrim.run.texts import UserText, gather_windows, vocabulary_size
 from spectrim.run.thinness import thin_notes
 from spectrim.storage.shared_work import Work

@@ -21,7 +21,6 @@ from spectrim.errors import ArtifactError, InputError, ModelError
 from spectrim.model.onload import Onloader, unit_names
 from spectrim.model.weights import check_finite, get_module
 from spectrim.recipe import DistillRefinement, LoraRefinement, ProjectedGradientRefinement, Recipe
-from spectrim.run.survey.planning import needed_scores
 from spectrim.storage.conversions import Conversions
 from spectrim.storage.shards import Shards
 
@@ -69,7 +68,7 @@ def check_survey_out_of_core(
     Raises:
         InputError: names the score.
     """
-    repeated = sorted({*(scores or ()), *needed_scores(recipe.allocate)} & {"measured", TABLE})
+    repeated = sorted({*(scores or ()), *recipe.allocate.needed_scores} & {"measured", TABLE})
     if repeated:
         raise InputError(
             f"the score {repeated[0]!r} evaluates the model once for every target, which cannot be "
@@ -101,7 +100,7 @@ def _reason(recipe: Recipe, planned: bool) -> str | None:
             return f"the refinement {step.step!r} trains all blocks together"
         if isinstance(step, ProjectedGradientRefinement) and step.stages > 1:
             return f"the refinement {step.step!r} moves all blocks together (one stage moves none)"
-    scores = frozenset() if planned else needed_scores(recipe.allocate)
+    scores = frozenset() if planned else recipe.allocate.needed_scores
     probes = recipe.allocate.probe_windows > 0 and RULES[recipe.allocate.rule].weighs_forms
     if scores & {"measured", TABLE} or (probes and not planned):
         return f"the rule {recipe.allocate.rule!r} evaluates the model once for every target"

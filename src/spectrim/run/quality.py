@@ -23,10 +23,10 @@ from spectrim.decompose import OBJECTIVES
 from spectrim.errors import NonFiniteError, TextError
 from spectrim.evaluate.bootstrap import perplexity_difference
 from spectrim.evaluate.perplexity import Perplexity, perplexity
+from spectrim.model.weights import cast_parameters
 from spectrim.recipe import Recipe
 from spectrim.run.job import Job
 from spectrim.run.loading import LoadedModel
-from spectrim.run.store.storing import cast_parameters
 from spectrim.run.texts import UserText, vocabulary_size
 
 __all__ = ["Before", "measure_after", "measure_before", "passes_over_windows"]

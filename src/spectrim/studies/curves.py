@@ -9,21 +9,21 @@ from typing import Any
 
 from torch import nn
 
-from spectrim.api import resolve_recipe
 from spectrim.arguments import refuse_unused
 from spectrim.errors import InputError
-from spectrim.evaluate.curve import curve_csv, parse_keeps
-from spectrim.measure.curve import Curve, elastic_curve, recipe_curve
-from spectrim.measure.measuring import PointStore
+from spectrim.evaluate.points import curve_csv, parse_keeps
 from spectrim.recipe import Recipe
 from spectrim.report.content import as_json
 from spectrim.report.drawing import new_figure
 from spectrim.report.figures import draw_curve
+from spectrim.run.resolving import resolve_recipe
 from spectrim.run.sources import sources_of
 from spectrim.run.texts import own_text
 from spectrim.studies.files import open_study, save_pictures, write_text
 from spectrim.studies.measure import Measure, different_names, measured_on
 from spectrim.studies.opening import dense_twin, has_every_size, open_sizes
+from spectrim.studies.rates import RateCurve, elastic_curve, recipe_curve
+from spectrim.studies.reference import PointStore
 
 __all__ = ["curve"]
 
@@ -37,7 +37,7 @@ def curve(
     measure: Measure | None = None,
     output: str | Path | None = None,
     **calibration: Any,
-) -> Curve:
+) -> RateCurve:
     """The rate-distortion curve of a model, or of an elastic artifact.
 
     Args:
@@ -96,7 +96,7 @@ def _elastic(
     formats: Sequence[str],
     measure: Measure,
     store: PointStore,
-) -> Curve:
+) -> RateCurve:
     elastic = open_sizes(folder, measure)
     # As its device and dtype are now.
     here = replace(measure.options, device="auto", dtype="auto", tokenizer=elastic.tokenizer)

@@ -9,14 +9,11 @@ from typing import Any
 
 import torch
 
-from spectrim.api import resolve_recipe
+from spectrim.api.evaluating import evaluation_windows_of
 from spectrim.arguments import refuse_unused
 from spectrim.decompose import OBJECTIVES
 from spectrim.errors import InputError
 from spectrim.evaluate.distortion import Distortion, distortion_rows
-from spectrim.measure.depth import DepthRun, LayerError, follow, run_along_depth
-from spectrim.measure.evaluating import evaluation_windows_of
-from spectrim.measure.measuring import PointStore
 from spectrim.model.tracing import trace
 from spectrim.recipe import Recipe
 from spectrim.report.content import REPORT_FILE, as_json, read_result
@@ -26,10 +23,13 @@ from spectrim.report.study_figures import draw_layer_errors, shown_projections
 from spectrim.report.tables import rows_csv
 from spectrim.run.loading import load_model
 from spectrim.run.reporting import environment
+from spectrim.run.resolving import resolve_recipe
 from spectrim.run.sources import sources_of
 from spectrim.run.texts import own_text, vocabulary_size
 from spectrim.studies.files import open_study, save_pictures, write_text
+from spectrim.studies.following import DepthRun, LayerError, follow, run_along_depth
 from spectrim.studies.measure import Measure
+from spectrim.studies.reference import PointStore
 
 __all__ = ["PUBLISHED_OBJECTIVES", "distortion", "layer_errors", "objective_recipe"]
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spectrim.errors import OutputError
-from spectrim.measure.measuring import PointStore
 from spectrim.report.drawing import save_figure
 from spectrim.storage.ownership import Source, check_apart
 from spectrim.storage.whole_file import check_file, whole_file, write_text
+from spectrim.studies.reference import PointStore
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

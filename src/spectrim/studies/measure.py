@@ -14,10 +14,10 @@ from spectrim.arguments import check_whole
 from spectrim.data.corpora import CORPORA
 from spectrim.data.text import SELF, split_sources
 from spectrim.errors import InputError
-from spectrim.measure.measuring import Reference, open_reference
 from spectrim.recipe import Recipe
 from spectrim.run.options import RunOptions
 from spectrim.run.texts import UserText
+from spectrim.studies.reference import Reference, open_reference
 
 __all__ = ["Measure", "different_names", "measured_on"]
 

@@ -6,12 +6,12 @@ from functools import partial
 from pathlib import Path
 
 from spectrim.api import resize
+from spectrim.api.evaluating import evaluation_windows_of
 from spectrim.arguments import check_whole, refuse_unused
 from spectrim.data.windows import Windows
 from spectrim.errors import InputError
-from spectrim.evaluate.curve import is_dense_format
 from spectrim.evaluate.perplexity import perplexity
-from spectrim.measure.evaluating import evaluation_windows_of
+from spectrim.evaluate.points import is_dense_format
 from spectrim.report.content import read_curve_file
 from spectrim.run.learned.elastic import ElasticModel
 from spectrim.run.loading import LoadedModel

@@ -11,9 +11,9 @@ from spectrim.allocate.curve import Curve, tail_energy
 from spectrim.allocate.plan import Plan
 from spectrim.layers.lowrank import LowRankLinear
 from spectrim.model.weights import get_module, read_weight, replace_module
-from spectrim.run.cut.cutting import cut_layer
-from spectrim.run.cut.one_shot import CUT
 from spectrim.run.job import Job
+from spectrim.run.parts.cutting import cut_layer
+from spectrim.run.parts.passing import CUT
 from spectrim.storage.survey_file import held_ranks, load_factors
 from spectrim.storage.survey_record import Survey
 

@@ -18,40 +18,16 @@ from torch import nn
 from spectrim.allocate.plan import Plan
 from spectrim.decompose import OBJECTIVES
 from spectrim.model.anatomy import Block, Target
-from spectrim.model.replay import Replay, capture_inputs
+from spectrim.model.replay import Replay
 from spectrim.model.weights import get_module, replace_module
-from spectrim.moments.accumulate import MomentAccumulator
-from spectrim.moments.moments import Moments, OutputMoments, reduced
-from spectrim.run.cut.cutting import replace_target
-from spectrim.run.cut.sharing import cut_shared, owners_of, spans
+from spectrim.moments.moments import Moments, OutputMoments
 from spectrim.run.job import Job
+from spectrim.run.parts.cutting import replace_target
+from spectrim.run.parts.passing import CUT, advance, block_moments
+from spectrim.run.parts.sharing import cut_shared, owners_of, spans
 from spectrim.run.recorded import recorded
 
-__all__ = ["CUT", "advance", "block_moments", "cut_one_shot"]
-
-CUT = "cut"
-"""Stage under which finished blocks are kept."""
-
-
-def advance(job: Job, replay: Replay, block: Block) -> None:
-    """Move the stream past a block as it stands in the model."""
-    replay.advance(block.index, replay.stream, job.batch, job.device)
-
-
-def block_moments(job: Job, replay: Replay, block: Block, needs: frozenset[str]) -> list[Moments]:
-    """Moments of every group of a block from one forward pass, which also advances the stream.
-
-    They are sums over the windows of all processes.
-    """
-    module = get_module(job.model, block.name)
-    accumulators = [MomentAccumulator(g.targets[0].name, needs) for g in block.groups]
-
-    def feed(group, x):
-        accumulators[group.index].add(x)
-
-    with capture_inputs(module, block.groups, feed):
-        advance(job, replay, block)
-    return [reduced(a.moments(), job.team) for a in accumulators]
+__all__ = ["cut_one_shot"]
 
 
 @torch.no_grad()

@@ -35,11 +35,11 @@ from spectrim.moments.accumulate import MomentAccumulator
 from spectrim.moments.moments import Moments, OutputMoments, reduced
 from spectrim.recipe import BlockRefinement, ClosedFormRefinement
 from spectrim.refine.closed_form import update_up
-from spectrim.run.cut.cutting import measured_error, replace_target, rounds_at_cut, stand_in
 from spectrim.run.cut.flow import Flow, must_restart
-from spectrim.run.cut.one_shot import CUT
-from spectrim.run.cut.sharing import cut_shared, owners_of
 from spectrim.run.job import Job
+from spectrim.run.parts.cutting import measured_error, replace_target, rounds_at_cut, stand_in
+from spectrim.run.parts.passing import CUT
+from spectrim.run.parts.sharing import cut_shared, owners_of
 from spectrim.run.recorded import recorded
 from spectrim.run.train.refining import refine
 

@@ -24,7 +24,7 @@ from spectrim.recipe import ProjectedGradientRefinement
 from spectrim.refine.projected_gradient import corrected
 from spectrim.run.cut.from_survey import cut_from_survey
 from spectrim.run.job import Job
-from spectrim.run.survey.planning import make_plan
+from spectrim.run.planning import make_plan
 from spectrim.run.survey.survey import make_survey
 from spectrim.storage.survey_file import load_factors
 from spectrim.storage.survey_record import Survey

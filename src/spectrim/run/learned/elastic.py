@@ -26,7 +26,7 @@ from spectrim.layers.swap import dense_shape
 from spectrim.model.weights import get_module, is_transposed, read_bias, read_weight, replace_module
 from spectrim.run.loading import LoadedModel, load_model
 from spectrim.run.options import RunOptions
-from spectrim.run.survey.planning import best_score
+from spectrim.run.planning import best_score
 from spectrim.storage.elastic import BASE_FOLDER, Base, Elastic, load_elastic
 from spectrim.storage.survey_file import is_survey, load_factors, load_survey
 from spectrim.storage.survey_record import Survey

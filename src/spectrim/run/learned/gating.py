@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from spectrim.allocate.curve import shape_curves
 from spectrim.allocate.ladder import Limits
 from spectrim.decompose import OBJECTIVES
 from spectrim.devices import on_host
@@ -25,12 +26,12 @@ from spectrim.model.recompute import recomputed
 from spectrim.model.replay import Replay
 from spectrim.model.weights import get_module, read_bias, read_weight, replace_module
 from spectrim.refine.masters import frozen
-from spectrim.run.cut.cutting import decompose_target
-from spectrim.run.cut.one_shot import block_moments
 from spectrim.run.job import Job
+from spectrim.run.parts.cutting import decompose_target
+from spectrim.run.parts.passing import block_moments
+from spectrim.run.planning import plan_limits
 from spectrim.run.recorded import recorded
 from spectrim.run.survey.backward import output_moments
-from spectrim.run.survey.planning import plan_limits, shape_curves
 
 __all__ = ["Adapters", "build_gated", "gates_in_place", "lessons_for"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from spectrim.allocate.curve import shape_curves
 from spectrim.allocate.plan import Plan
 from spectrim.allocate.uniform import uniform
 from spectrim.learn.checkpoint import RECOVERY_FILE
@@ -21,7 +22,7 @@ from spectrim.run.learned.training import (
     recomputes,
     settings_of,
 )
-from spectrim.run.survey.planning import plan_limits, shape_curves
+from spectrim.run.planning import plan_limits
 from spectrim.storage.elastic import Base
 
 __all__ = ["learn_one_size"]

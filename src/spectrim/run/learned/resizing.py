@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from spectrim.model.weights import cast_parameters
 from spectrim.recipes import get_recipe
 from spectrim.report.record import LeftAlone
 from spectrim.run.compress import Outcome
 from spectrim.run.job import RunLog
 from spectrim.run.learned.elastic import ElasticModel
 from spectrim.run.reporting import build_report
-from spectrim.run.store.storing import cast_parameters
 from spectrim.storage.folder import RECIPE_FILE, REPORT_FILE
 from spectrim.storage.json_file import read_json
 from spectrim.storage.strict import checked

@@ -11,7 +11,7 @@ from spectrim.allocate.budget import format_bytes
 from spectrim.recipe import Recipe
 from spectrim.run.compress import Outcome
 from spectrim.run.healing import Healed
-from spectrim.run.learned.saving_elastic import save_elastic_outcome
+from spectrim.run.store.saving_elastic import save_elastic_outcome
 from spectrim.storage.attach import attach
 from spectrim.storage.card import model_card
 from spectrim.storage.folder import RECIPE_FILE, save_model

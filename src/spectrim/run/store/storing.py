@@ -16,7 +16,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from spectrim.allocate.budget import Shape, layer_bytes
 from spectrim.allocate.forms import AUTO
@@ -30,15 +29,15 @@ from spectrim.model.replay import Replay
 from spectrim.model.weights import get_module
 from spectrim.moments.moments import Moments
 from spectrim.recipe import Recipe
-from spectrim.run.cut.cutting import rounds_at_cut
-from spectrim.run.cut.one_shot import advance, block_moments
-from spectrim.run.cut.sharing import owners_of
 from spectrim.run.job import Job
+from spectrim.run.parts.cutting import rounds_at_cut
+from spectrim.run.parts.passing import advance, block_moments
+from spectrim.run.parts.sharing import owners_of
 from spectrim.run.recorded import recorded
 from spectrim.run.store.converting import Conversion, Converter
 from spectrim.run.store.sharing import shared_conversions
 
-__all__ = ["cast_parameters", "check_storage", "store"]
+__all__ = ["check_storage", "store"]
 
 STAGE = "store"
 
@@ -63,16 +62,6 @@ def check_storage(recipe: Recipe) -> None:
             f"{recipe.name!r}: recipes with flow 'learned' store factored native numbers; "
             "what works with other storages are the flows one-shot and sequential"
         )
-
-
-def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
-    """Round all parameters to the stored dtype, in place.
-
-    Buffers keep theirs: files hold none of the frequencies and masks that a model computes for
-    itself, and a model that is loaded computes them in fp32.
-    """
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
 
 
 @torch.no_grad()

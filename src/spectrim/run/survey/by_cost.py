@@ -6,11 +6,11 @@ import numpy as np
 
 from spectrim.allocate.curve import Score, loss_by_rank, tail_energy
 from spectrim.allocate.ladder import ladders_for, plan_from_levels, smallest_keep
+from spectrim.allocate.pinning import own_storages
 from spectrim.allocate.plan import Plan
 from spectrim.errors import BudgetError, InputError
 from spectrim.recipe import Recipe
-from spectrim.run.survey.pinning import own_storages
-from spectrim.run.survey.planning import make_plan, plan_limits
+from spectrim.run.planning import make_plan, plan_limits
 from spectrim.storage.survey_record import Survey
 from spectrim.tolerances import KEEP_STEPS
 

@@ -24,11 +24,11 @@ from spectrim.errors import BudgetError
 from spectrim.layers.layout import layout_of
 from spectrim.model.weights import get_module, replace_module
 from spectrim.moments.moments import Moments
-from spectrim.run.cut.cutting import source_of
-from spectrim.run.cut.one_shot import block_moments
 from spectrim.run.job import Job
+from spectrim.run.parts.cutting import source_of
+from spectrim.run.parts.passing import block_moments
+from spectrim.run.planning import plan_limits
 from spectrim.run.recorded import recorded
-from spectrim.run.survey.planning import plan_limits
 from spectrim.storage.survey_file import load_factors
 from spectrim.storage.survey_record import Survey
 

@@ -19,8 +19,8 @@ from spectrim.model.losses import divergence, next_token
 from spectrim.model.replay import Replay
 from spectrim.model.tail import Loss
 from spectrim.model.weights import get_module, replace_module
-from spectrim.run.cut.cutting import cut_layer
 from spectrim.run.job import Job
+from spectrim.run.parts.cutting import cut_layer
 from spectrim.run.recorded import recorded
 from spectrim.storage.survey_record import Factors
 

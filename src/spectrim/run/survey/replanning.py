@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from spectrim.allocate.budget import parse_size
 from spectrim.allocate.plan import Plan
 from spectrim.errors import ArtifactError, OutputError
+from spectrim.run.planning import plan_from_survey
 from spectrim.run.sources import sources_of
-from spectrim.run.survey.planning import plan_from_survey
 from spectrim.storage.ownership import check_apart
 from spectrim.storage.plan_file import FORMAT_VERSION, check_model, load_plan
 from spectrim.storage.survey_file import is_survey, load_survey

@@ -17,18 +17,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spectrim.allocate.curve import Curve
-from spectrim.allocate.ladder import Limits
+from spectrim.allocate.curve import Curve, shape_curves
+from spectrim.allocate.ladder import Limits, largest_rank
+from spectrim.allocate.sensitivity import candidate_ranks
+from spectrim.allocate.yardstick import judged_forms
 from spectrim.decompose import OBJECTIVES
 from spectrim.linalg.exact_rank import exact_rank
 from spectrim.model.anatomy import Block, Target
 from spectrim.model.weights import get_module, read_weight
 from spectrim.moments.moments import Moments, OutputMoments
 from spectrim.recipe import Decompose
-from spectrim.run.cut.cutting import decompose_target
-from spectrim.run.cut.one_shot import advance, block_moments
-from spectrim.run.cut.sharing import owners_of, spans
 from spectrim.run.job import Job
+from spectrim.run.parts.cutting import decompose_target
+from spectrim.run.parts.passing import advance, block_moments
+from spectrim.run.parts.sharing import owners_of, spans
+from spectrim.run.planning import TABLE
 from spectrim.run.recorded import recorded
 from spectrim.run.survey.backward import gathered_moments
 from spectrim.run.survey.pieces import (
@@ -39,14 +42,6 @@ from spectrim.run.survey.pieces import (
     piece_name,
     save_piece,
     take_piece,
-)
-from spectrim.run.survey.planning import (
-    TABLE,
-    candidate_ranks,
-    judged_forms,
-    largest_rank,
-    needed_scores,
-    shape_curves,
 )
 from spectrim.run.survey.probing import measured_perplexities
 from spectrim.run.survey.rounding import rounding_losses
@@ -96,7 +91,7 @@ def make_survey(
     Raises:
         SpectrimError: statistics or scores that are not finite; names the target.
     """
-    wanted = frozenset(needed_scores(job.recipe.allocate) if scores is None else scores)
+    wanted = frozenset(job.recipe.allocate.needed_scores if scores is None else scores)
     choice = surveyed_choice(job.recipe.decompose)
     # Energies of the objective kfac are K-FAC losses already: no component is scored for them.
     scored = wanted & COMPONENT_SCORES - ({"kfac"} if choice.objective == "kfac" else set())

@@ -16,7 +16,7 @@ from spectrim.run.compress import Outcome, run_recipe
 from spectrim.run.loading import LoadedModel, load_model
 from spectrim.run.opening import open_job, other_bytes
 from spectrim.run.options import RunOptions
-from spectrim.run.survey.planning import needed_scores, plan_from_survey
+from spectrim.run.planning import plan_from_survey
 from spectrim.run.survey.survey import make_survey, surveyed_choice
 from spectrim.run.survey.survey_key import survey_key
 from spectrim.run.texts import UserText
@@ -56,7 +56,7 @@ def survey_model(
         SpectrimError: an unfit model or text, or statistics that are not finite.
     """
     wanted = set(DEFAULT_SCORES) if scores is None else set(scores)
-    wanted |= needed_scores(recipe.allocate)
+    wanted |= recipe.allocate.needed_scores
     unknown = sorted(wanted - set(SCORES))
     if unknown:
         raise InputError(f"unknown score {unknown[0]!r}; a survey can hold {', '.join(SCORES)}")

@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 
 from spectrim.errors import RecipeError
-from spectrim.measure.measuring import Measured, Reference, Size
-from spectrim.recipe import AcipLearning, Recipe
+from spectrim.recipe import Recipe
 from spectrim.run.compress import Outcome, run_recipe
 from spectrim.run.learned.elastic import ElasticModel
 from spectrim.run.loading import LoadedModel
@@ -25,8 +24,9 @@ from spectrim.run.texts import UserText
 from spectrim.storage.elastic import Elastic
 from spectrim.storage.survey_record import Survey
 from spectrim.storage.work import open_work
+from spectrim.studies.reference import Measured, Reference, Size
 
-__all__ = ["gives_every_size", "run_and_measure", "run_on_copy", "train_every_size"]
+__all__ = ["run_and_measure", "run_on_copy", "train_every_size"]
 
 
 def run_on_copy(
@@ -71,11 +71,6 @@ def run_and_measure(
     return reference.measure(outcome.model, size, recipe=recipe.name, seconds=seconds)
 
 
-def gives_every_size(recipe: Recipe) -> bool:
-    """Whether one training of the recipe gives all its sizes."""
-    return recipe.flow == "learned" and isinstance(recipe.learn, AcipLearning)
-
-
 def train_every_size(
     dense: LoadedModel,
     recipe: Recipe,
@@ -96,7 +91,7 @@ def train_every_size(
     Raises:
         RecipeError: the recipe's training gives a single size.
     """
-    if not gives_every_size(recipe):
+    if not recipe.gives_every_size:
         raise RecipeError(f"recipe {recipe.name!r} learns one size at a time")
     with nullcontext() if work is None else open_work(work) as folder:
         outcome = run_recipe(

@@ -10,47 +10,27 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from spectrim.allocate.budget import (
-    Shape,
-    budget_bytes,
-    components,
     keep_for_size,
     layer_bytes,
 )
 from spectrim.allocate.curve import Curve
-from spectrim.allocate.forms import AUTO, Form, dense_forms
-from spectrim.allocate.ladder import Limits, ladders_for, smallest_keep
-from spectrim.allocate.plan import Plan, PlanEntry
+from spectrim.allocate.ladder import Limits, smallest_keep
+from spectrim.allocate.pinning import own_storages, plan_around
+from spectrim.allocate.plan import Plan
 from spectrim.allocate.rules import RULES, allocate
-from spectrim.allocate.sensitivity import CANDIDATES, TABLE, Table
-from spectrim.allocate.yardstick import YARDSTICKS, yardsticks_for
-from spectrim.errors import BudgetError, InputError
-from spectrim.recipe import Allocation, Recipe, validated
-from spectrim.run.survey.pinning import own_storages, plan_around
+from spectrim.allocate.sensitivity import TABLE, Table
+from spectrim.errors import BudgetError, InputError, RecipeError
+from spectrim.recipe import Recipe, validated
 
 if TYPE_CHECKING:
-    from spectrim.model.anatomy import Anatomy
     from spectrim.storage.survey_record import Survey
 
 __all__ = [
-    "candidate_ranks",
-    "check_plan",
-    "judged_forms",
     "keep_of_size",
-    "largest_rank",
     "make_plan",
-    "needed_scores",
     "plan_from_survey",
     "plan_limits",
-    "shape_curves",
 ]
-
-
-def shape_curves(anatomy: Anatomy) -> list[Curve]:
-    """What a rule that needs no spectra has to know of the targets."""
-    return [
-        Curve(t.name, t.block, t.projection, Shape(t.out_features, t.in_features, t.bias))
-        for t in anatomy.targets
-    ]
 
 
 def plan_limits(recipe: Recipe, dtype_bytes: int) -> Limits:
@@ -62,41 +42,6 @@ def plan_limits(recipe: Recipe, dtype_bytes: int) -> Limits:
         floor=recipe.allocate.floor,
         multiple=recipe.allocate.multiple,
     )
-
-
-def judged_forms(
-    limits: Limits, curves: Sequence[Curve], keep: float | None = None
-) -> tuple[Form, ...]:
-    """The forms whose rounding a survey measures: what a plan may choose, and yardsticks.
-
-    Args:
-        limits: of the plans to come.
-        curves: the targets' shapes.
-        keep: where it is the only one, None for plans of any size.
-    """
-    if limits.weights == AUTO:
-        return (*limits.forms, *dense_forms(AUTO))
-    return YARDSTICKS if keep is None else yardsticks_for(curves, keep, limits.dtype_bytes)
-
-
-def needed_scores(choice: Allocation) -> frozenset[str]:
-    """What the survey must hold besides spectra for this rule; `table` for measured sensitivity."""
-    return RULES[choice.rule].scores(choice.score)
-
-
-def largest_rank(shape: Shape, limits: Limits) -> int:
-    """Largest rank that a plan can give a target of this shape; at least 1."""
-    ladder = ladders_for([Curve("target", 0, "target", shape)], limits)[0]
-    return int(ladder.ranks[-1]) if ladder.ranks.size else 1
-
-
-def candidate_ranks(curve: Curve, limits: Limits) -> dict[float, int]:
-    """ASVD's candidate keeps of one target with the ranks that they allow."""
-    ladder = ladders_for([curve], limits)[0]
-    levels = {
-        keep: ladder.level_within(budget_bytes(keep, ladder.dense_bytes)) for keep in CANDIDATES
-    }
-    return {keep: int(ladder.ranks[i]) for keep, i in levels.items() if 0 <= i < ladder.top}
 
 
 def make_plan(
@@ -234,61 +179,14 @@ def keep_of_size(
     )
 
 
-def check_plan(
-    plan: Plan, anatomy: Anatomy, *, dtype_bytes: int = 2, held: Mapping[str, int] | None = None
-) -> Plan:
-    """A plan that somebody brought, as this model can carry it out; its bytes are recounted.
-
-    Args:
-        plan: from a file, which people edit, or from a survey.
-        anatomy: of the model.
-        dtype_bytes: of the checkpoint's dtype.
-        held: components per target, where they come from a survey.
+def check_own(recipe: Recipe) -> None:
+    """Refuse sizes of their own where components are learned in one order for all targets.
 
     Raises:
-        BudgetError: it names other targets, or ranks that a target or the survey does not have;
-            names the target.
+        RecipeError: the flow does not plan.
     """
-    planned, found = {e.name for e in plan.entries}, {t.name for t in anatomy.targets}
-    if planned != found:
-        odd = sorted(planned ^ found)
-        raise BudgetError(
-            f"the plan is for another model: {len(odd)} targets do not match, {odd[0]!r} first"
+    if recipe.targets.own and recipe.flow == "learned":
+        raise RecipeError(
+            f"recipe {recipe.name!r} learns one order for all targets and gives none of them a "
+            "keep, rank or storage of its own; protect targets with skip, or use another recipe"
         )
-    shapes = {c.name: c.shape for c in shape_curves(anatomy)}
-    entries = tuple(
-        _settled(entry, shapes[entry.name], dtype_bytes, (held or {}).get(entry.name))
-        for entry in plan.entries
-    )
-    changed = [a.name for a, b in zip(plan.entries, entries, strict=True) if a.bytes != b.bytes]
-    if not changed:
-        return plan
-    note = (
-        f"the plan's bytes were recounted: {len(changed)} of {len(entries)} targets take others "
-        f"than it says, {changed[0]} first"
-    )
-    return replace(plan, entries=entries, notes=(*plan.notes, note))
-
-
-def _settled(entry: PlanEntry, shape: Shape, dtype_bytes: int, held: int | None) -> PlanEntry:
-    """One target's entry with its true bytes."""
-    name, rank, sizes = entry.name, entry.rank, f"{shape.out_features} x {shape.in_features}"
-    dense = layer_bytes(shape, rank=None, storage="dense", dtype_bytes=dtype_bytes)
-    if entry.dense_bytes != dense:
-        raise BudgetError(
-            f"the plan is for another model, dtype or shape: it counts {entry.dense_bytes} bytes "
-            f"for the dense {name}, which is {sizes} and takes {dense}"
-        )
-    if rank is not None and not 1 <= rank <= components(shape):
-        raise BudgetError(
-            f"the plan gives {name} rank {rank}; its matrix is {sizes} and has ranks from 1 to "
-            f"{components(shape)}"
-        )
-    if rank is not None and held is not None and rank > held:
-        raise BudgetError(
-            f"the plan gives {name} rank {rank}; the survey holds {held} components of it"
-        )
-    counted = layer_bytes(
-        shape, rank=rank, storage=entry.storage, weights=entry.weights, dtype_bytes=dtype_bytes
-    )
-    return replace(entry, bytes=counted)

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from spectrim import __version__
+from spectrim.api.evaluating import evaluation_windows_of
 from spectrim.data.windows import Windows, given_windows
 from spectrim.errors import ArtifactError, InputError
 from spectrim.evaluate.agreement import agreement
 from spectrim.evaluate.bootstrap import perplexity_difference
-from spectrim.evaluate.curve import CurvePoint
 from spectrim.evaluate.perplexity import Perplexity, perplexity
-from spectrim.measure.evaluating import evaluation_windows_of
+from spectrim.evaluate.points import CurvePoint
 from spectrim.recipe import Recipe
 from spectrim.run.loading import LoadedModel, load_model
 from spectrim.run.options import RunOptions
@@ -157,7 +157,7 @@ def open_reference(
     max_tokens: int | None = None,
     batch: int = 8,
 ) -> Reference:
-    """Load the dense model and measure it; arguments as in `measure.evaluating.evaluate_models`."""
+    """Load the dense model and measure it; arguments as in `api.evaluating.evaluate_models`."""
     loaded = load_model(model, options)
     windows = evaluation_windows_of(loaded, text, window_length, max_tokens)
     return Reference(

@@ -9,7 +9,7 @@ import json
 import pytest
 import torch
 
-import spectrim.measure.compare as compare_module
+import spectrim.studies.comparison as compare_module
 from architectures import tiny, windows
 from spectrim import api, studies
 from spectrim.data.sampling import sampled_tokens

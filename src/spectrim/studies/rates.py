@@ -16,10 +16,7 @@ from torch import nn
 
 from spectrim.allocate.rules import RULES
 from spectrim.errors import BudgetError, InputError
-from spectrim.evaluate.curve import CurvePoint, is_dense_format
-from spectrim.measure.measuring import Measured, PointStore, Reference, Size
-from spectrim.measure.quantized import quantized_points
-from spectrim.measure.running import gives_every_size, run_and_measure, train_every_size
+from spectrim.evaluate.points import CurvePoint, is_dense_format
 from spectrim.recipe import Recipe
 from spectrim.run.loading import LoadedModel
 from spectrim.run.opening import open_job
@@ -28,8 +25,11 @@ from spectrim.run.survey.survey import make_survey
 from spectrim.run.survey.survey_key import survey_key
 from spectrim.run.texts import UserText
 from spectrim.storage.survey_record import Survey
+from spectrim.studies.quantized import quantized_points
+from spectrim.studies.reference import Measured, PointStore, Reference, Size
+from spectrim.studies.running import run_and_measure, train_every_size
 
-__all__ = ["Curve", "Resizable", "elastic_curve", "recipe_curve"]
+__all__ = ["RateCurve", "Resizable", "elastic_curve", "recipe_curve"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ STAGE = "curve"
 
 
 @dataclass
-class Curve:
+class RateCurve:
     """Measured points and how they were measured.
 
     Attributes:
@@ -89,7 +89,7 @@ def recipe_curve(
     text: UserText = None,
     formats: Sequence[str] = (),
     store: PointStore | None = None,
-) -> Curve:
+) -> RateCurve:
     """Compress with every recipe at every size and measure each result.
 
     Args:
@@ -105,7 +105,7 @@ def recipe_curve(
             skipped and named.
     """
     store, progress = store or PointStore(None), reference.progress
-    curve = Curve(reference.dense_record())
+    curve = RateCurve(reference.dense_record())
     progress.start(STAGE, len(recipes) * len(keeps) + len(formats))
     for recipe in recipes:
         sized = [recipe.with_changes(keep=keep) for keep in keeps]
@@ -140,7 +140,7 @@ def _measuring(
     missing: int,
 ) -> Callable[[Recipe], Measured]:
     """How a size of a recipe is measured, once what all its sizes share is there."""
-    if missing and gives_every_size(recipe):
+    if missing and recipe.gives_every_size:
         work = None
         if store.folder is not None:
             work = store.folder / f"training-{store.key(_sizeless(recipe), reference, text)}"
@@ -177,7 +177,7 @@ def elastic_curve(
     name: str,
     formats: Sequence[str] = (),
     store: PointStore | None = None,
-) -> Curve:
+) -> RateCurve:
     """Measure an elastic artifact at several sizes; nothing is decomposed or trained.
 
     Args:
@@ -192,7 +192,7 @@ def elastic_curve(
         InputError: no size is within the artifact's reach.
     """
     store, progress = store or PointStore(None), reference.progress
-    curve = Curve(reference.dense_record())
+    curve = RateCurve(reference.dense_record())
     progress.start(STAGE, len(keeps) + len(formats))
     for keep in keeps:
         note = f"{name} {keep:g}"
@@ -220,7 +220,7 @@ def _slice(
     return reference.measure(artifact.model, size, recipe=name, seconds=taken)
 
 
-def _checked(curve: Curve) -> Curve:
+def _checked(curve: RateCurve) -> RateCurve:
     if not any(not is_dense_format(point) for point in curve.points):
         name, reason = list(curve.skipped.items())[-1]
         raise InputError(f"no size could be measured; {name} was the last: {reason}")

@@ -7,20 +7,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from spectrim.api.evaluating import evaluation_windows_of
 from spectrim.arguments import refuse_unused
-from spectrim.errors import InputError, TextError
+from spectrim.errors import InputError, OutputError, TextError
 from spectrim.evaluate.agreement import agreement
 from spectrim.evaluate.distortion import distortion_by_depth
 from spectrim.evaluate.perplexity import perplexity
 from spectrim.evaluate.samples import continuations
-from spectrim.measure.evaluating import evaluation_windows_of
 from spectrim.report.content import PageContent, read_curve_file, read_result
+from spectrim.report.page import PAGE_MARK, render_page
 from spectrim.run.loading import LoadedModel, load_model
 from spectrim.run.options import RunOptions
+from spectrim.run.sources import sources_of
 from spectrim.run.texts import UserText
+from spectrim.storage.ownership import check_apart
 from spectrim.storage.survey_file import load_survey
+from spectrim.storage.whole_file import check_file, write_text
 
-__all__ = ["PROMPTS", "gather_page"]
+__all__ = ["PROMPTS", "gather_page", "report"]
+
 
 PROMPTS = ("The old house stood at the end of the lane, and",)
 _DEPTH_WINDOWS = 8
@@ -117,3 +122,26 @@ def _spectra(folder: str | Path) -> dict[str, list[float]]:
     """Energies of every target of a survey, by target."""
     survey = load_survey(folder)
     return {c.name: [float(e) for e in c.energy] for c in survey.curves if c.energy is not None}
+
+
+def report(
+    folder: str | Path, *, output: str | Path, overwrite: bool = False, **options: Any
+) -> Path:
+    """Write the HTML page of a result; `options` as in `gather_page`.
+
+    Raises:
+        SpectrimError: the page exists, or something asked for cannot be read or measured.
+    """
+    read = sources_of(
+        result=[folder, *options.get("others", ())],
+        model=options.get("against"),
+        curve=options.get("curve"),
+        survey=options.get("survey"),
+        text=options.get("text"),
+    )
+    check_apart(output, read)
+    path = check_file(output, overwrite=overwrite, option="FILE")
+    if path.exists() and PAGE_MARK not in path.read_text(encoding="utf-8", errors="replace"):
+        raise OutputError(f"{path} is no page of spectrim and is not replaced; choose another FILE")
+    write_text(path, render_page(gather_page(folder, **options)))
+    return path

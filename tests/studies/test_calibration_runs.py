@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-import spectrim.measure.running as running_module
+import spectrim.studies.running as running_module
 from architectures import tiny, windows
 from spectrim import api, studies
 from spectrim.data.windows import given_windows

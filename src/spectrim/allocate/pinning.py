@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from typing import Protocol
 
 import numpy as np
 
@@ -16,23 +17,33 @@ from spectrim.allocate.budget import budget_bytes
 from spectrim.allocate.curve import Curve, Score, loss_by_rank
 from spectrim.allocate.ladder import Ladder, Limits, ladders_for
 from spectrim.allocate.plan import Plan, PlanEntry
-from spectrim.errors import BudgetError, RecipeError
-from spectrim.recipe import OwnChoice, Recipe
+from spectrim.errors import BudgetError
 
-__all__ = ["check_own", "own_storages", "plan_around"]
+__all__ = ["OwnChoice", "own_storages", "plan_around"]
 
 
-def check_own(recipe: Recipe) -> None:
-    """Refuse sizes of their own where components are learned in one order for all targets.
+class OwnChoice(Protocol):
+    """What some targets get whatever the rule says; that of a recipe has these fields."""
 
-    Raises:
-        RecipeError: the flow does not plan.
-    """
-    if recipe.targets.own and recipe.flow == "learned":
-        raise RecipeError(
-            f"recipe {recipe.name!r} learns one order for all targets and gives none of them a "
-            "keep, rank or storage of its own; protect targets with skip, or use another recipe"
-        )
+    @property
+    def match(self) -> str:
+        """Pattern on target names."""
+        ...
+
+    @property
+    def keep(self) -> float | None:
+        """A size of their own."""
+        ...
+
+    @property
+    def rank(self) -> int | None:
+        """A rank of their own."""
+        ...
+
+    @property
+    def storage(self) -> str | None:
+        """A storage of their own."""
+        ...
 
 
 def own_storages(curves: Sequence[Curve], own: Sequence[OwnChoice]) -> list[Curve]:

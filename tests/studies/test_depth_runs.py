@@ -9,7 +9,7 @@ import json
 import pytest
 import torch
 
-import spectrim.measure.running as running_module
+import spectrim.studies.running as running_module
 from architectures import tiny, windows
 from spectrim import api, studies
 from spectrim.errors import InputError

@@ -15,19 +15,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from spectrim.errors import InputError, SpectrimError
 from spectrim.evaluate.bootstrap import perplexity_difference
-from spectrim.evaluate.curve import CurvePoint
 from spectrim.evaluate.perplexity import Perplexity
-from spectrim.measure.measuring import Measured, PointStore, Reference, Size
+from spectrim.evaluate.points import CurvePoint, parse_keeps
 from spectrim.recipe import Recipe
+from spectrim.report.content import as_json
+from spectrim.report.tables import comparison_csv, comparison_markdown
 from spectrim.run.loading import load_model
 from spectrim.run.options import RunOptions
 from spectrim.run.reporting import environment
+from spectrim.run.resolving import resolve_recipe
+from spectrim.run.sources import sources_of
+from spectrim.run.texts import own_text
 from spectrim.storage.json_file import read_json
+from spectrim.studies.files import open_study, write_text
+from spectrim.studies.measure import Measure, different_names, measured_on
+from spectrim.studies.reference import Measured, PointStore, Reference, Size
 
-__all__ = ["Comparison", "Entry", "compare_recipes"]
+__all__ = ["Comparison", "Entry", "compare", "compare_recipes"]
 
 
 @dataclass(frozen=True)
@@ -180,3 +188,57 @@ def _as_perplexity(run: Measured, reference: Reference) -> Perplexity:
         per_window_nll=torch.tensor(run.per_window_nll, dtype=torch.float64),
         protocol=reference.perplexity.protocol,
     )
+
+
+def compare(
+    model: str | Path,
+    *,
+    recipes: Sequence[str | Path | Recipe],
+    keep: str | Sequence[float] = (0.8, 0.6, 0.4),
+    measure: Measure | None = None,
+    output: str | Path | None = None,
+    **calibration: Any,
+) -> Comparison:
+    """Recipes side by side at equal sizes, each run in a process of its own.
+
+    Args:
+        model: a hub name or a folder.
+        recipes: to compare.
+        keep: sizes.
+        measure: evaluation text and its protocol.
+        output: folder for `compare.md`, `.csv`, `.json` and the finished runs.
+        **calibration: `text` (names or files), `windows`, `window_length`, `seed`, `storage`,
+            `weights` as in `spectrim.compress`.
+
+    Raises:
+        SpectrimError: unknown recipes, texts or models; every run failed.
+    """
+    if isinstance(model, nn.Module):
+        raise InputError("compare runs each recipe in its own process; give a folder or hub name")
+    if not recipes:
+        raise InputError("compare needs recipes, for example svd-llm,aa-svd")
+    if own_text(calibration.get("text")) is not None:
+        raise InputError("compare runs in other processes; give the text as names or files")
+    measure = measured_on(measure, calibration.get("text"))
+    keeps = parse_keeps(keep) if isinstance(keep, str) else list(keep)
+    resolved = different_names([resolve_recipe(r, **calibration) for r in recipes])
+    folder, store = open_study(
+        output,
+        writes=[f"compare.{kind}" for kind in ("json", "csv", "md")],
+        sources=sources_of(model=model, text=[calibration.get("text"), measure.text]),
+    )
+    options = ["--device", str(measure.options.device)]
+    options += ["--trust-remote-code"] if measure.options.trust_remote_code else []
+    found = compare_recipes(
+        measure.reference(model),
+        resolved,
+        keeps,
+        options=options,
+        store=store,
+    )
+    if folder is not None:
+        record = found.record()
+        write_text(folder / "compare.json", as_json(record))
+        write_text(folder / "compare.csv", comparison_csv(record))
+        write_text(folder / "compare.md", comparison_markdown(record))
+    return found

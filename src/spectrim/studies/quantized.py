@@ -17,16 +17,16 @@ from torch import nn
 
 from spectrim.allocate.budget import Shape, layer_bytes
 from spectrim.errors import InputError
-from spectrim.evaluate.curve import CurvePoint, dense_name
+from spectrim.evaluate.points import CurvePoint, dense_name
 from spectrim.formats import FORMATS
 from spectrim.layers.dense import QuantizedDense
 from spectrim.layers.quantized import QuantizedLinear
 from spectrim.layers.swap import swap_in
-from spectrim.measure.measuring import Measured, PointStore, Reference, Size
 from spectrim.model.anatomy import Anatomy
 from spectrim.model.weights import get_module, read_bias, read_weight
 from spectrim.recipe import Recipe, StorageChoice
 from spectrim.run.opening import open_job, other_bytes
+from spectrim.studies.reference import Measured, PointStore, Reference, Size
 
 __all__ = ["REFERENCES", "quantized_points", "round_targets"]
 

@@ -22,12 +22,12 @@ from torch import nn
 from spectrim.data.windows import Windows
 from spectrim.errors import InputError
 from spectrim.evaluate.distortion import BLOCK, Distortion, distortion_by_depth
-from spectrim.measure.measuring import PointStore, result_key
-from spectrim.measure.running import run_on_copy
 from spectrim.model.anatomy import Anatomy
 from spectrim.recipe import Recipe
 from spectrim.run.loading import LoadedModel
 from spectrim.run.texts import UserText
+from spectrim.studies.reference import PointStore, result_key
+from spectrim.studies.running import run_on_copy
 
 __all__ = ["DepthRun", "LayerError", "follow", "run_along_depth"]
 
