@@ -179,6 +179,20 @@ def test_rooms_of_one_floor_do_not_import_each_other_in_circles():
             del below[name]
 
 
+def test_rooms_inside_run_do_not_import_each_other_in_circles():
+    below: dict[str, set[str]] = {}
+    for path, found in inner_imports():
+        source, target = (m.split(".") for m in (module_name(path), found.target))
+        if source[1:2] == target[1:2] == ["run"] and len(source) > 3 and len(target) > 3:
+            below.setdefault(source[2], set()).update({target[2]} - {source[2]})
+    assert not below.get("parts"), f"what the passes share imports {below['parts']}"
+    while below:
+        free = [name for name, targets in below.items() if not targets & below.keys()]
+        assert free, f"rooms import each other in a circle: {below}"
+        for name in free:
+            del below[name]
+
+
 def test_no_two_files_import_each_other_even_inside_functions():
     left = {
         module: {f.target for f in imports(path) if f.target in MODULES} - {module, "spectrim"}
