@@ -13,7 +13,7 @@ import spectrim
 from spectrim.demo.run import CALIBRATION, MODEL
 
 
-def main(model=MODEL, text=CALIBRATION, output="trained", *, steps=20, batch=4, length=64):
+def main(model=MODEL, text=CALIBRATION, output="training", *, steps=20, batch=4, length=64):
     """Compress on the first windows of the text, train on the rest."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -23,7 +23,8 @@ def main(model=MODEL, text=CALIBRATION, output="trained", *, steps=20, batch=4, 
     calibration, training = windows[: 4 * batch], windows[4 * batch :]
 
     # The object is changed in place: its layers are now pairs of factors with gradients.
-    spectrim.compress(network, keep=0.6, text=calibration, storage="factored")
+    small = Path(output) / "compressed"
+    spectrim.compress(network, keep=0.6, text=calibration, storage="factored", output=small)
     network.train()
 
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
@@ -36,8 +37,9 @@ def main(model=MODEL, text=CALIBRATION, output="trained", *, steps=20, batch=4, 
         losses.append(loss.item())
         print(f"step {len(losses)}: {losses[-1]:.4f}")
 
-    network.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    trained = Path(output) / "trained"
+    network.save_pretrained(trained)
+    tokenizer.save_pretrained(trained)
     return losses
 
 
