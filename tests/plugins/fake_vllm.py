@@ -18,7 +18,8 @@ class World:
 
 
 class LinearMethodBase:
-    pass
+    def process_weights_after_loading(self, layer):
+        """Nothing to do by default."""
 
 
 class QuantizationConfig:

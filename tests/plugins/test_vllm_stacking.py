@@ -4,10 +4,13 @@ import pytest
 import torch
 
 from spectrim.errors import ArtifactError, ModelError
+from spectrim.layers.dense import QuantizedDense
+from spectrim.layers.layout import layout_of
 from spectrim.layers.lowrank import LowRankLinear
 from spectrim.layers.packed import PackedLinear
+from spectrim.layers.quantized import quantize_layer
 from spectrim.storage.table import parse_table
-from spectrim_vllm.assembly import Assembly, packed_factors, stored_names
+from spectrim_vllm.assembly import Assembly, packed_factors, stored_tensors
 from spectrim_vllm.naming import below, is_compressed, member_names, pieces_of
 from spectrim_vllm.stacking import Piece, Place, Stack
 
@@ -31,7 +34,7 @@ def assembled(storage, m, n=N, k=5, seed=0):
     """Dense weight, down, up of one piece that came tensor by tensor."""
     W, tensors = layer(storage, m, n, k, seed)
     assembly = Assembly(Piece("p", None if storage == "dense" else k, storage, (m,)))
-    assert set(tensors) == set(stored_names(storage))
+    assert set(tensors) == set(stored_tensors(assembly.piece))
     factors = None
     for name, tensor in reversed(tensors.items()):
         assert factors is None and assembly.missing()
@@ -89,7 +92,7 @@ def test_column_parallel_ranks_side_by_side_are_the_dense_product(kinds, ranks):
     parts = []
     for rank in range(ranks):
         stack, first, ups, weights = loaded(kinds, sizes, Place(rank, ranks, "out"))
-        y = stack.forward(x, first, ups, None)
+        y = stack.forward(x, first, stack.ups_of(ups), None)
         parts.append(y.split([m // ranks for m in sizes], dim=-1))
     for i, W in enumerate(weights):
         y = torch.cat([part[i] for part in parts], dim=-1)
@@ -104,18 +107,21 @@ def test_row_parallel_ranks_add_up_to_the_dense_product(kind, m, ranks):
     total = 0
     for rank in range(ranks):
         stack, first, ups, (W,) = loaded((kind,), (m,), Place(rank, ranks, "in"))
-        total = total + stack.forward(x.chunk(ranks, dim=-1)[rank], first, ups, None)
+        total = total + stack.forward(x.chunk(ranks, dim=-1)[rank], first, stack.ups_of(ups), None)
     assert torch.allclose(total, x @ W.T, rtol=1e-10, atol=1e-10)
 
 
-def test_a_layer_is_one_product_and_one_per_compressed_piece(monkeypatch):
+def test_a_layer_is_one_product_and_one_per_compressed_piece():
     stack, first, ups, _ = loaded(("factored", "dense", "packed"), (32, 8, 16), Place(0, 1, "out"))
-    shapes, real = [], torch.nn.functional.linear
-    monkeypatch.setattr(
-        torch.nn.functional, "linear", lambda x, w, b=None: shapes.append(w.shape) or real(x, w, b)
-    )
-    stack.forward(torch.randn(2, N, dtype=torch.float64), first, ups, torch.zeros(56))
-    assert [tuple(s) for s in shapes] == [(3 + 8 + 5, N), (32, 3), (16, 5)]
+    shapes = []
+
+    def multiply(x, w):
+        shapes.append(tuple(w.shape))
+        return x @ w.T
+
+    x = torch.randn(2, N, dtype=torch.float64)
+    stack.forward(x, first, stack.ups_of(ups), torch.zeros(56), multiply)
+    assert shapes == [(3 + 8 + 5, N), (32, 3), (16, 5)]
 
 
 @pytest.mark.parametrize(("rank", "start"), [(0, 0), (1, 0), (2, 4), (3, 4)])
@@ -179,10 +185,43 @@ def test_names_of_vllm_lead_to_names_of_the_file():
     assert pieces_of(whole, prefix, [8, 4, 4], {})[0].outputs == (8, 4, 4)
 
 
-def test_what_is_not_served_is_refused_with_a_way_out():
-    made = table(layers__0__mlp__down_proj={"weights": "int8", "shape": [8, 8]})
-    with pytest.raises(ModelError, match=r"int8 weights.*export --dense"):
-        pieces_of(made, "model.layers.0.mlp.down_proj", [8], {})
+def test_an_unknown_fusion_is_refused():
     made = table(layers__0__self_attn__k_proj={})
     with pytest.raises(ModelError, match="fusion is not known"):
         pieces_of(made, "model.layers.0.self_attn.qkv_proj", [8, 4], {})
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4", "int4-g32+int8", "int8+native"])
+@pytest.mark.parametrize("storage", ["factored", "packed", "dense"])
+def test_integers_are_restored_to_what_the_layer_computes(storage, weights):
+    if storage == "dense" and "+" in weights:
+        pytest.skip("one part, one format")
+    m, k = 40, None if storage == "dense" else 5
+    W = torch.randn(m, N, generator=torch.Generator().manual_seed(0))
+    if storage == "dense":
+        made = QuantizedDense(torch.nn.Linear(N, m, bias=False))
+        made.inner.weight.data = W
+    else:
+        U, s, Vh = torch.linalg.svd(W, full_matrices=False)
+        made = KINDS[storage].from_factors(
+            U[:, :k] * s[:k], Vh[:k], None, dtype=torch.float32, device="cpu"
+        )
+    quantize_layer(made, weights, dtype=torch.bfloat16)
+    layout = layout_of(storage, weights)
+    piece = pieces_of(
+        table(x={"storage": storage, "weights": weights, "shape": [m, N], "rank": k}), "x", [m], {}
+    )[0]
+    assembly, factors = Assembly(piece), None
+    for key, tensor in made.state_dict().items():
+        factors = assembly.add(layout.disk_key(key), tensor)
+        kind = stored_tensors(piece)[layout.disk_key(key)]
+        assert tensor.dtype == (kind or torch.bfloat16)
+    assert factors is not None and not assembly.missing()
+    down, up = factors
+    found = down if up is None else up.double() @ down.double()
+    expected = made.dense_weight().double()
+    assert torch.allclose(found.double(), expected, rtol=1e-5, atol=1e-5)
+    assembly = Assembly(piece)
+    with pytest.raises(ArtifactError, match="do not fit"):
+        for key, tensor in made.state_dict().items():
+            assembly.add(layout.disk_key(key), tensor[:-1])

@@ -23,7 +23,11 @@ def export(
     ] = False,
     to: Annotated[
         str | None,
-        typer.Option("--format", metavar="NAME", help="compressed-tensors: integers as they are."),
+        typer.Option(
+            "--format",
+            metavar="NAME",
+            help="compressed-tensors (integers as they are), or onnx (factors as two products).",
+        ),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace DIR if it exists and is not empty.")
@@ -32,12 +36,13 @@ def export(
     verbose: options.Verbose = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Write OUT's model to DIR, as ordinary dense weights or in the format of inference servers."""
+    """Write OUT's model to DIR, as ordinary dense weights or in a format of inference engines."""
     from spectrim.cli.session import session
 
     if dense == (to is not None):
         raise InputError(
-            "say either --dense, to confirm the larger folder, or --format compressed-tensors"
+            "say either --dense, to confirm the larger folder, or --format with "
+            "compressed-tensors or onnx"
         )
     with session(verbose=verbose, quiet=quiet or as_json, output=output):
         from spectrim import api
@@ -45,9 +50,9 @@ def export(
         given = options.given(to=to, overwrite=overwrite or None)
         api.export(folder, output=output, **given)
     from spectrim.cli.render import format_bytes, print_facts, print_json
-    from spectrim.storage.inspect import inspect_folder
 
-    written = inspect_folder(output).bytes
+    weights = (".safetensors", ".onnx", ".data")
+    written = sum(file.stat().st_size for file in output.iterdir() if file.suffix in weights)
     if as_json:
         print_json({"output": str(output), "bytes": written})
     else:

@@ -14,7 +14,7 @@ from spectrim.storage.atomic import check_output, new_folder
 from spectrim.storage.inspect import inspect_folder
 from spectrim.storage.origin import LICENSES, read_origin
 
-__all__ = ["export_dense", "is_companion"]
+__all__ = ["export_dense", "is_companion", "load_folder"]
 
 OWN_FILES = {"config.json", "generation_config.json", "recipe.yaml", "README.md"}
 """Written anew or explained by the card; tokenizer and templates are copied."""
@@ -51,7 +51,7 @@ def export_dense(
     check_output(output, overwrite=overwrite, sources=[("the result", source)])
     if inspect_folder(source).table is None:
         raise ArtifactError(f"{source} holds no model compressed by spectrim")
-    model = _load(source)
+    model = load_folder(source)
     model.dequantize()
     with new_folder(output, overwrite=overwrite) as destination:
         model.save_pretrained(destination, max_shard_size=max_shard_size)
@@ -79,7 +79,7 @@ def is_companion(name: str) -> bool:
     return Path(name).suffix in COMPANIONS
 
 
-def _load(folder: Path) -> Any:
+def load_folder(folder: Path, *, dtype: Any = "auto") -> Any:
     """The model with the class that its configuration names."""
     import transformers
 
@@ -88,4 +88,4 @@ def _load(folder: Path) -> Any:
     known = getattr(transformers, names[0], None) if names else None
     if not (isinstance(known, type) and issubclass(known, transformers.PreTrainedModel)):
         known = transformers.AutoModelForCausalLM
-    return known.from_pretrained(folder, dtype="auto", device_map=HOST.type)
+    return known.from_pretrained(folder, dtype=dtype, device_map=HOST.type)

@@ -7,17 +7,22 @@ from pathlib import Path
 from spectrim.errors import InputError
 from spectrim.storage.compressed_tensors import export_compressed_tensors
 from spectrim.storage.dense import export_dense
+from spectrim.storage.onnx_graph import export_onnx
 
 __all__ = ["EXPORTS", "export_folder"]
 
-EXPORTS = {"dense": export_dense, "compressed-tensors": export_compressed_tensors}
+EXPORTS = {
+    "dense": export_dense,
+    "compressed-tensors": export_compressed_tensors,
+    "onnx": export_onnx,
+}
 """What a folder can be written as."""
 
 
 def export_folder(
     folder: str | Path, output: str | Path, *, to: str = "dense", overwrite: bool = False
 ) -> Path:
-    """Write a compressed folder as ordinary dense weights, or in the format of inference servers.
+    """Write a compressed folder as dense weights, or in a format that inference engines read.
 
     Args:
         folder: a result of spectrim.

@@ -3,7 +3,8 @@
 A factored layer is stored as `weight` (its up matrix) and `down.weight`; a packed one as `weight`
 (its basis), `coefficients.weight` and `order`. A packed layer becomes factors without any
 arithmetic: the entries of the coefficients are copied beside an identity, so that the served layer
-is as exact as the stored one. It takes k² more numbers in memory than on disk.
+is as exact as the stored one. It takes k² more numbers in memory than on disk. Integers are
+restored when they come: memory is that of native numbers, the file that of integers.
 
 Plain torch; nothing here knows vLLM.
 """
@@ -17,15 +18,32 @@ from spectrim.errors import ArtifactError
 from spectrim.layers.layout import layout_of
 from spectrim_vllm.stacking import Piece
 
-__all__ = ["Assembly", "packed_factors", "stored_names"]
+__all__ = ["Assembly", "packed_factors", "stored_tensors"]
+
+_DTYPES = {
+    "native": None,
+    "int8": torch.int8,
+    "uint8": torch.uint8,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+}
 
 
-def stored_names(storage: str) -> tuple[str, ...]:
-    """Names on disk, below the layer, of the tensors of one storage kind without its bias."""
-    if storage == "dense":
-        return ("weight",)
-    layout = layout_of(storage)
-    return tuple(layout.disk_key(key) for key in layout.shapes(2, 2, 1))
+def stored_tensors(piece: Piece) -> dict[str, torch.dtype | None]:
+    """Names on disk, below the layer, of a piece's tensors without its bias, with their dtypes.
+
+    None is the dtype of the model's own numbers.
+    """
+    if piece.storage == "dense" and piece.weights == "native":
+        return {"weight": None}
+    layout = layout_of(piece.storage, piece.weights)
+    found: dict[str, torch.dtype | None] = {
+        layout.disk_key(path): torch.int32 for path in layout.orders(2, 2)
+    }
+    for part, one in layout.formats.items():
+        for name, (_, number) in one.tensors(2, 2).items():
+            found[layout.disk_key(f"{part}.{name}")] = _DTYPES[number]
+    return found
 
 
 def packed_factors(basis: Tensor, coefficients: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,7 +88,7 @@ class Assembly:
         """Names on disk of what has not come yet."""
         if self.complete:
             return []
-        names = stored_names(self.piece.storage)
+        names = stored_tensors(self.piece)
         return [f"{self.piece.name}.{name}" for name in names if name not in self._held]
 
     def add(self, name: str, tensor: Tensor) -> tuple[Tensor, Tensor | None] | None:
@@ -79,12 +97,12 @@ class Assembly:
         Raises:
             ArtifactError: a tensor that the storage does not have, or shapes that do not fit.
         """
-        if name not in stored_names(self.piece.storage):
+        if name not in stored_tensors(self.piece):
             raise ArtifactError(
                 f"{self.piece.name} is stored {self.piece.storage} and has no tensor {name!r}"
             )
         held = {**self._held, name: tensor}
-        if len(held) < len(stored_names(self.piece.storage)):
+        if len(held) < len(stored_tensors(self.piece)):
             # A copy: some loaders hand out one buffer again and again.
             self._held[name] = tensor.detach().clone()
             return None
@@ -96,6 +114,8 @@ class Assembly:
         return factors
 
     def _factors(self, held: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        if self.piece.weights != "native":
+            held = self._restored(held)
         if self.piece.storage == "dense":
             return held["weight"], None
         if self.piece.storage == "factored":
@@ -103,6 +123,28 @@ class Assembly:
         self._check_packed(held)
         up, down = packed_factors(held["weight"], held["coefficients.weight"], held["order"])
         return down, up
+
+    def _restored(self, held: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors that the same layer has in native numbers, fp32."""
+        piece = self.piece
+        assert piece.shape is not None  # the table has it wherever there are integers
+        m, n = piece.shape
+        k = piece.rank or 0
+        layout, native = layout_of(piece.storage, piece.weights), layout_of(piece.storage)
+        expected = {layout.disk_key(key): s for key, s in layout.shapes(m, n, k).items()}
+        found = {name: tuple(tensor.shape) for name, tensor in held.items()}
+        if found != expected:
+            raise ArtifactError(
+                f"{piece.name}: tensors {found} do not fit {piece.storage} {piece.weights} storage "
+                f"of a layer {piece.shape} of rank {piece.rank}"
+            )
+        restored = {name: held[name] for name in layout.orders(m, n)}
+        for part, one in layout.formats.items():
+            tensors = {name: held[layout.disk_key(f"{part}.{name}")] for name in one.tensors(m, n)}
+            _, columns = layout.parts(m, n, k)[part]
+            matrix = one.decode(tensors, columns).float()
+            restored[native.disk_key(f"{part}.weight")] = matrix
+        return restored
 
     def _check_packed(self, held: dict[str, Tensor]) -> None:
         layout = layout_of("packed")

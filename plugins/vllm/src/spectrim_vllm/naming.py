@@ -59,7 +59,7 @@ def pieces_of(
         fused: vLLM's own table of fused names.
 
     Raises:
-        ModelError: integer weights, or a fusion that cannot be followed.
+        ModelError: a fusion that cannot be followed.
     """
     whole = _entry(table, prefix)
     if whole is not None:
@@ -78,12 +78,7 @@ def pieces_of(
 
 
 def _piece(name: str, entry: LayerEntry, outputs: tuple[int, ...]) -> Piece:
-    if entry.weights != "native":
-        raise ModelError(
-            f"{name} has {entry.weights} weights, which this plugin does not serve; compress with "
-            "--weights native, or write dense weights with spectrim export --dense"
-        )
-    return Piece(name, entry.rank, entry.storage, outputs)
+    return Piece(name, entry.rank, entry.storage, outputs, entry.weights, entry.shape)
 
 
 def below(table: Table, prefix: str) -> Iterable[str]:

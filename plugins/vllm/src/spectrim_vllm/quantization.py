@@ -22,7 +22,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from spectrim.errors import ArtifactError, ModelError
 from spectrim.storage.table import QUANT_METHOD, Table, parse_table
-from spectrim_vllm.assembly import Assembly, stored_names
+from spectrim_vllm.assembly import Assembly, stored_tensors
 from spectrim_vllm.naming import below, is_compressed, pieces_of
 from spectrim_vllm.stacking import Place, Stack
 
@@ -94,7 +94,14 @@ class SpectrimConfig(QuantizationConfig):
 
 
 class _Holder(nn.Module):
-    """A place for a parameter below a layer, so that its path is that of the checkpoint."""
+    """A place below a layer: for tensors that arrive by the checkpoint's paths, or for a matrix."""
+
+    @classmethod
+    def of(cls, matrix: Tensor) -> _Holder:
+        """A matrix as vLLM's dense method wants to see a layer."""
+        made = cls()
+        made.weight = nn.Parameter(matrix.contiguous(), requires_grad=False)
+        return made
 
 
 class SpectrimLinearMethod(LinearMethodBase):
@@ -103,6 +110,7 @@ class SpectrimLinearMethod(LinearMethodBase):
     def __init__(self, config: SpectrimConfig, prefix: str):
         self.config = config
         self.prefix = prefix
+        self.dense = UnquantizedLinearMethod()
 
     def create_weights(
         self,
@@ -114,10 +122,10 @@ class SpectrimLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Register the parameters under the names that the checkpoint's tensors arrive with.
+        """Make room, and places under the names that the checkpoint's tensors arrive with.
 
-        `down.weight` is the stacked first matrix, `weight` the vector of all up matrices. The
-        loader that vLLM offers is not used: it knows one rank per layer, not one per part.
+        The numbers go to two buffers, the stacked first matrix and the vector of all up matrices.
+        The loader that vLLM offers is not used: it knows one rank per layer, not one per part.
         """
         pieces = pieces_of(
             self.config.table, self.prefix, output_partition_sizes, self.config.fused
@@ -129,15 +137,12 @@ class SpectrimLinearMethod(LinearMethodBase):
         layer.spectrim_stack = stack
         layer.spectrim_assemblies = [Assembly(piece) for piece in pieces]
         first = torch.empty(stack.rows, input_size_per_partition, dtype=params_dtype)
-        parameters = {
-            "down.weight": first,
-            "weight": torch.empty(stack.up_numbers, dtype=params_dtype),
-        }
-        for piece in pieces:
-            for name in stored_names(piece.storage):
-                # Only a place to arrive at: a packed layer is served as factors.
-                parameters.setdefault(name, torch.empty(0, dtype=params_dtype))
-        for name, data in parameters.items():
+        ups = torch.empty(stack.up_numbers, dtype=params_dtype)
+        layer.register_buffer("spectrim_first", first, persistent=False)
+        layer.register_buffer("spectrim_ups", ups, persistent=False)
+        arriving = {name: kind for one in pieces for name, kind in stored_tensors(one).items()}
+        for name, kind in arriving.items():
+            data = torch.empty(0, dtype=kind or params_dtype)
             parameter = nn.Parameter(data, requires_grad=False)
             parameter.weight_loader = _loader(layer, name)  # type: ignore[attr-defined]
             parent, _, last = name.rpartition(".")
@@ -145,9 +150,10 @@ class SpectrimLinearMethod(LinearMethodBase):
                 setattr(layer, parent, _Holder())
             owner = getattr(layer, parent) if parent else layer
             owner.register_parameter(last, parameter)
+        layer.spectrim_arriving = tuple(arriving)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Refuse a layer that is not complete: its numbers would be whatever memory held.
+        """Hand every matrix to vLLM's own dense method, which orders it for its products.
 
         Raises:
             ArtifactError: names the tensors that never came.
@@ -158,13 +164,33 @@ class SpectrimLinearMethod(LinearMethodBase):
                 f"{self.prefix} lacks {len(missing)} tensor(s) of the checkpoint: "
                 f"{', '.join(missing[:4])}; the folder is incomplete"
             )
+        stack: Stack = layer.spectrim_stack
+        ups = stack.ups_of(layer.spectrim_ups)
+        matrices = [layer.spectrim_first, *(up.clone() for up in ups if up is not None)]
+        holders = nn.ModuleList([_Holder.of(matrix) for matrix in matrices])
+        del layer.spectrim_first, layer.spectrim_ups, layer.spectrim_assemblies
+        for name in layer.spectrim_arriving:
+            parent, _, last = name.rpartition(".")
+            delattr(getattr(layer, parent) if parent else layer, last)
+        for holder in holders:
+            self.dense.process_weights_after_loading(holder)
+        layer.spectrim_holders = holders
+        rest = iter(holders[1:])
+        # What `apply` reads is settled here: nothing of it is left to a compiled graph.
+        layer.spectrim_ups_in_order = tuple(None if up is None else next(rest) for up in ups)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(..., inputs of this rank) -> (..., outputs of this rank).
 
         vLLM gathers or adds up what the ranks computed, and passes the bias where it belongs.
         """
-        return layer.spectrim_stack.forward(x, layer.down.weight, layer.weight, bias)
+        return layer.spectrim_stack.forward(
+            x,
+            layer.spectrim_holders[0],
+            layer.spectrim_ups_in_order,
+            bias,
+            lambda z, holder: self.dense.apply(holder, z),
+        )
 
 
 def _place(layer: Any, inputs: tuple[int, int], outputs: tuple[int, list[int]]) -> Place:
@@ -195,7 +221,7 @@ def _loader(layer: Any, name: str) -> Callable[..., None]:
         if factors is not None:
             down, up = factors
             stack: Stack = layer.spectrim_stack
-            stack.write(index, layer.down.weight.data, layer.weight.data, down, up)
+            stack.write(index, layer.spectrim_first, layer.spectrim_ups, down, up)
 
     return load
 

@@ -23,9 +23,10 @@ Plain torch; nothing here knows vLLM.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,12 +65,16 @@ class Piece:
         storage: `factored`, `packed` or `dense`.
         outputs: rows that one rank computes, by the parts that vLLM shards separately. A piece
             that is fused in the checkpoint already (a stored `qkv_proj`) has several.
+        weights: number formats of its parts.
+        shape: (out, in) as stored, where it has integer weights.
     """
 
     name: str
     rank: int | None
     storage: str
     outputs: tuple[int, ...]
+    weights: str = "native"
+    shape: tuple[int, int] | None = None
 
     @property
     def out_features(self) -> int:
@@ -156,6 +161,10 @@ class Stack:
         flat = ups[start : start + self._up_size(piece)]
         return flat.view(piece.out_features, piece.rank)
 
+    def ups_of(self, ups: Tensor) -> list[Tensor | None]:
+        """The up matrix of every piece, None for a dense one."""
+        return [None if p.rank is None else self.up_of(ups, i) for i, p in enumerate(self.pieces)]
+
     def own_inputs(self, full: Tensor) -> Tensor:
         """The columns of a stored (rows, n) matrix that this rank reads.
 
@@ -193,15 +202,28 @@ class Stack:
             own = piece.own_rows(up.shape[0], self.place)
             self.up_of(ups, index).copy_(_rows(up, own))
 
-    def forward(self, x: Tensor, first: Tensor, ups: Tensor, bias: Tensor | None) -> Tensor:
-        """(..., in_features) -> (..., sum of outputs): one product, then one per piece."""
-        z = torch.nn.functional.linear(x, first)
+    def forward(
+        self,
+        x: Tensor,
+        first: Any,
+        ups: Sequence[Any],
+        bias: Tensor | None,
+        multiply: Callable[[Tensor, Any], Tensor] = torch.nn.functional.linear,
+    ) -> Tensor:
+        """(..., in_features) -> (..., sum of outputs): one product, then one per piece.
+
+        Args:
+            x: inputs.
+            first: the stacked matrix, as `multiply` takes it.
+            ups: the up matrix of every piece, None for a dense one.
+            bias: (sum of outputs,) or None.
+            multiply: (..., columns) and a matrix (rows, columns) -> (..., rows).
+        """
+        z = multiply(x, first)
         results = []
-        for index, piece in enumerate(self.pieces):
-            own = z if len(self.pieces) == 1 else z[..., self.first_rows(index)]
-            if piece.rank is not None:
-                own = torch.nn.functional.linear(own, self.up_of(ups, index))
-            results.append(own)
+        for index, up in enumerate(ups):
+            own = z if len(ups) == 1 else z[..., self.first_rows(index)]
+            results.append(own if up is None else multiply(own, up))
         y = results[0] if len(results) == 1 else torch.cat(results, dim=-1)
         return y if bias is None else y + bias
 
