@@ -163,6 +163,18 @@ def test_evaluation_and_timing(folder, device, tmp_path):
     assert timed["protocol"]["device"].startswith("far")
 
 
+def test_adapters_and_healing(folder, device, tmp_path):
+    api.compress(folder, recipe=recipe_for("svd"), text=TEXT, device=device, output=tmp_path / "o")
+    left = [
+        api.adapter(tmp_path / "o", folder, rank=3, text=TEXT, device=place).facts["left"]
+        for place in (device, "cpu")
+    ]
+    assert left[0] == pytest.approx(left[1], rel=10 * SAME)
+    healed = api.heal(tmp_path / "o", text=TEXT, steps=2, batch=4, device=device)
+    assert lies_on(device, healed.model)
+    assert healed.report["healing"][-1]["after"] <= healed.report["healing"][-1]["before"]
+
+
 def tensors(place):
     files = [TensorFile(path) for path in sorted(place.glob("*.safetensors"))]
     return {name: file.read(name) for file in files for name in file.entries}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from spectrim.devices import on_host
 from spectrim.model.losses import divergence, next_token
 from spectrim.model.tail import Tail
 from spectrim.refine.fitting import FitResult, FitSettings, fit
@@ -16,7 +17,12 @@ __all__ = ["loss_on", "tune"]
 
 
 def loss_on(
-    tail: Tail, ids: Tensor, device: torch.device, teacher: Tail | None = None
+    tail: Tail,
+    ids: Tensor,
+    device: torch.device,
+    teacher: Tail | None = None,
+    *,
+    autocast: bool = False,
 ) -> Callable[[Tensor], Tensor]:
     """Indices of windows (len,) -> their mean loss in nats per token, differentiable.
 
@@ -25,16 +31,20 @@ def loss_on(
         ids: windows (N, T).
         device: of the model.
         teacher: of the model whose next-token distribution is the aim; None takes the next token.
+        autocast: bf16 products, where trained parameters are fp32 among bf16 ones.
     """
 
     def loss_of(rows: Tensor) -> Tensor:
         chunk = ids[rows].to(device)
-        hidden = tail.states(chunk)
-        if teacher is None:
-            return tail.total(hidden[:, :-1], next_token(chunk)) / chunk[:, 1:].numel()
-        with torch.no_grad():
-            expected = teacher.states(chunk)
-        return tail.total(hidden, divergence(teacher, expected)) / chunk.numel()
+        expected = None
+        if teacher is not None:
+            with torch.no_grad():
+                expected = teacher.states(chunk)
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            hidden = tail.states(chunk)
+            if teacher is None or expected is None:
+                return tail.total(hidden[:, :-1], next_token(chunk)) / chunk[:, 1:].numel()
+            return tail.total(hidden, divergence(teacher, expected)) / chunk.numel()
 
     return loss_of
 
@@ -65,7 +75,8 @@ def tune(
     Raises:
         NonFiniteError: the loss diverged; the parameters are as they were.
     """
-    loss_of = loss_on(tail, ids, parameters[0].device, teacher)
+    device = parameters[0].device
+    loss_of = loss_on(tail, ids, device, teacher, autocast=not on_host(device))
     chosen = {id(p) for p in parameters}
     others = [p for p in tail.model.parameters() if id(p) not in chosen]
     with frozen(others), master_weights(parameters) as as_stored:
