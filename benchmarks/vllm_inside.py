@@ -201,7 +201,7 @@ def main() -> None:
     """Run the cases that are asked for; the file keeps earlier rows of others."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--only", default="", help="cases whose name begins so")
+    parser.add_argument("--only", nargs="*", default=[""], help="cases whose name begins so")
     parser.add_argument("--folder", type=Path, help="keep the compressed models here")
     asked = parser.parse_args()
     torch.set_num_threads(1)
@@ -210,7 +210,7 @@ def main() -> None:
     with TemporaryDirectory() as temporary:
         folder = asked.folder or Path(temporary)
         for case in CASES:
-            if case.name.startswith(asked.only):
+            if case.name.startswith(tuple(asked.only)):
                 rows[case.name] = run(case, folder)
                 write(asked.output, list(rows.values()))
     bad = [

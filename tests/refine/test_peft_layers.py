@@ -145,6 +145,11 @@ def test_the_trainer_refuses_to_train_what_little_is_no_integer():
     validate_quantization_for_training(adapted(model=integer_model()))
 
 
+def test_all_linear_is_refused_where_it_would_pass_over_layers():
+    with pytest.raises(InputError, match=r"all-linear.*name the projections"):
+        adapted(model=integer_model(), targets="all-linear")
+
+
 @pytest.mark.parametrize("options", [{"init_lora_weights": "pissa"}, {"use_dora": True}])
 def test_variants_that_need_a_dense_weight_are_refused(options):
     with pytest.raises((InputError, ValueError), match=r"dense weight|variant"):

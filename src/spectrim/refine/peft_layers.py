@@ -10,12 +10,13 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import check_adapters_to_merge
 
 from spectrim.errors import InputError, ModelError
 from spectrim.layers.compressed import CompressedLayer
+from spectrim.layers.swap import compressed_layers
 from spectrim.refine.joining import check_joinable, join
 
 __all__ = ["LoraCompressed"]
@@ -99,12 +100,27 @@ class LoraCompressed(Linear):
             self.base_layer = self._before.pop()
 
 
-_initialize = LoraConfig.__post_init__
+_prepare = LoraModel._prepare_model
 
 
-def _knowing_our_layers(self: Any) -> None:
-    _initialize(self)
-    self._register_custom_module({CompressedLayer: LoraCompressed})
+def _prepare_compressed(self: Any, peft_config: Any, model: Any) -> None:
+    """What PEFT calls before it looks for layers: tell it ours.
+
+    Raises:
+        InputError: `all-linear`, which means linear modules, on layers without any.
+    """
+    _prepare(self, peft_config, model)
+    layers = compressed_layers(model)
+    if not layers:
+        return
+    peft_config._register_custom_module({CompressedLayer: LoraCompressed})
+    rounded = [name for name, layer in layers.items() if layer.weights != "native"]
+    if rounded and str(peft_config.target_modules).lower() == "all-linear":
+        raise InputError(
+            f"target_modules='all-linear' would leave out {len(rounded)} layers with integer "
+            f"weights ({rounded[0]}, ...), whose parts are no linear modules; name the "
+            "projections, as in ['q_proj', 'v_proj']"
+        )
 
 
-LoraConfig.__post_init__ = _knowing_our_layers  # type: ignore[method-assign]
+LoraModel._prepare_model = _prepare_compressed  # type: ignore[method-assign]
