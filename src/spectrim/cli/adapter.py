@@ -8,12 +8,17 @@ from typing import Annotated, Any
 import typer
 
 from spectrim.cli import options
-from spectrim.cli.words import CALIBRATING, takes
+from spectrim.cli.words import takes
+from spectrim.run.reading_words import AdapterWords
 
 __all__ = ["adapter"]
 
 
-@takes(*CALIBRATING, "batch", "device", "dtype", "trust_remote_code")
+@takes(
+    *("rank", "metric", "allow_differences", "text", "windows", "window_length", "seed", "batch"),
+    *("device", "dtype", "trust_remote_code", "overwrite"),
+    of=AdapterWords,
+)
 def adapter(
     base: Annotated[
         str, typer.Argument(metavar="BASE", help="The model to adapt; may be compressed.")
@@ -22,27 +27,6 @@ def adapter(
     output: Annotated[
         Path, typer.Option("-o", "--output", metavar="DIR", help="Folder to write to.")
     ],
-    rank: Annotated[
-        int | None,
-        typer.Option("--rank", metavar="R", help="Of every layer's adapter; default 16."),
-    ] = None,
-    metric: Annotated[
-        str | None,
-        typer.Option(
-            "--metric",
-            metavar="NAME",
-            help="kfac (predicted loss, default with a text), whitened, or plain (without one).",
-        ),
-    ] = None,
-    allow_differences: Annotated[
-        bool,
-        typer.Option(
-            "--allow-differences", help="Leave norms, embeddings and other weights as in BASE."
-        ),
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace DIR if spectrim wrote all that is in it.")
-    ] = False,
     as_json: options.AsJson = False,
     verbose: options.Verbose = False,
     quiet: options.Quiet = False,
@@ -62,13 +46,7 @@ def adapter(
             model,
             output=output,
             progress=progress,
-            **options.given(
-                **words,
-                rank=rank,
-                metric=metric,
-                allow_differences=allow_differences or None,
-                overwrite=overwrite or None,
-            ),
+            **options.given(**words),
         )
     from spectrim.cli.render import print_facts, print_json
 

@@ -9,11 +9,16 @@ import typer
 
 from spectrim.cli import options
 from spectrim.cli.words import takes
+from spectrim.run.reading_words import HealWords
 
 __all__ = ["heal"]
 
 
-@takes("windows", "window_length", "seed", "device", "dtype", "trust_remote_code")
+@takes(
+    *("parts", "teacher", "steps", "batch", "rank", "learning_rate", "windows", "window_length"),
+    *("seed", "device", "dtype", "trust_remote_code", "overwrite"),
+    of=HealWords,
+)
 def heal(
     artifact: Annotated[
         Path, typer.Argument(metavar="OUT", help="A compressed folder, in native numbers.")
@@ -24,31 +29,6 @@ def heal(
     output: Annotated[
         Path, typer.Option("-o", "--output", metavar="DIR", help="Folder to write to.")
     ],
-    parts: Annotated[
-        str | None,
-        typer.Option("--parts", help="factors (all numbers; default) or lora (needs peft)."),
-    ] = None,
-    teacher: Annotated[
-        str | None,
-        typer.Option(
-            "--teacher", metavar="MODEL", help="The original: learn its distribution instead."
-        ),
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option("--steps", metavar="N", help="At most; default 200.")
-    ] = None,
-    batch: Annotated[
-        int | None, typer.Option("--batch", metavar="N", help="Windows per step; default 8.")
-    ] = None,
-    rank: Annotated[
-        int | None, typer.Option("--rank", metavar="R", help="Of lora's updates; default 8.")
-    ] = None,
-    learning_rate: Annotated[
-        float | None, typer.Option("--learning-rate", metavar="RATE", help="Peak.")
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace DIR if spectrim wrote all that is in it.")
-    ] = False,
     as_json: options.AsJson = False,
     verbose: options.Verbose = False,
     quiet: options.Quiet = False,
@@ -61,15 +41,6 @@ def heal(
     """
     from spectrim.cli.session import session
 
-    chosen = {
-        "parts": parts,
-        "teacher": teacher,
-        "steps": steps,
-        "batch": batch,
-        "rank": rank,
-        "learning_rate": learning_rate,
-        "overwrite": overwrite or None,
-    }
     with session(verbose=verbose, quiet=quiet or as_json, output=output) as progress:
         from spectrim import api
 
@@ -78,7 +49,7 @@ def heal(
             text=text,
             output=output,
             progress=progress,
-            **options.given(**chosen, **words),
+            **options.given(**words),
         )
     from spectrim.cli.progress import format_seconds
     from spectrim.cli.render import print_facts, print_json

@@ -1,18 +1,26 @@
-"""The words of functions that read what is there, declared as in `words.py`."""
+"""The words of functions that come after a run, declared as in `words.py`."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
-from spectrim.run.word import MAKE, MEASURE, OUTPUT, Word
-from spectrim.run.words import LoadWords, RestoringWords
+from spectrim.run.progress import Progress
+from spectrim.run.word import CALIBRATION, MAKE, MEASURE, OUTPUT, Word
+from spectrim.run.words import LoadWords, RestoringWords, TextWords
 
 if TYPE_CHECKING:
     from torch import nn
 
     from spectrim.run.texts import UserText
 
-__all__ = ["ElasticWords", "EvaluateWords", "ResizeWords", "StudyWords"]
+__all__ = [
+    "AdapterWords",
+    "ElasticWords",
+    "EvaluateWords",
+    "HealWords",
+    "ResizeWords",
+    "StudyWords",
+]
 
 
 class ElasticWords(RestoringWords, total=False):
@@ -41,6 +49,77 @@ class ResizeWords(ElasticWords, total=False):
         Word(None, None, 'Instead of keep, of the whole checkpoint: bytes or "2.1GB".'),
     ]
     overwrite: Annotated[bool, Word(bool, None, "Replace an existing output folder.", OUTPUT)]
+
+
+class FolderWords(LoadWords, total=False):
+    """What functions take that write a folder."""
+
+    output: Annotated[
+        str | Path | None, Word(None, None, "Folder to write; it must not exist or be empty.")
+    ]
+    overwrite: Annotated[
+        bool, Word(bool, None, "Replace DIR if spectrim wrote all that is in it.", OUTPUT)
+    ]
+    progress: Annotated[Progress | None, Word(None, None, "Told of stages and steps.")]
+
+
+class AdapterWords(FolderWords, TextWords, total=False):
+    """The words of `spectrim.adapter`."""
+
+    rank: Annotated[int, Word(int, "R", "Of every layer's adapter; default 16.", MAKE, default=16)]
+    metric: Annotated[
+        str | None,
+        Word(
+            str,
+            "NAME",
+            "kfac (predicted loss, default with a text), whitened, or plain (without one).",
+            MAKE,
+        ),
+    ]
+    allow_differences: Annotated[
+        bool,
+        Word(
+            bool,
+            None,
+            "Leave norms, embeddings and other weights as in BASE.",
+            MAKE,
+            default=False,
+        ),
+    ]
+    tokenizer: Annotated[Any, Word(None, None, "For model objects.")]
+
+
+class HealWords(FolderWords, total=False):
+    """The words of `spectrim.heal`."""
+
+    text: Annotated["UserText", Word(None, None, "To train on, as for `compress`.")]
+    parts: Annotated[
+        str,
+        Word(
+            str,
+            None,
+            "factors (all numbers; default) or lora (needs peft).",
+            MAKE,
+            default="factors",
+        ),
+    ]
+    teacher: Annotated[
+        str | Path | None,
+        Word(str, "MODEL", "The original: learn its distribution instead.", MAKE),
+    ]
+    steps: Annotated[int | None, Word(int, "N", "At most; default 200.", MAKE)]
+    batch: Annotated[int | None, Word(int, "N", "Windows per step; default 8.", MAKE)]
+    rank: Annotated[int | None, Word(int, "R", "Of lora's updates; default 8.", MAKE)]
+    learning_rate: Annotated[
+        float | None, Word(float, "RATE", "Peak; for factors a share of their size.", MAKE)
+    ]
+    windows: Annotated[
+        int, Word(int, "N", "An eighth of them chooses the step.", CALIBRATION, default=256)
+    ]
+    window_length: Annotated[
+        int | None, Word(int, "TOKENS", "Default 512, or what the model allows.", CALIBRATION)
+    ]
+    seed: Annotated[int, Word(int, "N", "Of windows and order.", CALIBRATION, default=0)]
 
 
 class EvaluateWords(LoadWords, total=False):

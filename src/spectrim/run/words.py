@@ -30,34 +30,13 @@ __all__ = [
     "RestoringWords",
     "SavingWords",
     "SurveyWords",
+    "TextWords",
 ]
 
 
-class CalibrationWords(TypedDict, total=False):
-    """What a recipe says of targets and statistics, by its short names."""
+class TextWords(TypedDict, total=False):
+    """Which text the statistics come from."""
 
-    only: Annotated[
-        str | Sequence[str],
-        Word(
-            list[str],
-            "GLOB",
-            "Compress these layers alone; repeatable.",
-            MAKE,
-            "targets.only",
-            default=(),
-        ),
-    ]
-    skip: Annotated[
-        str | Sequence[str],
-        Word(
-            list[str],
-            "GLOB",
-            "Protect layers, e.g. 'model.layers.0.*'; repeatable.",
-            MAKE,
-            "targets.skip",
-            default=(),
-        ),
-    ]
     text: Annotated[
         "UserText",
         Word(
@@ -87,6 +66,34 @@ class CalibrationWords(TypedDict, total=False):
             "calibration.batch",
         ),
     ]
+    seed: Annotated[int | None, Word(int, "N", "Seed of all randomness.", CALIBRATION, "seed")]
+
+
+class CalibrationWords(TextWords, total=False):
+    """What a recipe says of targets and statistics, by its short names."""
+
+    only: Annotated[
+        str | Sequence[str],
+        Word(
+            list[str],
+            "GLOB",
+            "Compress these layers alone; repeatable.",
+            MAKE,
+            "targets.only",
+            default=(),
+        ),
+    ]
+    skip: Annotated[
+        str | Sequence[str],
+        Word(
+            list[str],
+            "GLOB",
+            "Protect layers, e.g. 'model.layers.0.*'; repeatable.",
+            MAKE,
+            "targets.skip",
+            default=(),
+        ),
+    ]
     bos: Annotated[
         str | None,
         Word(
@@ -97,7 +104,6 @@ class CalibrationWords(TypedDict, total=False):
             "calibration.bos",
         ),
     ]
-    seed: Annotated[int | None, Word(int, "N", "Seed of all randomness.", CALIBRATION, "seed")]
 
 
 class RecipeWords(CalibrationWords, total=False):
