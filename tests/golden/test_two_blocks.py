@@ -18,7 +18,6 @@ from spectrim.demo.run import CALIBRATION, HELD_OUT, MODEL
 from spectrim.evaluate.perplexity import perplexity
 from spectrim.run.loading import load_model
 from spectrim.run.options import RunOptions
-from spectrim.run.options import RunOptions
 
 BLOCKS = ("model.layers.0.*", "model.layers.4.*")
 KEEP = 0.4
