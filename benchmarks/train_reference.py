@@ -1,8 +1,10 @@
-r"""Train a small reference model from a text file and a tokenizer: llama, gpt2 or gpt_neox.
+r"""Train a small reference model from a text file and a tokenizer: llama, gpt2, gpt_neox, mixtral.
 
     python benchmarks/train_reference.py --text books/books_train.txt \
         --held-out books/books_heldout.txt --tokenizer books/tokenizer.json --out llama-books
     python benchmarks/train_reference.py ... --family gpt2 --steps 400 --hidden 128 --layers 4
+    python benchmarks/train_reference.py ... --family mixtral --experts 8 --steps 1400 \
+        --hidden 128 --layers 4 --inner 176 --batch 8 --window 128
 
 The first line is the recipe of the bundled model: 3,789 AdamW steps of 16 windows of 256 tokens,
 peak learning rate 2e-3, cosine to a tenth after 200 steps of warm-up, weight decay 0.1 on
@@ -11,6 +13,8 @@ followed the wall clock (as `--minutes` does) and not a count of steps, so a rep
 it in quality and not in bits; with `--steps` alone the same seed on the same machine gives the same
 model. The second line trains another architecture in a few minutes on two cores, for trying a
 method where weights are `Conv1D` (gpt2) or query, key and value share one matrix (gpt2, gpt_neox).
+The third trains a mixture whose tokens take two experts each, with the usual loss that keeps the
+experts in equal use.
 
 The result is an ordinary Hugging Face folder in bf16 with `training.json`, which records the
 options and the held-out loss. Text is tokenized without special tokens, in parts of a million
@@ -37,6 +41,8 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -47,6 +53,7 @@ PART = 1_000_000  # characters tokenized at a time; parts are joined
 END = "<|endoftext|>"
 HEAD = 32  # width of an attention head
 POSITIONS = 1024
+FAMILIES = ("llama", "gpt2", "gpt_neox", "mixtral")
 
 
 def token_ids(tokenizer: Tokenizer, path: Path) -> Tensor:
@@ -57,7 +64,9 @@ def token_ids(tokenizer: Tokenizer, path: Path) -> Tensor:
     return torch.cat([torch.tensor(part.ids, dtype=torch.int32) for part in encoded])
 
 
-def build(family: str, *, vocab: int, hidden: int, layers: int, inner: int) -> PreTrainedModel:
+def build(
+    family: str, *, vocab: int, hidden: int, layers: int, inner: int, experts: int = 8
+) -> PreTrainedModel:
     """A freshly initialized fp32 model of the family, output head tied to the embedding."""
     if hidden % (2 * HEAD):
         raise ValueError(f"--hidden must be a multiple of {2 * HEAD}, found {hidden}")
@@ -87,6 +96,11 @@ def build(family: str, *, vocab: int, hidden: int, layers: int, inner: int) -> P
         return GPTNeoXForCausalLM(GPTNeoXConfig(**tokens, **shape))
     # two query heads share a key/value head, so that grouped attention is exercised too
     shape["num_key_value_heads"] = hidden // (2 * HEAD)
+    if family == "mixtral":
+        # Where the logits of the routers come along, the loss holds what balances the experts.
+        balance = {"output_router_logits": True, "router_aux_loss_coef": 0.02}
+        mixture = {"num_local_experts": experts, "num_experts_per_tok": 2}
+        return MixtralForCausalLM(MixtralConfig(**tokens, **shape, **mixture, **balance))
     return LlamaForCausalLM(LlamaConfig(**tokens, **shape))
 
 
@@ -184,12 +198,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--held-out", type=Path, required=True, help="text to watch, UTF-8")
     parser.add_argument("--tokenizer", type=Path, required=True, help="a tokenizer.json")
     parser.add_argument("--out", type=Path, required=True, help="folder for the model")
-    parser.add_argument("--family", choices=("llama", "gpt2", "gpt_neox"), default="llama")
+    parser.add_argument("--family", choices=FAMILIES, default="llama")
     parser.add_argument("--steps", type=int, default=3789)
     parser.add_argument("--minutes", type=float, help="stop by the clock instead of by --steps")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--inner", type=int, help="width of the MLP; 688, or 4 x hidden")
+    parser.add_argument("--experts", type=int, default=8, help="of a mixture, per layer")
     parser.add_argument("--window", type=int, default=256, help="tokens per window")
     parser.add_argument("--batch", type=int, default=16, help="windows per step")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak")
@@ -200,7 +215,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.inner is None:
         # a gated MLP has three matrices: 8/3 of the width costs what 4 costs with two
-        gated = options.family == "llama"
+        gated = options.family in ("llama", "mixtral")
         options.inner = 16 * math.ceil(options.hidden * 8 / 48) if gated else 4 * options.hidden
     return options
 
@@ -217,6 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
         hidden=options.hidden,
         layers=options.layers,
         inner=options.inner,
+        experts=options.experts,
     )
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters} parameters, {ids_N.numel()} tokens, {held_N.numel()} held out", flush=True)

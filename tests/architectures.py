@@ -129,6 +129,53 @@ def family(kind, model_class=None, **changes):
     return model.to(torch.float32).eval()
 
 
+_MOE = {"moe_intermediate_size": 20, "num_experts_per_tok": 2}
+_MLA = {
+    "kv_lora_rank": 12,
+    "q_lora_rank": 20,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+    "head_dim": 8,
+    "num_key_value_heads": 4,
+}
+_DEEP = _MOE | {"n_routed_experts": 6, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1}
+_LOCAL = {"num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 28}
+_ALWAYS = {"num_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 28}
+
+# Mixtures of experts, by `model_type`: stacked and interleaved matrices, both orientations, biases,
+# shared experts, dense blocks in front, groups of experts, experts without a gate.
+MIXTURES = {
+    "mixtral": _LOCAL,
+    "qwen3_moe": _MOE | {"num_experts": 6},
+    "qwen2_moe": _MOE | {"num_experts": 6, "shared_expert_intermediate_size": 22},
+    "deepseek_v2": _DEEP | _MLA | {"topk_method": "greedy"},
+    "deepseek_v3": _DEEP | _MLA,
+    "olmoe": _ALWAYS,
+    "gpt_oss": _LOCAL | {"layer_types": ["full_attention"] * 3},
+    "glm4_moe": _DEEP | {"n_shared_experts": 1},
+    "granitemoe": _LOCAL,
+    "llama4_text": _LOCAL
+    | {"num_experts_per_tok": 1, "interleave_moe_layer_step": 1, "intermediate_size_mlp": 54},
+    "phimoe": _LOCAL,
+    "nemotron_h": _MOE
+    | {"n_routed_experts": 5, "layers_block_type": ["attention", "moe"], "n_group": 1}
+    | {"moe_shared_expert_intermediate_size": 22, "mamba_num_heads": 4, "mamba_head_dim": 10}
+    | {"num_hidden_layers": 2, "topk_group": 1},
+}
+
+
+def mixture(kind, **changes):
+    """A tiny mixture of experts whose weights are large enough for its routers to decide."""
+    model = family(kind, **MIXTURES[kind] | changes)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(0.0, 0.15, generator=generator)
+    return model
+
+
 def windows(n, length=12, *, seed=0, vocab_size=VOCAB):
     """Random token ids of shape (n, length), int64."""
     generator = torch.Generator().manual_seed(seed)

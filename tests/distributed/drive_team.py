@@ -21,7 +21,6 @@ from spectrim.cli.main import main
 from spectrim.distributed.launch import membership
 from spectrim.errors import NonFiniteError, NumericalError
 from spectrim.moments.accumulate import MomentAccumulator
-from spectrim.moments.moments import reduced
 from spectrim.run.cut import sequential
 from spectrim.run.progress import Silent
 
@@ -38,7 +37,8 @@ def collectives(team) -> dict:
     x = torch.randint(-8, 9, (101, 5), generator=generator).double()
     accumulator = MomentAccumulator("group", {"C", "absolute"})
     accumulator.add(x[team.share(len(x))])
-    moments = reduced(accumulator.moments(), team)
+    accumulator.reduce(team)
+    moments = accumulator.moments()
     many = [torch.full((3, k), float(rank + k)) for k in (1, 2, 3)]
     many.append(torch.arange(4.0)[::2] + rank)
     team.sum_(many)

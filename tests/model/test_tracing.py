@@ -128,8 +128,9 @@ class Odd(nn.Module):
 def test_everything_that_is_no_target_is_reported_with_its_reason():
     anatomy = trace(Shell(Odd(), Odd()), IDS)
     groups = [tuple(t.projection for t in g.targets) for g in anatomy.blocks[1].groups]
-    # Views of the same input join its group.
-    assert groups == [("wide", "left", "right", "flat"), ("changed",)]
+    # An expert that no token reached is read like the others; views of an input join its group.
+    experts = [(f"experts.{i}.0",) for i in range(3)]
+    assert groups == [*experts, ("wide", "left", "right", "flat"), ("changed",)]
     reasons = {
         path.removeprefix("stack.1."): why
         for path, why in anatomy.left_alone.items()
@@ -137,7 +138,6 @@ def test_everything_that_is_no_target_is_reported_with_its_reason():
     }
     expected = {
         "router": "top-k",
-        **{f"experts.{i}.0": "routed by token" for i in range(3)},
         "twice": "called 2 times",
         "idle": "never called",
         "narrow": "too small",
@@ -187,10 +187,26 @@ class Routed(nn.Module):
         return torch.cat([self.experts[0](x[:, :1]), self.experts[1](x[:, 1:])], dim=1)
 
 
-def test_experts_that_see_some_tokens_are_left_alone():
-    anatomy = trace(Shell(Routed()), IDS)
+def test_experts_that_see_some_tokens_are_known_as_experts():
+    groups = trace(Shell(Routed()), IDS).blocks[0].groups
+    assert [g.targets[0].projection for g in groups] == ["first", "experts.0.0", "experts.1.0"]
+    assert [g.expert and g.expert.number for g in groups] == [None, 0, 1]
+    assert {g.targets[0].matrix for g in groups[1:]} == {"experts.0"}
+
+
+class Uneven(Routed):
+    """One of the experts is called twice."""
+
+    def forward(self, x):
+        x = self.first(x)
+        return torch.cat([self.experts[0](self.experts[0](x[:, :1])), x[:, 1:]], dim=1)
+
+
+def test_experts_that_cannot_be_read_after_one_example_are_left_alone():
+    anatomy = trace(Shell(Uneven()), IDS)
     assert [t.projection for t in anatomy.targets] == ["first"]
-    assert anatomy.left_alone.keys() == {"stack.0.experts.0.0", "stack.0.experts.1.0"}
+    assert all("called [2] times" in why for why in anatomy.left_alone.values())
+    assert len(anatomy.left_alone) == 2
 
 
 class InPlace(nn.Module):

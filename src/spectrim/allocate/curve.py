@@ -71,6 +71,7 @@ class Curve:
         rounding: storage form (`Form.key`) -> loss that rounding to it adds, nats: at rank 0..r,
             (r + 1,), or of the whole matrix, (1,).
         storage: low-rank storage of this target alone, in place of what the limits allow.
+        copies: how many targets of this shape it stands for; losses and energies are their sums.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Curve:
     lossless: int | None = None
     rounding: Mapping[str, Values] | None = None
     storage: str | None = None
+    copies: int = 1
 
     @property
     def rank(self) -> int:
@@ -173,6 +175,6 @@ def as_numpy(values: Values) -> np.ndarray:
 def shape_curves(anatomy: Anatomy) -> list[Curve]:
     """What a rule that needs no spectra has to know of the targets."""
     return [
-        Curve(t.name, t.block, t.projection, Shape(t.out_features, t.in_features, t.bias))
+        Curve(t.name, t.block, t.matrix, Shape(t.out_features, t.in_features, t.bias))
         for t in anatomy.targets
     ]

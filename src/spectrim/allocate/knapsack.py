@@ -105,7 +105,9 @@ def knapsack(
 
 
 def _dense_bytes(curve: Curve, dtype_bytes: int) -> int:
-    return layer_bytes(curve.shape, rank=None, storage="dense", dtype_bytes=dtype_bytes)
+    return curve.copies * layer_bytes(
+        curve.shape, rank=None, storage="dense", dtype_bytes=dtype_bytes
+    )
 
 
 def _ways(
@@ -127,7 +129,8 @@ def _ways(
             parts.append((ladders[i].bytes[:-1], loss, np.full(ranks.size, i), ranks))
         else:
             options = {"weights": form.weights, "dtype_bytes": dtype_bytes}
-            stored = layer_bytes(curve.shape, rank=None, storage=form.storage, **options)
+            one = layer_bytes(curve.shape, rank=None, storage=form.storage, **options)
+            stored = curve.copies * one
             parts.append((np.array([stored]), added, np.array([i]), np.array([0])))
     if not parts:
         raise InputError("forms is empty: expected at least one form to choose from")

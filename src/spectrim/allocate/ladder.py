@@ -221,15 +221,15 @@ def _ladder(curve: Curve, limits: Limits) -> Ladder:
     if curve.storage is not None:
         limits = replace(limits, storage=curve.storage)
     shape, size = curve.shape, limits.dtype_bytes
-    dense = layer_bytes(shape, rank=None, storage="dense", dtype_bytes=size)
+    dense = curve.copies * layer_bytes(shape, rank=None, storage="dense", dtype_bytes=size)
     by_storage = np.stack(
         [
             bytes_by_rank(shape, storage=f.storage, weights=f.weights, dtype_bytes=size)
             for f in limits.forms
         ]
     )
-    cheapest, which = by_storage.min(axis=0), by_storage.argmin(axis=0)
-    published = bytes_by_rank(shape, dtype_bytes=size)
+    cheapest, which = curve.copies * by_storage.min(axis=0), by_storage.argmin(axis=0)
+    published = curve.copies * bytes_by_rank(shape, dtype_bytes=size)
     break_even = int(np.searchsorted(published, dense)) - 1
     lowest = max(1, math.ceil(limits.floor * break_even))
     lowest = -(-lowest // limits.multiple) * limits.multiple

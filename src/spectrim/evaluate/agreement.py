@@ -26,6 +26,8 @@ from spectrim.evaluate.forward import (
     evaluation_mode,
     window_batches,
 )
+from spectrim.evaluate.routing import is_mixture, routing_agreement
+from spectrim.model.pinning import Pins
 from spectrim.model.tail import pieces
 
 __all__ = ["Agreement", "agreement"]
@@ -42,6 +44,8 @@ class Agreement:
         top1_by_position: share of windows, (T,) fp64.
         kl_by_window: mean over positions, (N,) fp64.
         top1_by_window: share of positions, (N,) fp64.
+        routing: share of tokens that every router sends to the same experts, by router in
+            execution order; empty for a model without experts.
         protocol: sources, hashes, window length and count, BOS policy, dtypes; JSON-ready.
     """
 
@@ -52,6 +56,7 @@ class Agreement:
     kl_by_window: Tensor
     top1_by_window: Tensor
     protocol: dict[str, Any]
+    routing: tuple[float, ...] = ()
 
     @property
     def kl_standard_error(self) -> float:
@@ -89,7 +94,12 @@ class Agreement:
             "top1_standard_error": top1_error,
             "by_position": self.by_depth(),
             "protocol": self.protocol,
+            **({"routing": self._routing()} if self.routing else {}),
         }
+
+    def _routing(self) -> dict[str, Any]:
+        shares = list(self.routing)
+        return {"mean": sum(shares) / len(shares), "least": min(shares), "by_router": shares}
 
 
 def agreement(
@@ -118,13 +128,17 @@ def agreement(
     for model in (dense, compressed):
         check_fits(model, windows)
     vocabulary = max(m.get_input_embeddings().weight.shape[0] for m in (dense, compressed))
-    divergences, matches = [], []
+    divergences, matches, routing = [], [], []
+    routed = is_mixture(dense)
     with evaluation_mode(dense, compressed):
         expected = Predictions(dense, windows, batch, device)
         found = Predictions(compressed, windows, batch, device)
         for start, ids in window_batches(windows, batch):
-            kl, match = _compare(expected.of(ids), found.of(ids), ids, vocabulary)
+            reference, chosen = _predicted(expected, ids, routed)
+            candidate, others = _predicted(found, ids, routed)
+            kl, match = _compare(reference, candidate, ids, vocabulary)
             _check_finite(kl, windows, start)
+            routing.append([len(ids) * share for share in routing_agreement(chosen, others)])
             divergences.append(kl)
             matches.append(match)
     kl, match = torch.cat(divergences), torch.cat(matches)  # (N, T)
@@ -135,12 +149,24 @@ def agreement(
         top1_by_position=match.mean(0),
         kl_by_window=kl.mean(1),
         top1_by_window=match.mean(1),
+        routing=tuple(sum(shares) / len(kl) for shares in zip(*routing, strict=True)),
         protocol={
             **windows.record(),
             "dtype": str(compressed.dtype).removeprefix("torch."),
             "dense_dtype": str(dense.dtype).removeprefix("torch."),
         },
     )
+
+
+def _predicted(
+    predictions: Predictions, ids: Tensor, routed: bool
+) -> tuple[Callable[[slice, slice], Tensor], list[Tensor]]:
+    """Logits by piece, and what routers chose where there are any."""
+    if not routed:
+        return predictions.of(ids), []
+    pins = Pins()
+    with pins.writing():
+        return predictions.of(ids), pins.choices
 
 
 def _compare(

@@ -112,6 +112,8 @@ def distortion_by_depth(
 ) -> list[Distortion]:
     """Distance of every block's and every target's output from the original's.
 
+    Experts are left out: they see other tokens in one model than in the other.
+
     Args:
         dense: the original model.
         compressed: name -> a model whose modules have the original's paths.
@@ -180,7 +182,7 @@ def _outputs(block: Block, replay: Replay, rows: slice) -> dict[str, Tensor]:
     """Outputs (tokens, features) of the targets and of the block; advances the stream."""
     module = replay.block(block.index)
     found: dict[str, Tensor] = {}
-    with _keeping_outputs(module, [t.projection for t in block.targets], found):
+    with _keeping_outputs(module, [t.projection for t in block.targets if t.expert is None], found):
         hidden = replay.run(
             block.index, module, replay.stream.read(rows, home_device(replay.model))
         )
@@ -210,7 +212,7 @@ def _keeping_outputs(
 def _check_paths(anatomy: Anatomy, compressed: Mapping[str, nn.Module]) -> None:
     for name, model in compressed.items():
         paths = {path for path, _ in model.named_modules()}
-        missing = [t.name for t in anatomy.targets if t.name not in paths]
+        missing = [t.name for t in anatomy.targets if t.expert is None and t.name not in paths]
         if missing:
             raise ModelError(
                 f"{name!r} has no module {missing[0]!r} ({len(missing)} of "

@@ -5,7 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-__all__ = ["Anatomy", "Block", "Group", "Target"]
+__all__ = ["Anatomy", "Block", "Expert", "Group", "Target"]
+
+
+@dataclass(frozen=True)
+class Expert:
+    """Which expert of a mixture a target belongs to; it sees the tokens routed to it, no others.
+
+    Attributes:
+        number: of the expert.
+        step: names what the experts of a block do at the same time, e.g. `mlp.experts.down_proj`.
+        reads_common: whether inputs are the block's hidden states, as those of the other experts,
+            and not coordinates of this expert's own.
+        writes_common: whether outputs are.
+    """
+
+    number: int
+    step: str
+    reads_common: bool
+    writes_common: bool
 
 
 @dataclass(frozen=True)
@@ -21,6 +39,7 @@ class Target:
         in_features: n.
         bias: whether the layer has a bias.
         transposed: True where the module stores (in, out), as transformers' `Conv1D` does.
+        expert: of a mixture, None for a layer that every token passes.
     """
 
     name: str
@@ -31,6 +50,16 @@ class Target:
     in_features: int
     bias: bool
     transposed: bool = False
+    expert: Expert | None = None
+
+    @property
+    def matrix(self) -> str:
+        """What the same layer of every expert is called: the projection without the number."""
+        if self.expert is None:
+            return self.projection
+        parts, number = self.projection.split("."), str(self.expert.number)
+        place = len(parts) - 1 - parts[::-1].index(number)
+        return ".".join([*parts[:place], *parts[place + 1 :]])
 
 
 @dataclass(frozen=True)
@@ -41,6 +70,11 @@ class Group:
     index: int
     in_features: int
     targets: tuple[Target, ...]
+
+    @property
+    def expert(self) -> Expert | None:
+        """The expert whose tokens it reads, None where it reads all tokens."""
+        return self.targets[0].expert
 
     @property
     def key(self) -> str:
@@ -61,6 +95,15 @@ class Block:
         """All targets in execution order."""
         return tuple(t for g in self.groups for t in g.targets)
 
+    @property
+    def stages(self) -> tuple[tuple[Group, ...], ...]:
+        """Groups whose inputs do not depend on one another: one, or a step of all experts."""
+        found: dict[str, list[Group]] = {}
+        for group in self.groups:
+            key = str(group.index) if group.expert is None else f"experts {group.expert.step}"
+            found.setdefault(key, []).append(group)
+        return tuple(map(tuple, found.values()))
+
 
 @dataclass(frozen=True)
 class Anatomy:
@@ -68,11 +111,16 @@ class Anatomy:
 
     Attributes:
         blocks: in execution order.
-        left_alone: module or parameter path -> why it is not a target (fused experts, routers).
+        left_alone: module or parameter path -> why it is not a target (routers, convolutions).
     """
 
     blocks: tuple[Block, ...]
     left_alone: dict[str, str]
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether some targets see only the tokens that are routed to them."""
+        return any(group.expert is not None for group in self.groups())
 
     @property
     def targets(self) -> tuple[Target, ...]:

@@ -106,6 +106,10 @@ class Onloader:
         """From now on the block is what `source` reads."""
         self._units[name].source = source
 
+    def sources(self) -> dict[str, Source]:
+        """Block name -> how it is read now."""
+        return {name: unit.source for name, unit in self._units.items()}
+
     def tensor(self, name: str) -> Tensor:
         """One tensor of a block as its source has it, on the CPU; the block is read whole.
 

@@ -7,11 +7,14 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from spectrim.devices import HOST
+from spectrim.distributed.team import Team
 from spectrim.errors import NonFiniteError
+from spectrim.model.anatomy import Group
 from spectrim.moments.moments import Moments
 from spectrim.moments.symmetric import ROWS_PER_PRODUCT, SymmetricSum
 
-__all__ = ["MomentAccumulator", "reduction_dtype"]
+__all__ = ["MomentAccumulator", "accumulator_of", "reduction_dtype"]
 
 
 def reduction_dtype(x: Tensor) -> torch.dtype:
@@ -26,19 +29,34 @@ def reduction_dtype(x: Tensor) -> torch.dtype:
 class MomentAccumulator:
     """Sums `x xᵀ` and its relatives over batches for one group.
 
+    The tokens of an expert wait until there are as many as half the width of the input: an expert
+    that sees fewer has no sums of that size, and products are of more than a few tokens.
+
     Args:
         name: the group's name in error messages.
         needs: which of `C`, `shifted`, `cross`, `absolute` to accumulate.
-        dtype: of the symmetric sums; fp64 inputs are always summed in fp64.
+        dtype: of the sums; fp64 inputs are always summed in fp64.
+        routed: no tokens (0, in) of an expert's group, as it would see them, or None for what all
+            tokens pass. Rows of zeros, which some models send to experts that were not chosen,
+            are no tokens.
     """
 
-    def __init__(self, name: str, needs: Collection[str], dtype: torch.dtype = torch.float64):
+    def __init__(
+        self,
+        name: str,
+        needs: Collection[str],
+        dtype: torch.dtype = torch.float64,
+        *,
+        routed: Tensor | None = None,
+    ):
         self.name = name
+        self.routed = routed
         self.needs = frozenset(needs)
         self.dtype = dtype
         self.tokens = 0
         self.sums: dict[str, Tensor] = {}
         self.squares: dict[str, SymmetricSum] = {}
+        self._waiting: tuple[list[Tensor], list[Tensor]] = [], []
 
     def add(self, x: Tensor | None, shifted: Tensor | None = None) -> None:
         """Add one batch of inputs, (tokens, in) or (..., in); both streams hold the same tokens.
@@ -51,7 +69,36 @@ class MomentAccumulator:
         reference = x if x is not None else shifted
         if reference is None:
             raise ValueError("a batch needs at least one stream")
-        self.tokens += reference.shape[0]
+        if self.routed is None:
+            self.tokens += reference.shape[0]
+            self._sum(x, shifted)
+            return
+        seen = reference.any(1)
+        self.tokens += int(seen.sum())
+        for waiting, rows in zip(self._waiting, (x, shifted), strict=True):
+            if rows is not None:
+                waiting.append(rows[seen])
+        if 2 * max(sum(map(len, waiting)) for waiting in self._waiting) >= reference.shape[1]:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Sum what waits."""
+        if any(self._waiting):
+            waited, self._waiting = self._waited(), ([], [])
+            self._sum(*waited)
+
+    def _waited(self) -> tuple[Tensor | None, Tensor | None]:
+        """Rows of both streams that are in no sum yet, (0, in) if an expert saw nothing."""
+        if not self.tokens:
+            original = self.needs & {"C", "cross", "absolute"}
+            shifted = self.needs & {"shifted", "cross"}
+            return self.routed if original else None, self.routed if shifted else None
+        x, shifted = (torch.cat(rows) if rows else None for rows in self._waiting)
+        return x, shifted
+
+    def _sum(self, x: Tensor | None, shifted: Tensor | None) -> None:
+        x = None if x is None else x.to(reduction_dtype(x))
+        shifted = None if shifted is None else shifted.to(reduction_dtype(shifted))
         self._square("C", x)
         self._square("shifted", shifted)
         self._products("cross", x, shifted)
@@ -74,9 +121,9 @@ class MomentAccumulator:
             self._accumulate(key, a.mT @ b)
 
     def _rows(self, x: Tensor, what: str) -> Tensor:
-        rows = x.detach().reshape(-1, x.shape[-1]).to(reduction_dtype(x))
+        rows = x.detach().reshape(-1, x.shape[-1])
         # A sum is not finite if one value is not, and takes a tenth of the time of looking at all.
-        if not bool(torch.isfinite(rows.sum())):
+        if not bool(torch.isfinite(rows.sum(dtype=reduction_dtype(x)))):
             raise NonFiniteError(
                 f"non-finite {what} at {self.name}: the model overflows on this text in its dtype; "
                 "try --dtype float32 or other calibration text"
@@ -84,19 +131,69 @@ class MomentAccumulator:
         return rows
 
     def _accumulate(self, key: str, value: Tensor) -> None:
-        value = value.to(torch.float64)
+        value = value.to(torch.promote_types(self.dtype, value.dtype))
         if key in self.sums:
             self.sums[key] += value
         else:
             self.sums[key] = value
 
+    def reduce(self, team: Team) -> None:
+        """Add the sums of all processes, the same bits on each; collective.
+
+        Where this process saw no window its sums must be zeros, not missing.
+        """
+        if team.size == 1:
+            return
+        if self.routed is not None and not self.tokens:
+            self._sum(*self._waited())
+        self._settle()
+        numbers = torch.tensor([self.tokens])
+        panels = [p for key in sorted(self.squares) for p in self.squares[key].panels]
+        team.sum_([*panels, *(self.sums[key] for key in sorted(self.sums)), numbers])
+        self.tokens = int(numbers)
+
     def moments(self) -> Moments:
-        """The sums so far."""
+        """The sums so far, fp64."""
+        if self.routed is not None and not self.sums and not self.squares:
+            # Not kept: the next expert's turn comes.
+            alone = MomentAccumulator(self.name, self.needs, self.dtype)
+            alone.tokens = self.tokens
+            alone._sum(*self._waited())
+            return alone._whole()
+        self._settle()
+        return self._whole()
+
+    def _whole(self) -> Moments:
         squares = {key: found.whole() for key, found in self.squares.items()}
+        sums = {key: found.double() for key, found in self.sums.items()}
         return Moments(
             tokens=self.tokens,
             C=squares.get("C"),
             shifted=squares.get("shifted"),
-            cross=self.sums.get("cross"),
-            absolute=self.sums.get("absolute"),
+            cross=sums.get("cross"),
+            absolute=sums.get("absolute"),
         )
+
+
+def accumulator_of(
+    group: Group,
+    needs: Collection[str],
+    *,
+    dense: torch.dtype = torch.float64,
+    like: torch.dtype = torch.float32,
+    device: torch.device | str = HOST,
+) -> MomentAccumulator:
+    """Sums for a group under the name of its first target.
+
+    Args:
+        group: an expert's or one that every token passes.
+        needs: see `MomentAccumulator`.
+        dense: dtype of the sums of a group that every token passes.
+        like: of an expert's, which sees few tokens: fp32 unless the model is wider.
+        device: of the inputs.
+    """
+    name = group.targets[0].name
+    if group.expert is None:
+        return MomentAccumulator(name, needs, dense)
+    nothing = torch.zeros(0, group.in_features, dtype=like, device=device)
+    return MomentAccumulator(name, needs, like, routed=nothing)

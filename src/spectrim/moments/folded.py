@@ -57,6 +57,10 @@ class Folded(Mapping[str, Record]):
         chosen._records = {name: self._records[name] for name in names if name in self._records}
         return chosen
 
+    def folded(self, name: str) -> tuple[Record, dict[str, SymmetricSum]]:
+        """A record without its symmetric matrices, and their panels by field."""
+        return self._records[name]
+
     def __getitem__(self, name: str) -> Record:
         rest, panels = self._records[name]
         return replace(rest, **{key: one.whole() for key, one in panels.items()})

@@ -18,9 +18,10 @@ from spectrim.model.anatomy import Anatomy
 from spectrim.model.losses import next_token
 from spectrim.model.onload import give_back
 from spectrim.model.tail import Tail
-from spectrim.moments.target_sums import ComponentsOf, GradientPass, PassSums
+from spectrim.moments.gradient_record import ComponentsOf, GradientPass
+from spectrim.moments.target_sums import PassSums
 
-__all__ = ["folded_dtype", "gradient_pass", "summed_loss"]
+__all__ = ["folded_dtype", "gradient_pass", "summed_loss", "windows_at_once"]
 
 
 @contextmanager
@@ -64,6 +65,14 @@ def summed_loss(tail: Tail, hidden: Tensor, ids: Tensor) -> Tensor:
     return loss
 
 
+def windows_at_once(anatomy: Anatomy, batch: int) -> int:
+    """Windows per pass; one in a mixture, where an expert's tokens do not say from which they are.
+
+    All passes keep to it, also where no expert is near: other products would round otherwise.
+    """
+    return 1 if anatomy.is_mixture else batch
+
+
 def gradient_pass(
     model: Any,
     anatomy: Anatomy,
@@ -101,9 +110,8 @@ def gradient_pass(
     device = model.get_input_embeddings().weight.device
     groups, dtype = tuple(anatomy.groups()), folded_dtype(model)
     tail = Tail.find(model, [block.name for block in anatomy.blocks], ids)
-    sums = PassSums(
-        groups, needs, input_needs, factors, clip, device, mine.start, dtype, folded=True
-    )
+    sums = PassSums(groups, needs, input_needs, factors, clip, device, mine.start, dtype)
+    batch = windows_at_once(anatomy, batch)
     loss, chunk = 0.0, ids[:0]
     with (
         _only_activations_need_gradients(model),
@@ -114,6 +122,7 @@ def gradient_pass(
             chunk = ids[i : min(i + batch, mine.stop)].to(device)
             found = summed_loss(tail, tail.states(chunk), chunk)
             found.backward()
+            sums.passed(*chunk.shape)
             loss += float(found.detach())
             del found
             give_back()

@@ -24,9 +24,10 @@ from spectrim.model.anatomy import Anatomy, Block
 from spectrim.model.forward import evaluating
 from spectrim.model.replay import Replay
 from spectrim.model.stream import Stream
-from spectrim.moments.gradients import folded_dtype, summed_loss
+from spectrim.moments.gradient_record import ComponentsOf, GradientPass
+from spectrim.moments.gradients import folded_dtype, summed_loss, windows_at_once
 from spectrim.moments.gradients_recomputed import pulled_back
-from spectrim.moments.target_sums import ComponentsOf, GradientPass, PassSums
+from spectrim.moments.target_sums import PassSums
 
 __all__ = ["gradients_by_block", "spacing", "streams_held"]
 
@@ -78,6 +79,7 @@ def gradients_by_block(
         NonFiniteError: a gradient or the loss is not finite; names the target.
     """
     team, device = team or Team(), torch.device(device)
+    batch = windows_at_once(anatomy, batch)
     mine = team.share(ids.shape[0])
     entering, last = _entering(replay, anatomy, at_hand, batch, device, folder, on_block)
     loss, gradients = _gradients_of_loss(replay, ids[mine], last, batch, device)
@@ -99,7 +101,6 @@ def gradients_by_block(
                 device,
                 mine.start,
                 folded_dtype(replay.model),
-                folded=False,
             )
             with at_hand(block) as module:
                 _step_back(replay, block, module, entered, gradients, sums, batch, device)
@@ -164,3 +165,4 @@ def _step_back(
             hidden = entered.read(rows, device)
             behind = gradients.read(rows, device)
             gradients.write(rows, pulled_back(replay, block.index, module, hidden, behind))
+            sums.passed(*hidden.shape[:2])

@@ -17,8 +17,9 @@ from spectrim.distributed.team import Team
 from spectrim.model.anatomy import Anatomy
 from spectrim.model.forward import evaluating
 from spectrim.model.replay import Replay
-from spectrim.moments.gradients import folded_dtype, summed_loss
-from spectrim.moments.target_sums import ComponentsOf, GradientPass, PassSums
+from spectrim.moments.gradient_record import ComponentsOf, GradientPass
+from spectrim.moments.gradients import folded_dtype, summed_loss, windows_at_once
+from spectrim.moments.target_sums import PassSums
 
 __all__ = ["gradients_recomputed", "pulled_back"]
 
@@ -69,9 +70,8 @@ def gradients_recomputed(
     team, device = team or Team(), torch.device(device)
     mine = team.share(ids.shape[0])
     groups, dtype = tuple(anatomy.groups()), folded_dtype(replay.model)
-    sums = PassSums(
-        groups, needs, input_needs, factors, clip, device, mine.start, dtype, folded=True
-    )
+    sums = PassSums(groups, needs, input_needs, factors, clip, device, mine.start, dtype)
+    batch = windows_at_once(anatomy, batch)
     loss = 0.0
     for rows in replay.stream.batches(batch):
         hidden = replay.stream.read(rows, device)
@@ -92,5 +92,6 @@ def gradients_recomputed(
                 for block in reversed(anatomy.blocks):
                     module = replay.block(block.index)
                     gradient = pulled_back(replay, block.index, module, entering.pop(), gradient)
+        sums.passed(*gradient.shape[:2])
         on_batch(windows)
     return sums.finish(team, loss=team.total(lambda: loss), tokens=ids[:, 1:].numel())

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
-from spectrim.distributed.team import Team
-
-__all__ = ["Moments", "OutputMoments", "Record", "reduced"]
+__all__ = ["Moments", "OutputMoments", "Record"]
 
 
 def _add(left: Any, right: Any) -> Any:
@@ -31,6 +28,8 @@ class Moments:
         shifted: `Σ x' x'ᵀ`, shape (in, in), or None when no shifted stream was run.
         cross: `D = Σ x x'ᵀ`, shape (in, in), rows original, columns shifted.
         absolute: `Σ |x|`, shape (in,).
+        pooled: share of an expert's moments that comes from all experts, 1 where it saw no token;
+            None for what every token passes.
     """
 
     tokens: int
@@ -38,6 +37,7 @@ class Moments:
     shifted: Tensor | None = None
     cross: Tensor | None = None
     absolute: Tensor | None = None
+    pooled: float | None = None
 
     @property
     def in_features(self) -> int:
@@ -60,12 +60,14 @@ class OutputMoments:
     sums over tokens and windows of per-token and per-window quantities.
 
     Attributes:
-        tokens: number of tokens that were summed into `G`.
+        tokens: number of tokens that were summed into `G`; those that are not routed to an expert
+            count, with a gradient of zero.
         windows: number of windows that were summed into the Fisher weights and the gradient.
         G: `Σ g gᵀ`, shape (out, out), `g` the gradient with respect to one token's output.
         fisher_in: `Σ_windows Σ_out (∂L/∂W)²`, shape (in,).
         fisher_out: `Σ_windows Σ_in (∂L/∂W)²`, shape (out,).
         gradient: `Σ_windows ∂L/∂W`, shape (out, in).
+        pooled: see `Moments`.
     """
 
     tokens: int
@@ -74,6 +76,7 @@ class OutputMoments:
     fisher_in: Tensor | None = None
     fisher_out: Tensor | None = None
     gradient: Tensor | None = None
+    pooled: float | None = None
 
     def merge(self, other: OutputMoments) -> OutputMoments:
         """Exact addition of two sets of gradient moments of the same target."""
@@ -83,19 +86,3 @@ class OutputMoments:
 
 
 Record = TypeVar("Record", Moments, OutputMoments)
-
-
-def reduced(record: Record, team: Team) -> Record:
-    """The sums over all ranks' windows, the same bits on every rank; collective.
-
-    Where this rank saw no window its sums must be zeros, not None. The matrices are added in place.
-    """
-    if team.size == 1:
-        return record
-    held = {f.name: getattr(record, f.name) for f in fields(record)}
-    tensors = [value for value in held.values() if isinstance(value, Tensor)]
-    counts = {name: value for name, value in held.items() if isinstance(value, int)}
-    # Counts travel as integers: a float would round them beyond 2^53 only, but no sum should.
-    numbers = torch.tensor(list(counts.values()), dtype=torch.int64)
-    team.sum_([*tensors, numbers])
-    return replace(record, **dict(zip(counts, numbers.tolist(), strict=True)))

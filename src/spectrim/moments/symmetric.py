@@ -51,6 +51,13 @@ class SymmetricSum:
         held.panels = [matrix[a:b, a:].to(dtype, copy=True) for a, b in held._spans()]
         return held
 
+    @classmethod
+    def from_panels(cls, panels: list[Tensor]) -> SymmetricSum:
+        """A sum with the panels of another one, in the same memory."""
+        held = cls(0, panels[0].dtype)
+        held.size, held.panels = panels[0].shape[1], panels
+        return held
+
     def _spans(self) -> Iterator[tuple[int, int]]:
         for start in range(0, self.size, _PANEL):
             yield start, min(start + _PANEL, self.size)

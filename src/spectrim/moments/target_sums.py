@@ -7,9 +7,8 @@ of the size of the model is kept unless the whole gradient is asked for: output 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,73 +16,20 @@ from torch import Tensor
 
 from spectrim.distributed.team import Team
 from spectrim.errors import NonFiniteError
-from spectrim.model.anatomy import Block, Group, Target
+from spectrim.model.anatomy import Group, Target
 from spectrim.model.capture import first_tensor
-from spectrim.moments.accumulate import MomentAccumulator, reduction_dtype
+from spectrim.moments.accumulate import accumulator_of, reduction_dtype
+from spectrim.moments.experts import BlockMoments, Pool, pooled_share
 from spectrim.moments.folded import Folded
-from spectrim.moments.moments import Moments, OutputMoments, reduced
+from spectrim.moments.gradient_record import ComponentScores, ComponentsOf, GradientPass
+from spectrim.moments.moments import Moments, OutputMoments
 from spectrim.moments.symmetric import SymmetricSum
 
-__all__ = ["ComponentScores", "ComponentsOf", "GradientPass", "PassSums"]
-
-ComponentsOf = Callable[[str], tuple[Tensor, Tensor] | None]
-"""Target name -> up (out, r) and down (r, in), or None where there is nothing to score."""
-
-
-@dataclass
-class ComponentScores:
-    """First-order loss change per component of one target, in nats of the mean loss per token.
-
-    Attributes:
-        first: `ΔL_i = -⟨∂L/∂W, B_i A_i⟩` over all windows, shape (r,).
-        halves: the same over the even and the odd windows, shape (2, r): sign stability.
-        squares: mean over windows of the squared per-window change, shape (r,): Fisher weight.
-    """
-
-    first: Tensor
-    halves: Tensor
-    squares: Tensor
-
-    @property
-    def sign_stability(self) -> float:
-        """Share of components whose sign agrees between the halves."""
-        return float((self.halves[0].sign() == self.halves[1].sign()).double().mean())
-
-
-@dataclass
-class GradientPass:
-    """What a gradient pass leaves behind, of all targets or of one block's.
-
-    Attributes:
-        outputs: by target.
-        inputs: by a group's first target.
-        scores: by target, where there were factors to score.
-        loss: summed next-token cross-entropy of all windows, nats.
-        tokens: predicted tokens behind it.
-    """
-
-    outputs: Mapping[str, OutputMoments]
-    inputs: Mapping[str, Moments] = field(default_factory=dict)
-    scores: dict[str, ComponentScores] = field(default_factory=dict)
-    loss: float = 0.0
-    tokens: int = 0
-
-    def of(self, block: Block) -> GradientPass:
-        """What there is of one block."""
-        names = [target.name for target in block.targets]
-
-        def own(found: Any) -> Any:
-            if isinstance(found, Folded):
-                return found.only(names)
-            return {name: found[name] for name in names if name in found}
-
-        return replace(
-            self, outputs=own(self.outputs), inputs=own(self.inputs), scores=own(self.scores)
-        )
+__all__ = ["PassSums"]
 
 
 class _TargetSums:
-    """Running sums of one target over windows, of which the first has the number `first`."""
+    """Running sums of one target over windows."""
 
     def __init__(
         self,
@@ -92,11 +38,9 @@ class _TargetSums:
         clip: float | None,
         factors,
         device,
-        first: int,
         dtype: torch.dtype,
     ):
         self.target, self.needs, self.clip = target, frozenset(needs), clip
-        self.first = first
         m, n = target.out_features, target.in_features
 
         def zeros(*shape: int) -> Tensor:
@@ -112,10 +56,17 @@ class _TargetSums:
             self.factors = tuple(f.to(device) for f in factors)
             r = self.factors[0].shape[1]
             self.halves, self.squares = zeros(2, r), zeros(r)
-        self.tokens = self.windows = 0
+        self.tokens = self.windows = self.rows = 0
 
-    def add(self, x: Tensor, g: Tensor) -> None:
-        """Add one batch: inputs x (B, T, in) and gradients g (B, T, out) of the summed loss."""
+    def add(self, x: Tensor, g: Tensor, number: int) -> None:
+        """Add one batch: inputs x (B, T, in) and gradients g (B, T, out) of the summed loss.
+
+        `number` is that of the batch's first window; experts come with one window at a time, and
+        T is the number of its tokens that were routed to them.
+        """
+        if self.target.expert is not None and not bool((seen := x[0].any(1)).all()):
+            x, g = x[:, seen], g[:, seen]  # a row of zeros is no token
+        self.rows += x.shape[0] * x.shape[1]
         work = reduction_dtype(x)
         x, g = x.to(work), g.to(work)
         if self.G is not None:
@@ -127,7 +78,7 @@ class _TargetSums:
         if self.factors is not None and self.halves is not None and self.squares is not None:
             up, down = (f.to(work) for f in self.factors)
             change = -((g @ up) * (x @ down.mT)).sum(1).double()  # (B, r)
-            halves = (self.first + self.windows + torch.arange(len(x))) % 2
+            halves = (number + torch.arange(len(x))) % 2
             self.halves.index_add_(0, halves.to(change.device), change)
             self.squares += change.square().sum(0)
         self.windows += x.shape[0]
@@ -144,10 +95,10 @@ class _TargetSums:
     def reduce(self, team: Team) -> None:
         """Add the sums of all ranks."""
         kept = (self.fisher_in, self.fisher_out, self.gradient, self.halves, self.squares)
-        numbers = torch.tensor([self.tokens, self.windows])
+        numbers = torch.tensor([self.tokens, self.windows, self.rows])
         panels = [] if self.G is None else self.G.panels
         team.sum_([*panels, *(s for s in kept if s is not None), numbers])
-        self.tokens, self.windows = (int(n) for n in numbers)
+        self.tokens, self.windows, self.rows = (int(n) for n in numbers)
 
     def check(self) -> None:
         """Refuse sums that a NaN or infinite gradient has entered; once, since it never leaves."""
@@ -159,10 +110,13 @@ class _TargetSums:
                 "--dtype float32"
             )
 
-    def outputs(self) -> OutputMoments:
-        G = None if self.G is None else self.G.whole()
+    def outputs(self, pool: Pool | None) -> OutputMoments:
+        """The sums, those of an expert blended with what its pool says."""
+        G, share = None if self.G is None else self.G.whole(), None
+        if G is not None and pool is not None:
+            G, share = pool.blended(G, self.rows), pooled_share(self.rows, len(G))
         return OutputMoments(
-            self.tokens, self.windows, G, self.fisher_in, self.fisher_out, self.gradient
+            self.tokens, self.windows, G, self.fisher_in, self.fisher_out, self.gradient, share
         )
 
     def scores(self, tokens: int) -> ComponentScores:
@@ -197,7 +151,6 @@ class PassSums:
         device: where the sums are.
         first: number of the first window, of all processes' windows.
         dtype: of symmetric sums; every pass over a model has the same, to give the same bytes.
-        folded: keep symmetric sums folded (`folded.py`), for passes over all blocks at once.
     """
 
     def __init__(
@@ -210,21 +163,26 @@ class PassSums:
         device: torch.device,
         first: int,
         dtype: torch.dtype,
-        *,
-        folded: bool,
     ):
-        self._folded = dtype if folded else None
+        self._dtype = dtype
         self._sums = {
-            t.name: _TargetSums(
-                t, needs, clip, factors(t.name) if factors else None, device, first, dtype
-            )
+            t.name: _TargetSums(t, needs, clip, factors(t.name) if factors else None, device, dtype)
             for group in groups
             for t in group.targets
         }
+        self._groups = tuple(groups)
+        self._first, self._windows, self._tokens = first, 0, 0
         self._inputs = {
-            group.targets[0].name: MomentAccumulator(group.targets[0].name, input_needs, dtype)
+            group.targets[0].name: accumulator_of(
+                group, input_needs, dense=dtype, like=dtype, device=device
+            )
             for group in (groups if input_needs else ())
         }
+
+    def passed(self, windows: int, tokens: int) -> None:
+        """A batch of windows of so many tokens has gone forwards and backwards."""
+        self._windows += windows
+        self._tokens += windows * tokens
 
     @contextmanager
     def watching(
@@ -241,11 +199,16 @@ class PassSums:
         def attach(name: str) -> None:
             def forward(_module: Any, args: tuple, kwargs: dict, output: Tensor) -> None:
                 x = first_tensor(args, kwargs).detach()
+                if not x.numel():
+                    return  # an expert without tokens
                 if name in self._inputs:
                     self._inputs[name].add(x)
                 # Some architectures flatten (B, T, d) to (B T, d) before their linear layers.
                 x = x.reshape(windows(), -1, x.shape[-1])
-                output.register_hook(lambda g: self._sums[name].add(x, g.reshape(*x.shape[:2], -1)))
+                number = self._first + self._windows
+                output.register_hook(
+                    lambda g: self._sums[name].add(x, g.reshape(*x.shape[:2], -1), number)
+                )
 
             handles.append(module_of(name).register_forward_hook(forward, with_kwargs=True))
 
@@ -269,25 +232,41 @@ class PassSums:
             NonFiniteError: a gradient is not finite; names the target.
         """
         for one in self._sums.values():
+            if one.target.expert is not None:
+                # Tokens that go elsewhere count, with a gradient of zero.
+                one.windows, one.tokens = self._windows, self._tokens
             one.reduce(team)
             one.check()
-        found = GradientPass(
-            outputs={} if self._folded is None else Folded(self._folded),
-            inputs={} if self._folded is None else Folded(self._folded),
-            scores={n: s.scores(tokens) for n, s in self._sums.items() if s.factors},
-            loss=loss,
-            tokens=tokens,
-        )
+        pools = self._pools()
+        # Folded everywhere: what was blended is rounded alike in every pass.
+        outputs, inputs = Folded[OutputMoments](self._dtype), Folded[Moments](self._dtype)
+        scores = {n: s.scores(tokens) for n, s in self._sums.items() if s.factors}
         # One after the other, so that no two copies of all sums exist.
         for name in list(self._sums):
-            _keep(found.outputs, name, self._sums.pop(name).outputs())
-        for name in list(self._inputs):
-            _keep(found.inputs, name, reduced(self._inputs.pop(name).moments(), team))
-        return found
+            one = self._sums.pop(name)
+            outputs.put(name, one.outputs(pools.get((one.target.block, one.target.matrix))))
+        for groups in self._by_block() if self._inputs else ():
+            sums = {group.index: self._inputs.pop(group.targets[0].name) for group in groups}
+            for accumulator in sums.values():
+                accumulator.reduce(team)
+            moments = BlockMoments(groups, sums)
+            for group in groups:
+                inputs.put(group.targets[0].name, moments[group.index])
+        return GradientPass(outputs, inputs, scores, loss, tokens)
 
+    def _pools(self) -> dict[tuple[int, str], Pool]:
+        """Gradients at the outputs of all experts of a block, for every matrix of an expert."""
+        pools: dict[tuple[int, str], Pool] = {}
+        for one in self._sums.values():
+            expert, target = one.target.expert, one.target
+            if expert is not None and one.G is not None:
+                fresh = Pool(target.out_features, common=expert.writes_common)
+                pool = pools.setdefault((target.block, target.matrix), fresh)
+                pool.add(one.G.whole(), one.rows)
+        return pools
 
-def _keep(found: Any, name: str, record: OutputMoments | Moments) -> None:
-    if isinstance(found, Folded):
-        found.put(name, record)
-    else:
-        found[name] = record
+    def _by_block(self) -> list[list[Group]]:
+        found: dict[int, list[Group]] = {}
+        for group in self._groups:
+            found.setdefault(group.block, []).append(group)
+        return list(found.values())

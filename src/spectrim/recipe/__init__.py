@@ -119,9 +119,9 @@ class Allocation(Section):
     floor: float = Field(default=0.0, ge=0, lt=1, description="least rank as a share of break-even")
     multiple: int = Field(default=1, ge=1, description="ranks are multiples of this")
     fill: bool = Field(
-        default=True,
-        description="spend what rounding leaves over; False gives the papers' floor ranks",
+        default=True, description="spend what rounding leaves; False gives the papers' floor ranks"
     )
+    experts: Literal["each", "equal"] = Field(default="each", description="ranks within a block")
     faithful: bool = Field(
         default=False, description="zero_sum: as published, reverted targets keep their sum"
     )
@@ -279,9 +279,12 @@ class Recipe(Section):
 
     def hash(self) -> str:
         """SHA-256 of everything that influences the result; prose and order of keys do not."""
-        passed = {"title", "paper", "equation", "differences"}
+        passed: dict[str, Any] = dict.fromkeys(("title", "paper", "equation", "differences"), True)
+        # Recipes that choose nothing keep the hash they always had.
         if self.targets == Targets():
-            passed.add("targets")  # recipes that choose nothing keep the hash they always had
+            passed["targets"] = True
+        if self.allocate.experts == "each":
+            passed["allocate"] = {"experts"}
         content = self.model_dump(mode="json", exclude=passed)
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()

@@ -39,3 +39,6 @@ class Targets(Section):
     only: tuple[str, ...] = Field(default=(), description="compress these alone; all if empty")
     skip: tuple[str, ...] = Field(default=(), description="protect these")
     own: tuple[OwnChoice, ...] = ()
+    partly: bool = Field(
+        default=False, description="go on where most of the blocks' weights can be no targets"
+    )

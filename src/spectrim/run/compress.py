@@ -16,6 +16,7 @@ from spectrim.model.outside import count_outside
 from spectrim.model.weights import cast_parameters
 from spectrim.recipe import Recipe
 from spectrim.run.cutting_all import choose, cut_targets
+from spectrim.run.experts import note_experts
 from spectrim.run.job import Job
 from spectrim.run.learned.learned import learn
 from spectrim.run.loading import LoadedModel
@@ -180,6 +181,7 @@ def _decide_and_cut(job: Job, plan: Plan | None, survey: Survey | None) -> Plan:
     if any(Form(e.storage, e.weights) != Form("dense") for e in chosen.entries):
         steps = prepare(job)
         chosen = cut_targets(job, choice)
+        note_experts(job.log)
         carry_out(job, steps)
     else:
         job.log.notes.append("every target stays dense at this keep: nothing was cut or refined")

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from spectrim.decompose import OBJECTIVES
+from spectrim.model.experts.stack import ExpertStack
 from spectrim.model.onload import unit_names
 from spectrim.model.tail import LOGITS_AT_ONCE
 from spectrim.model.weights import get_module, is_linear
@@ -128,6 +129,9 @@ def sizes_of(skeleton: Any) -> Sizes:
         own = [m for m in parent.children() if is_linear(m)]
         shapes = [_shape(m) for m in own]
         linears += shapes
+        if isinstance(parent, ExpertStack):
+            inputs += [n for _, n in shapes]  # every expert has tokens of its own
+            continue
         for width in dict.fromkeys(n for _, n in shapes):
             alike = sum(n == width for _, n in shapes)
             # Three or more of one width are an attention's: its output projection stands alone.

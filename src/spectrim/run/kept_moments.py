@@ -6,7 +6,7 @@ They lie in the work folder as pieces, one per block, or folded in memory (`mome
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -15,10 +15,11 @@ from torch import Tensor
 from spectrim.model.anatomy import Block
 from spectrim.moments.folded import Folded
 from spectrim.moments.moments import Moments, Record
+from spectrim.moments.symmetric import SymmetricSum
 from spectrim.run.keeping import Keeper
 from spectrim.storage.shared_work import Piece
 
-__all__ = ["FinishedInputs", "KeptMoments", "flattened", "restored"]
+__all__ = ["ByGroup", "FinishedInputs", "KeptMoments", "flattened", "restored"]
 
 
 class KeptMoments(Mapping[str, Record]):
@@ -63,14 +64,42 @@ class KeptMoments(Mapping[str, Record]):
         return len(self._pieces)
 
 
-def flattened(records: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Tensor], dict]:
-    """Tensors by `kind/name/field`, and the numbers beside them."""
+class ByGroup(Mapping[int, Moments]):
+    """Those of one block by the index of a group; read when one is asked for.
+
+    Args:
+        block: whose.
+        found: of more blocks, by a group's first target; groups that are not there are left out.
+    """
+
+    def __init__(self, block: Block, found: Mapping[str, Moments]):
+        names = {group.index: group.targets[0].name for group in block.groups}
+        self._names = {index: name for index, name in names.items() if name in found}
+        self._found = found
+
+    def __getitem__(self, index: int) -> Moments:
+        return self._found[self._names[index]]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def flattened(records: Mapping[str, Folded[Any]]) -> tuple[dict[str, Tensor], dict]:
+    """Tensors by `kind/name/field` or, panel by panel, `kind/name/field/place`; the numbers too."""
     tensors, numbers = {}, {}
     for kind, found in records.items():
-        for name, record in found.items():
-            for field in fields(record):
-                value = getattr(record, field.name)
-                where = f"{kind}/{name}/{field.name}"
+        for name in found:
+            rest, panels = found.folded(name)
+            for key, held in panels.items():
+                for place, panel in enumerate(held.panels):
+                    tensors[f"{kind}/{name}/{key}/{place}"] = panel
+            for field in fields(rest):
+                if field.name in panels:
+                    continue
+                value, where = getattr(rest, field.name), f"{kind}/{name}/{field.name}"
                 if isinstance(value, Tensor):
                     tensors[where] = value
                 else:
@@ -89,11 +118,19 @@ def restored(
 ) -> dict[str, Record]:
     """Records of a piece as `flattened` took them apart; all of them or one."""
     values: dict[str, dict[str, Any]] = {}
+    panels: dict[tuple[str, str], dict[int, Tensor]] = {}
     for where in (*file.entries, *numbers):
-        found, name, field = where.split("/")
-        if found == kind and only in (None, name):
-            value = numbers[where] if where in numbers else file.read(where).to(device)
+        found, name, field, *place = where.split("/")
+        if found != kind or only not in (None, name):
+            continue
+        value = numbers[where] if where in numbers else file.read(where).to(device)
+        if place:
+            panels.setdefault((name, field), {})[int(place[0])] = value
+        else:
             values.setdefault(name, {})[field] = value
+    for (name, field), parts in panels.items():
+        held = SymmetricSum.from_panels([parts[place] for place in sorted(parts)])
+        values.setdefault(name, {})[field] = held.whole()
     return {name: record(**given) for name, given in values.items()}
 
 
@@ -101,19 +138,15 @@ class FinishedInputs:
     """Second moments of the inputs that the finished network has, one block after the other.
 
     A sequential pass meets them on its way, so that storing needs no pass of its own. They are
-    kept in fp32: in the work folder, from which a run goes on, or in memory.
+    kept folded, in fp32: in the work folder, from which a run goes on, or in memory.
     """
 
     def __init__(self, keeper: Keeper, device: torch.device):
         self._keeper, self._device = keeper, device
         self._here = Folded[Moments]()
 
-    def keep(self, block: Block, found: Mapping[str, Moments]) -> None:
-        """Keep a block's moments, by a group's first target; what they hold is `shifted`."""
-        inputs = {
-            name: Moments(one.tokens, None if one.shifted is None else one.shifted.float())
-            for name, one in found.items()
-        }
+    def keep(self, block: Block, inputs: Folded[Moments]) -> None:
+        """Keep a block's moments, by a group's first target."""
         if self._keeper.work is None:
             self._here.take(inputs)
         elif not self._keeper.has(_inputs_key(block)):
@@ -128,14 +161,13 @@ class FinishedInputs:
             return True
         return self._keeper.has(_inputs_key(block)) or block.targets[0].name in self._here
 
-    def of(self, block: Block) -> list[Moments]:
-        """A block's moments, group by group, fp64."""
-        found: Mapping[str, Moments] = self._here
-        if self._keeper.has(_inputs_key(block)):
-            piece, numbers = self._keeper.load(_inputs_key(block))
-            found = restored(piece, numbers, "in", Moments, self._device)
-        kept = [found[group.targets[0].name] for group in block.groups]
-        return [replace(one, C=None if one.C is None else one.C.double()) for one in kept]
+    def of(self, block: Block) -> Mapping[int, Moments]:
+        """A block's moments by a group's index, fp64."""
+        key = _inputs_key(block)
+        if not self._keeper.has(key):
+            return ByGroup(block, self._here)
+        kept = KeptMoments(self._keeper, self._device, {block: key}, "in", Moments)
+        return ByGroup(block, kept)
 
 
 def _inputs_key(block: Block) -> str:

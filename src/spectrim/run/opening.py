@@ -23,6 +23,7 @@ from spectrim.model.tracing import trace
 from spectrim.model.weights import check_model, get_module
 from spectrim.recipe import Recipe
 from spectrim.run.cost import calibrated_on, costs, settle, stage_seconds
+from spectrim.run.experts import check_understood, open_experts, short_window
 from spectrim.run.footprint import Room, Setting, Sizes, sizes_of
 from spectrim.run.identity import run_identity
 from spectrim.run.job import Job, RunLog
@@ -34,7 +35,7 @@ from spectrim.run.planning import keep_of_size
 from spectrim.run.progress import Progress
 from spectrim.run.rehearsing import check_class, rehearse
 from spectrim.run.room import choose_room, fitting_room, limit_of, peak_parts, said
-from spectrim.run.texts import UserText, gather_windows, vocabulary_size
+from spectrim.run.texts import UserText, gather_windows
 from spectrim.run.thinness import thin_notes
 from spectrim.storage.shared_work import Work
 
@@ -91,7 +92,11 @@ def open_job(
     log.notes.extend(loaded.notes)
     check_class(model)
     check_model(model, elsewhere=() if loaded.onloader is None else unit_names(model))
-    anatomy = trace(model, torch.arange(8)[None].to(device) % vocabulary_size(model))
+    open_experts(loaded)
+    anatomy = trace(model, short_window(loaded))
+    partial_note = check_understood(loaded, anatomy, partly=recipe.targets.partly)
+    if partial_note is not None:
+        log.notes.append(partial_note)
     rehearse(model, anatomy)
     anatomy = choose_targets(anatomy, recipe.targets.only, recipe.targets.skip)
     check_patterns([own.match for own in recipe.targets.own], [t.name for t in anatomy.targets])

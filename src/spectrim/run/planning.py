@@ -14,6 +14,7 @@ from spectrim.allocate.budget import (
     layer_bytes,
 )
 from spectrim.allocate.curve import Curve
+from spectrim.allocate.experts import equal_in_blocks
 from spectrim.allocate.ladder import Limits, smallest_keep
 from spectrim.allocate.pinning import own_storages, plan_around
 from spectrim.allocate.plan import Plan
@@ -74,6 +75,11 @@ def make_plan(
         table = (survey.table or None) if choice.score == "measured" else None
     elif rule.surveys:
         raise InputError(f"the rule {choice.rule!r} needs a survey of the model")
+    if choice.experts == "equal" and choice.rule in ("zero_sum", "sensitivity"):
+        raise InputError(
+            f"the rule {choice.rule!r} chooses component by component or target by target; equal "
+            "ranks for the experts of a block go with uniform, loss_ratio and knapsack"
+        )
     limits = plan_limits(recipe, dtype_bytes)
     known = {
         **choice.model_dump(),
@@ -83,7 +89,11 @@ def make_plan(
 
     def by_rule(some: Sequence[Curve], keep: float) -> Plan:
         options = {**known, "table": _of_targets(table, some)}
-        return allocate(some, choice.rule, keep=keep, limits=limits, options=options)
+
+        def share(curves: Sequence[Curve]) -> Plan:
+            return allocate(curves, choice.rule, keep=keep, limits=limits, options=options)
+
+        return share(some) if choice.experts == "each" else equal_in_blocks(some, share)
 
     made = plan_around(
         own_storages(curves or [], recipe.targets.own),

@@ -18,6 +18,7 @@ from spectrim.errors import ArtifactError, ModelError
 from spectrim.layers.quantized import skeleton
 from spectrim.layers.swap import swap_in
 from spectrim.model.anatomy import Anatomy
+from spectrim.model.experts.unfold import expert_stacks, unfold
 from spectrim.model.weights import get_module
 from spectrim.storage.assemble import saved_state
 from spectrim.storage.attach import attach
@@ -105,7 +106,7 @@ def _unloadable(model: nn.Module, reason: str) -> ModelError:
 
 
 def _twin(model: Any) -> Any:
-    """The model that its configuration describes, on the meta device."""
+    """The model that its configuration describes, on the meta device, its experts taken apart."""
     try:
         with torch.device("meta"):
             twin = type(model)(copy.deepcopy(model.config))
@@ -118,6 +119,10 @@ def _twin(model: Any) -> Any:
     known = getattr(model, "_weight_conversions", None)
     if known is not None:
         twin._weight_conversions = list(known)
+    shapes = {name: tuple(p.shape) for name, p in twin.named_parameters()}
+    layouts = {name: stack.layout for name, stack in expert_stacks(model).items()}
+    # What is not there or of another shape is a difference, which is looked for later.
+    unfold(twin, {n: x for n, x in layouts.items() if shapes.get(n) == x.shape})
     return twin
 
 

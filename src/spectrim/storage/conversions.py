@@ -16,7 +16,9 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Conversions", "own_conversions", "to_disk"]
+from spectrim.storage.renaming import SpectrimRenaming
+
+__all__ = ["Conversions", "own_conversions", "to_disk", "whole_layers"]
 
 
 @dataclass
@@ -118,19 +120,14 @@ def to_disk(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return revert_weight_conversion(model, dict(state))
 
 
-def own_conversions(model: Any, compressed: Iterable[str] = ()) -> list[Any]:
+def own_conversions(model: Any) -> list[Any]:
     """The conversions that transformers would reverse to save this model if it were dense.
-
-    Those that put a compressed layer's weight together from several stored tensors, or split one,
-    are left out: its factors have no such parts, and are stored in the form they have in memory,
-    together with whatever else the same conversion makes.
 
     Args:
         model: loaded or made in this process.
-        compressed: module paths of compressed layers.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import PrefixChange, WeightRenaming
+    from transformers.core_model_loading import PrefixChange
 
     known = getattr(model, "_weight_conversions", None)
     if known is None:
@@ -138,6 +135,22 @@ def own_conversions(model: Any, compressed: Iterable[str] = ()) -> list[Any]:
         # of a prefix that nothing is known about.
         mapping = get_model_conversion_mapping(model, add_legacy=False)
         known = [step for step in mapping if not isinstance(step, PrefixChange)]
+    return [step for step in known if not isinstance(step, SpectrimRenaming)]
+
+
+def whole_layers(steps: Iterable[Any], compressed: Iterable[str]) -> list[Any]:
+    """Those conversions that leave the weights of compressed layers whole.
+
+    Others put such a weight together from several stored tensors, or split one: its factors have
+    no such parts, and are stored in the form they have in memory, together with whatever else the
+    same conversion makes.
+
+    Args:
+        steps: of the architecture.
+        compressed: module paths of compressed layers.
+    """
+    from transformers.core_model_loading import WeightRenaming
+
     weights = [f"{name}.weight" for name in compressed]
 
     def reaches(step: Any) -> bool:
@@ -146,4 +159,4 @@ def own_conversions(model: Any, compressed: Iterable[str] = ()) -> list[Any]:
         back = step.reverse_transform()
         return any(back.rename_source_key(name)[1] is not None for name in weights)
 
-    return [step for step in known if not reaches(step)]
+    return [step for step in steps if not reaches(step)]

@@ -8,12 +8,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from spectrim.errors import ModelError
+from spectrim.errors import ArtifactError, ModelError
 from spectrim.layers.layout import layout_of
 from spectrim.layers.swap import compressed_layers
-from spectrim.storage.table import LayerEntry, Table
+from spectrim.model.experts.layout import ExpertLayout
+from spectrim.model.experts.unfold import expert_stacks
+from spectrim.storage.table import ExpertsEntry, LayerEntry, Table
 
-__all__ = ["check_storable", "relative_name", "resolve_name", "table_of", "with_disk_names"]
+__all__ = [
+    "check_storable",
+    "expert_layouts",
+    "relative_name",
+    "resolve_name",
+    "table_of",
+    "with_disk_names",
+]
 
 
 def relative_name(model: Any, name: str) -> str:
@@ -51,7 +60,42 @@ def table_of(model: Any, *, previous: Table) -> Table:
         if known is None or any(getattr(known, f) != getattr(entry, f) for f in _ENTRY_FIELDS):
             known = entry
         layers[relative] = known
-    return previous.model_copy(update={"layers": layers})
+    experts = {
+        relative_name(model, name): _experts_entry(stack.layout)
+        for name, stack in expert_stacks(model).items()
+    }
+    return previous.model_copy(update={"layers": layers, "experts": experts})
+
+
+def _experts_entry(layout: ExpertLayout) -> ExpertsEntry:
+    return ExpertsEntry(
+        experts=layout.experts,
+        shape=(layout.out_features, layout.in_features),
+        transposed=layout.transposed,
+        parts=layout.parts,
+    )
+
+
+def expert_layouts(model: Any, table: Table) -> dict[str, ExpertLayout]:
+    """Parameter in this model -> how the table says that it was taken apart.
+
+    Raises:
+        ArtifactError: the model has no such parameter.
+    """
+    found = {}
+    for relative, entry in table.experts.items():
+        path, _, leaf = relative.rpartition(".")
+        owner = resolve_name(model, path)
+        if owner is None or leaf not in model.get_submodule(owner)._parameters:
+            raise ArtifactError(
+                f"quantization_config in config.json names the experts {relative!r}, "
+                f"{type(model).__name__} has no such parameter"
+            )
+        out_features, in_features = entry.shape
+        found[f"{owner}.{leaf}" if owner else leaf] = ExpertLayout(
+            entry.experts, out_features, in_features, entry.transposed, entry.parts
+        )
+    return found
 
 
 def with_disk_names(model: Any, table: Table, conversions: Sequence[Any]) -> Table:

@@ -19,11 +19,18 @@ from transformers.quantizers.base import HfQuantizer
 from spectrim.errors import ArtifactError, ModelError
 from spectrim.layers.quantized import skeleton
 from spectrim.layers.swap import compressed_layers, dense_shape, restore_dense, swap_in
+from spectrim.model.experts.unfold import expert_stacks, fold, unfold
 from spectrim.model.weights import get_module
 from spectrim.storage.config import SpectrimConfig
-from spectrim.storage.conversions import own_conversions
-from spectrim.storage.describe import check_storable, resolve_name, table_of, with_disk_names
-from spectrim.storage.renaming import SpectrimRenaming, renamings
+from spectrim.storage.conversions import own_conversions, whole_layers
+from spectrim.storage.describe import (
+    check_storable,
+    expert_layouts,
+    resolve_name,
+    table_of,
+    with_disk_names,
+)
+from spectrim.storage.renaming import renamings, unfolded_conversions
 from spectrim.storage.resaving import take_along, take_casts
 from spectrim.storage.table import QUANT_METHOD, LayerEntry
 
@@ -44,13 +51,19 @@ class SpectrimQuantizer(HfQuantizer):
         self._storages: dict[str, tuple[str, str]] = {}
         self._prefix = ""
         self._dtypes: dict[str, torch.dtype] = {}
+        self._folding: list[Any] = []
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> Any:
         from spectrim.storage.verify import check_files
 
-        for relative, entry in self.quantization_config.table.layers.items():
+        table = self.quantization_config.table
+        try:
+            unfold(model, expert_layouts(model, table))
+        except ModelError as error:
+            raise ArtifactError(f"quantization_config in config.json: {error}") from error
+        for relative, entry in table.layers.items():
             name = resolve_name(model, relative)
             if name is None:
                 _refuse_unless_head(model, relative)
@@ -85,13 +98,23 @@ class SpectrimQuantizer(HfQuantizer):
         """Names on disk -> names in memory; transformers reverses them to save."""
         return renamings(self._storages, self._prefix)
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Ours, and the architecture's but for what puts experts together that are layers now."""
+        return self._without_folding(weight_conversions, model) + self.get_weight_conversions()
+
+    def _without_folding(self, conversions: list[Any], model: Any) -> list[Any]:
+        """Set the conversions aside that need the parameters of unfolded experts."""
+        kept = unfolded_conversions(conversions, expert_stacks(model))
+        self._folding = [c for c in conversions if c not in kept] or self._folding
+        return kept
+
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
         """Called first by `save_pretrained`: bring table and renamings in line with the model."""
         self._observe(model)
         for name, layer in compressed_layers(model).items():
             check_storable(layer, name)
-        steps = own_conversions(model, compressed_layers(model))
-        steps = [step for step in steps if not isinstance(step, SpectrimRenaming)]
+        steps = self._without_folding(own_conversions(model), model)
+        steps = whole_layers(steps, compressed_layers(model))
         config = self.quantization_config
         config.table = with_disk_names(model, table_of(model, previous=config.table), steps)
         # The architecture's renamings stay in front: transformers applies ours last when
@@ -103,6 +126,11 @@ class SpectrimQuantizer(HfQuantizer):
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         for name in compressed_layers(model):
             restore_dense(model, name, dtype=dtype)
+        if expert_stacks(model):
+            fold(model)
+            # From now on the model is saved in the layout of its architecture's checkpoints.
+            known = own_conversions(model)
+            model._weight_conversions = known + [c for c in self._folding if c not in known]
         return model
 
     def is_serializable(self) -> bool:

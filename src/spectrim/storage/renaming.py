@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import PrefixChange, WeightRenaming
 
 from spectrim.layers.layout import layout_of
 
-__all__ = ["SpectrimRenaming", "renamings"]
+__all__ = ["SpectrimRenaming", "renamings", "unfolded_conversions"]
 
 END = r"(?![\w.])"
 """Nothing of the key may follow. A lookahead, since transformers drops it when it reverses a
@@ -20,6 +20,19 @@ class SpectrimRenaming(WeightRenaming):
     """A renaming of ours, told apart from those of the architecture."""
 
     __slots__ = ()
+
+
+def unfolded_conversions(conversions: Iterable[Any], experts: Collection[str]) -> list[Any]:
+    """The conversions of an architecture that hold for a model whose experts are single layers.
+
+    Such a model has layers that the architecture has no names for, and is stored under its names
+    in memory: patterns meant for other files could take a layer's name for one of theirs.
+
+    Args:
+        conversions: of the dense architecture.
+        experts: names of the parameters in whose place the model has single layers.
+    """
+    return [c for c in conversions if not experts or isinstance(c, PrefixChange)]
 
 
 def renamings(storages: Mapping[str, tuple[str, str]], prefix: str) -> list[Any]:

@@ -30,6 +30,7 @@ from spectrim.storage.strict import (
 __all__ = [
     "FORMAT_VERSION",
     "QUANT_METHOD",
+    "ExpertsEntry",
     "LayerEntry",
     "Provenance",
     "Table",
@@ -58,6 +59,22 @@ class LayerEntry(BaseModel):
     shape: tuple[Side, Side] | None = None
 
 
+class ExpertsEntry(Strict):
+    """A 3-D parameter of experts that the result holds as one layer per expert and matrix.
+
+    Attributes:
+        experts: how many.
+        shape: (out, in) of one expert's slice, all of its matrices together.
+        transposed: whether the parameter is (experts, in, out).
+        parts: one matrix per slice, or two: stacked or interleaved rows.
+    """
+
+    experts: Side
+    shape: tuple[Side, Side]
+    transposed: bool = False
+    parts: Literal["whole", "stacked", "interleaved"] = "whole"
+
+
 class Provenance(Strict):
     """Where a result comes from; every field may be unknown.
 
@@ -83,6 +100,7 @@ class Table(BaseModel):
         quant_method: always `spectrim`.
         format_version: version of the on-disk format.
         layers: compressed layer, named relative to the base model -> how it is stored.
+        experts: parameter of experts, named like layers -> how it was taken apart.
         left_dense: targets that kept their original weight; they count towards `keep`.
         on_disk: layers or dense targets whose path in the files does not end with their name ->
             that path.
@@ -95,6 +113,7 @@ class Table(BaseModel):
     quant_method: Literal["spectrim"] = QUANT_METHOD
     format_version: Annotated[int, Field(ge=1)] = FORMAT_VERSION
     layers: Annotated[dict[Name, LayerEntry], Field(max_length=MOST_TARGETS)] = {}
+    experts: Annotated[dict[Name, ExpertsEntry], Field(max_length=MOST_TARGETS)] = {}
     left_dense: Annotated[tuple[Name, ...], Field(max_length=MOST_TARGETS)] = ()
     on_disk: Annotated[dict[Name, Name], Field(max_length=MOST_TARGETS)] = {}
     provenance: Provenance = Provenance()
@@ -107,8 +126,9 @@ class Table(BaseModel):
             # Most layers need no shape, and a large model has thousands of layers.
             if entry["shape"] is None:
                 del entry["shape"]
-        if not self.on_disk:
-            del data["on_disk"]
+        for optional in ("experts", "on_disk"):
+            if not data[optional]:
+                del data[optional]
         return data
 
 

@@ -20,7 +20,9 @@ from transformers.core_model_loading import WeightRenaming
 from spectrim.errors import ArtifactError
 from spectrim.layers.layout import layout_of
 from spectrim.layers.swap import compressed_layers
+from spectrim.model.experts.unfold import expert_stacks
 from spectrim.storage.headers import TensorEntry, read_header
+from spectrim.storage.renaming import unfolded_conversions
 
 __all__ = ["check_files", "check_orders"]
 
@@ -95,7 +97,9 @@ def _check_complete(model: Any, found: dict[str, TensorEntry], paths: list[Path]
     ignored = [re.compile(p) for p in model._keys_to_ignore_on_load_missing or ()]
     built = [
         re.compile(pattern)
-        for conversion in get_model_conversion_mapping(model)
+        for conversion in unfolded_conversions(
+            get_model_conversion_mapping(model), expert_stacks(model)
+        )
         if not isinstance(conversion, WeightRenaming)
         for pattern in _patterns(conversion)
     ]

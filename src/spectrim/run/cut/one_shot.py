@@ -8,8 +8,9 @@ that an earlier run has cut is passed by the stream and taken from the work fold
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def _cut_span(
     A process keeps the moments of its own targets only.
     """
     owned = owners_of(job.team, [target for block in span for target in block.targets], plan)
-    moments: dict[str, Moments] = {}
+    moments: dict[str, Callable[[], Moments]] = {}
     waiting: list[Block] = []
     for block in span:
         if job.keeper.is_finished(CUT, block):
@@ -77,11 +78,12 @@ def _cut_span(
             job.keeper.restore(CUT, block)
             continue
         waiting.append(block)
-        gathered = [] if replay is None else block_moments(job, replay, block, needs)
-        # Without a replay the objective has no inputs, and there is nothing to keep.
-        for group, found in zip(block.groups, gathered, strict=False):
-            mine = [t.name for t in group.targets if owned[t.name] == job.team.rank]
-            moments |= dict.fromkeys(mine, found)
+        if replay is None:
+            continue  # the objective has no inputs, and there is nothing to keep
+        found = block_moments(job, replay, block, needs)
+        mine = {t.name: t.group for t in block.targets if owned[t.name] == job.team.rank}
+        found.keep(mine.values())
+        moments |= {name: partial(found.__getitem__, group) for name, group in mine.items()}
 
     def make(target: Target, original: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
         return replace_target(
@@ -89,7 +91,7 @@ def _cut_span(
             original,
             plan[target.name],
             job.recipe.decompose,
-            moments.get(target.name),
+            moments[target.name]() if target.name in moments else None,
             outputs.get(target.name),
             balance=bool(job.recipe.refine),
         )

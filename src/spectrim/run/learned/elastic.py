@@ -24,6 +24,7 @@ from spectrim.errors import ArtifactError, BudgetError
 from spectrim.layers.lowrank import LowRankLinear
 from spectrim.layers.swap import dense_shape
 from spectrim.model.weights import get_module, is_transposed, read_bias, read_weight, replace_module
+from spectrim.run.experts import open_experts
 from spectrim.run.loading import LoadedModel, load_model
 from spectrim.run.options import RunOptions
 from spectrim.run.planning import best_score
@@ -190,6 +191,7 @@ def open_elastic(
     loaded = load_model(_place(known) if base is None else base, options)
     if isinstance(known, Survey):
         known = elastic_from_survey(known, dtype=loaded.stored_dtype, score=score)
+    open_experts(loaded)
     found = loaded.identity()
     if found != known.base.identity:
         raise ArtifactError(

@@ -143,6 +143,9 @@ def replace_target(
     }
     if decomposition.ridge is not None:
         facts["ridge"] = decomposition.ridge
+    if moments is not None and moments.pooled is not None:
+        facts["expert_tokens"] = moments.tokens if moments.pooled < 1 else 0
+        facts["pooled_share"] = moments.pooled
     return layer, facts
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from spectrim.model.anatomy import Block
 from spectrim.model.replay import Replay, capture_inputs
 from spectrim.model.weights import get_module
-from spectrim.moments.accumulate import MomentAccumulator
-from spectrim.moments.moments import Moments, reduced
+from spectrim.moments.accumulate import accumulator_of
+from spectrim.moments.experts import BlockMoments
+from spectrim.moments.gradients import folded_dtype
 from spectrim.run.job import Job
 
 __all__ = ["CUT", "advance", "block_moments"]
@@ -20,17 +21,20 @@ def advance(job: Job, replay: Replay, block: Block) -> None:
     replay.advance(block.index, replay.stream, job.batch, job.device)
 
 
-def block_moments(job: Job, replay: Replay, block: Block, needs: frozenset[str]) -> list[Moments]:
+def block_moments(job: Job, replay: Replay, block: Block, needs: frozenset[str]) -> BlockMoments:
     """Moments of every group of a block from one forward pass, which also advances the stream.
 
     They are sums over the windows of all processes.
     """
     module = get_module(job.model, block.name)
-    accumulators = [MomentAccumulator(g.targets[0].name, needs) for g in block.groups]
+    like = folded_dtype(job.model)
+    sums = [accumulator_of(group, needs, like=like, device=job.device) for group in block.groups]
 
     def feed(group, x):
-        accumulators[group.index].add(x)
+        sums[group.index].add(x)
 
     with capture_inputs(module, block.groups, feed):
         advance(job, replay, block)
-    return [reduced(a.moments(), job.team) for a in accumulators]
+    for one in sums:
+        one.reduce(job.team)
+    return BlockMoments(block.groups, dict(enumerate(sums)))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -108,14 +108,14 @@ def _replay(job: Job) -> Replay | None:
     return None if job.windows is None or known else recorded(job, job.ids)
 
 
-def _inputs(job: Job, block: Block, replay: Replay | None) -> Sequence[Moments | None]:
-    """Moments of a block's groups in the finished network; None each without data."""
+def _inputs(job: Job, block: Block, replay: Replay | None) -> Mapping[int, Moments]:
+    """Moments of a block's groups in the finished network, by their index; none without data."""
     if job.finished_inputs.has(block):
         if replay is not None:
             advance(job, replay, block)
         return job.finished_inputs.of(block)
     if replay is None:
-        return [None] * len(block.groups)
+        return {}
     return block_moments(job, replay, block, frozenset({"C"}))
 
 
@@ -123,7 +123,7 @@ def _convert_block(
     job: Job,
     block: Block,
     waiting: dict[str, PlanEntry],
-    moments: Sequence[Moments | None],
+    moments: Mapping[int, Moments],
     dtype: torch.dtype,
 ) -> dict[str, Conversion]:
     """Convert a block's targets, each on the process that owns it."""
@@ -132,7 +132,7 @@ def _convert_block(
     converted = {}
     for target in targets:
         if owned[target.name] == job.team.rank:
-            entry, of = waiting[target.name], moments[target.group]
+            entry, of = waiting[target.name], moments.get(target.group)
             converter = Converter(entry, dtype, of, _truncation(job, target))
             converted[target.name] = converter.convert(get_module(job.model, target.name))
     found = shared_conversions(job, targets, owned, converted)

@@ -8,11 +8,11 @@ from spectrim.decompose import OBJECTIVES
 from spectrim.model.anatomy import Block
 from spectrim.model.onload import give_back
 from spectrim.moments.folded import Folded
+from spectrim.moments.gradient_record import ComponentsOf, GradientPass
 from spectrim.moments.gradients import folded_dtype, gradient_pass
 from spectrim.moments.gradients_by_block import gradients_by_block
 from spectrim.moments.gradients_recomputed import gradients_recomputed
 from spectrim.moments.moments import Moments, OutputMoments
-from spectrim.moments.target_sums import ComponentsOf, GradientPass
 from spectrim.recipe import Decompose
 from spectrim.run.job import Job
 from spectrim.run.kept_moments import KeptMoments, flattened, restored

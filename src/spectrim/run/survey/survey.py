@@ -8,9 +8,10 @@ windows, which collects the input moments on the way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -25,9 +26,11 @@ from spectrim.decompose import OBJECTIVES
 from spectrim.linalg.exact_rank import exact_rank
 from spectrim.model.anatomy import Block, Target
 from spectrim.model.weights import get_module, read_weight
+from spectrim.moments.experts import BlockMoments
 from spectrim.moments.moments import Moments, OutputMoments
 from spectrim.recipe import Decompose
 from spectrim.run.job import Job
+from spectrim.run.kept_moments import ByGroup
 from spectrim.run.parts.cutting import decompose_target
 from spectrim.run.parts.passing import advance, block_moments
 from spectrim.run.parts.sharing import owners_of, spans
@@ -151,7 +154,7 @@ def _limits(job: Job) -> Limits:
 
 def moments_by_block(
     job: Job, stage: str, choice: Decompose, input_needs: frozenset[str]
-) -> Generator[tuple[Block, Sequence[Moments | None], Mapping[str, OutputMoments]], None, None]:
+) -> Generator[tuple[Block, Mapping[int, Moments], Mapping[str, OutputMoments]], None, None]:
     """Every block, at hand, with its groups' input moments and its targets' output moments.
 
     Blocks that were surveyed earlier come without moments; a stream only passes them.
@@ -175,13 +178,13 @@ def moments_by_block(
         replay = recorded(job, job.ids)
     for block, done in zip(blocks, finished, strict=True):
         with job.keeper.at_hand(block):
-            moments: Sequence[Moments | None] = [None] * len(block.groups)
+            moments: Mapping[int, Moments] = {}
             if done and replay is not None:
                 advance(job, replay, block)
             elif replay is not None:
                 moments = block_moments(job, replay, block, input_needs)
             elif not done:
-                moments = [inputs.get(g.targets[0].name) for g in block.groups]
+                moments = ByGroup(block, inputs)
             yield block, moments, outputs
 
 
@@ -206,18 +209,20 @@ def _decompose_all(
     with closing(moments_by_block(job, stage, choice, needs)) as gathered:
         for span in spans(job):
             owned = owners_of(job.team, [target for block in span for target in block.targets])
-            moments: dict[str, Moments | None] = {}
+            moments: dict[str, Callable[[], Moments | None]] = {}
             outputs: Mapping[str, OutputMoments] = {}
             for block, inputs, outputs_of_block in islice(gathered, len(span)):
                 # Others' moments are let go at once.
-                mine = (t for t in block.targets if owned[t.name] == job.team.rank)
-                moments |= {t.name: inputs[t.group] for t in mine}
+                mine = [t for t in block.targets if owned[t.name] == job.team.rank]
+                if isinstance(inputs, BlockMoments):
+                    inputs.keep({t.group for t in mine})
+                moments |= {t.name: partial(inputs.get, t.group) for t in mine}
                 outputs = outputs_of_block
 
             def find(target: Target, moments=moments, outputs=outputs) -> Spectrum:
                 module = get_module(job.model, target.name)
                 W = read_weight(module) if weight_of is None else weight_of(target)
-                of = moments[target.name]
+                of = moments[target.name]()
                 out = outputs.get(target.name)
                 rank = None if found.vectors else 0
                 whole = decompose_target(target, W, choice, of, out, rank=rank)

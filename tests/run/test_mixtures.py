@@ -1,0 +1,82 @@
+"""Recipes on mixtures of experts: what is pooled is said, and equal ranks are equal."""
+
+import pytest
+import torch
+
+from architectures import mixture, windows
+from spectrim import api
+from spectrim.errors import ModelError
+from spectrim.recipes.presets import get_recipe
+from spectrim.run.compress import run_recipe
+from spectrim.run.loading import LoadedModel
+from spectrim.storage.tensor_file import TensorFile
+
+
+def compressed(recipe, kind="mixtral", *, keep=0.6, text=None, **changes):
+    chosen = get_recipe(recipe).with_changes(keep=keep, **changes)
+    loaded = LoadedModel(mixture(kind), None, "tiny", torch.float32)
+    return run_recipe(loaded, chosen, text=windows(4, 16) if text is None else text)
+
+
+@pytest.mark.parametrize("recipe", ["svd-llm", "spectrim", "zs-svd"])
+def test_a_small_cut_of_a_mixture_changes_little(recipe):
+    """At the largest keep below one the compressed mixture is nearly the original."""
+    ids = windows(2)
+    with torch.no_grad():
+        dense = mixture("mixtral")(ids, use_cache=False).logits
+        found = compressed(recipe, keep=0.97).model(ids, use_cache=False).logits
+    assert (found - dense).norm() < 0.5 * dense.norm()
+
+
+def test_experts_without_tokens_are_named_and_cut_by_the_moments_of_the_others():
+    # One token repeated: its two experts see everything, the others nothing.
+    outcome = compressed("svd-llm", text=torch.full((4, 16), 3))
+    targets = {said["name"]: said for said in outcome.report["targets"]}
+    unseen = [name for name, said in targets.items() if said.get("expert_tokens") == 0]
+    assert unseen
+    note = next(n for n in outcome.report["notes"] if "no calibration token" in n)
+    assert unseen[0] in note
+    assert all(targets[name]["pooled_share"] == 1 for name in unseen)
+    with torch.no_grad():
+        assert outcome.model(windows(2), use_cache=False).logits.isfinite().all()
+
+
+def test_equal_ranks_are_equal_within_a_block():
+    outcome = compressed("svd-llm", allocate={"experts": "equal"})
+    ranks = {}
+    for entry in outcome.plan.entries:
+        if ".experts." in entry.name:
+            matrix = tuple(p for p in entry.name.split(".") if not p.isdigit())
+            ranks.setdefault((entry.name.split(".")[2], matrix), set()).add(entry.rank)
+    assert all(len(found) == 1 for found in ranks.values())
+
+
+def test_a_family_that_is_mostly_not_understood_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr("spectrim.run.experts.find_experts", lambda *_: ({}, {}))
+    with pytest.raises(ModelError, match=r"MixtralForCausalLM can be compressed.*3-D parameter"):
+        compressed("svd")
+    outcome = compressed("svd", targets={"partly": True})
+    assert any("of the weights in the blocks" in note for note in outcome.report["notes"])
+
+
+@pytest.mark.parametrize("recipe", ["svd-llm", "spectrim"])
+def test_blocks_read_one_at_a_time_give_the_bytes_of_a_model_in_memory(recipe, tmp_path):
+    mixture("gpt_oss").save_pretrained(tmp_path / "m", max_shard_size="40KB")
+    for name, lazily in (("a", False), ("b", True)):
+        api.compress(
+            tmp_path / "m",
+            recipe=get_recipe(recipe).with_changes(calibration={"batch": 4}),
+            keep=0.6,
+            text=windows(4, 16),
+            output=tmp_path / name,
+            out_of_core=lazily,
+        )
+    one, other = stored(tmp_path / "a"), stored(tmp_path / "b")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def stored(folder):
+    """Every tensor of a folder by its name."""
+    files = [TensorFile(path) for path in sorted(folder.glob("*.safetensors"))]
+    return {name: file.read(name) for file in files for name in file.entries}
