@@ -78,6 +78,8 @@ def print_before_and_after(report: dict[str, Any], texts: list[dict[str, Any]]) 
             f"{measured['text']}: {measured['windows']} windows of {measured['window_length']} "
             f"tokens, {measured['what']}"
         )
+        if measured.get("routing") is not None:
+            print_note(routing_words(measured["text"], measured["routing"]))
 
 
 def print_estimate(record: dict[str, Any]) -> None:
@@ -182,6 +184,15 @@ def print_evaluations(results: list[dict[str, Any]]) -> None:
         # More than one line only where tokenizers or longest windows differ.
         for words in dict.fromkeys(protocol_words(results[i]["perplexity"][text]) for i in shown):
             print_note(words)
+        for i in shown:
+            routing = results[i].get("agreement", {}).get(text, {}).get("routing")
+            if routing is not None:
+                print_note(routing_words(names[i], routing["mean"]))
+
+
+def routing_words(text: str, share: float) -> str:
+    """How often the routers of a mixture choose as they did."""
+    return f"{text}: routers send {share:.1%} of the tokens to the same experts as before"
 
 
 def against_words(result: dict[str, Any], text: str) -> list[str]:

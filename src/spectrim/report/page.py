@@ -154,6 +154,12 @@ def _remarks(content: PageContent) -> list[str]:
         found.append(f"Quality was not measured: {measured['why_not']}.")
     elif quality_of(content) is None:
         found.append("Quality was not measured.")
+    for text in measured.get("texts") or []:
+        if text.get("routing") is not None:
+            found.append(
+                f"Routers send {text['routing']:.0%} of the tokens of {last_part(text['text'])} to "
+                "the same experts as before."
+            )
     return found
 
 

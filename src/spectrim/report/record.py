@@ -93,6 +93,7 @@ class MeasuredText(_Shown):
     dense: PerplexityRecord
     compressed: PerplexityRecord
     difference: DifferenceRecord | None = None
+    routing: Share | None = None
 
 
 class MeasuredRecord(_Shown):

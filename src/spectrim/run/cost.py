@@ -82,7 +82,7 @@ def costs(recipe: Recipe, setting: Setting, sizes: Sizes, room: Room) -> dict[st
     gathers, backward = has_gradients(recipe, planned=False)
     forward = 2.0 * tokens * sizes.blocks * sizes.block
     head = 2.0 * tokens * sizes.vocabulary * sizes.width
-    inputs = 2.0 * tokens * sizes.blocks * sum(panel_numbers(n) for n in sizes.inputs)
+    inputs = 2.0 * tokens * sizes.blocks * sum(map(panel_numbers, sizes.inputs))
     outputs = 2.0 * tokens * sizes.blocks * sum(panel_numbers(m) for m, _ in sizes.linears)
     crossed = 2.0 * tokens * sizes.blocks * sum(n * n for n in sizes.inputs)
     work = sizes.blocks * sum(min(m, n) ** 2 * max(m, n) for m, n in sizes.linears)

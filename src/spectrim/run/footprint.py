@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from spectrim.decompose import OBJECTIVES
-from spectrim.model.experts.stack import ExpertStack
+from spectrim.model.experts.stack import ExpertStack, GateUp
+from spectrim.model.experts.watching import candidates
 from spectrim.model.onload import unit_names
 from spectrim.model.tail import LOGITS_AT_ONCE
 from spectrim.model.weights import get_module, is_linear
@@ -80,7 +81,10 @@ class Room:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the skeleton says: numbers of parameters, and the linears of the largest block."""
+    """What the skeleton says: numbers of parameters, and the linears of the largest block.
+
+    `inputs` are the widths of its groups, `routed` those of its experts' groups.
+    """
 
     width: int
     vocabulary: int
@@ -89,6 +93,7 @@ class Sizes:
     other: int
     linears: tuple[tuple[int, int], ...]
     inputs: tuple[int, ...]
+    routed: tuple[int, ...] = ()
 
     @property
     def widest(self) -> int:
@@ -124,18 +129,25 @@ def sizes_of(skeleton: Any) -> Sizes:
     """Sizes of a model, in memory or not."""
     blocks = [get_module(skeleton, name) for name in unit_names(skeleton)]
     largest = max(blocks, key=_parameters)
-    linears, inputs = [], []
+    linears, inputs, routed = [], [], []
     for parent in largest.modules():
         own = [m for m in parent.children() if is_linear(m)]
         shapes = [_shape(m) for m in own]
         linears += shapes
         if isinstance(parent, ExpertStack):
-            inputs += [n for _, n in shapes]  # every expert has tokens of its own
+            routed += [n for _, n in shapes]
+            continue
+        if isinstance(parent, GateUp):
+            routed.append(shapes[0][1])
             continue
         for width in dict.fromkeys(n for _, n in shapes):
             alike = sum(n == width for _, n in shapes)
             # Three or more of one width are an attention's: its output projection stands alone.
             inputs += [width] * (2 if alike > 2 else 1)
+    for experts, m, n in (parameter.shape for parameter in candidates(largest).values()):
+        # A skeleton that was not run does not say from which side tokens are multiplied.
+        linears += experts * [(m, n)]
+        routed += experts * [n]
     embedding = skeleton.get_input_embeddings().weight
     inside = sum(map(_parameters, blocks))
     return Sizes(
@@ -146,6 +158,7 @@ def sizes_of(skeleton: Any) -> Sizes:
         other=_parameters(skeleton) - inside,
         linears=tuple(linears),
         inputs=tuple(inputs),
+        routed=tuple(routed),
     )
 
 
@@ -190,10 +203,16 @@ def _stream(setting: Setting, sizes: Sizes) -> int:
     return setting.windows * setting.window_length * sizes.width * setting.working.itemsize
 
 
-def _own(sizes: Sizes, *, folded: bool) -> int:
-    """Numbers in one block's gradient moments `G` and its input moments `C`."""
-    count = panel_numbers if folded else (lambda n: n * n)
-    return sum(count(m) for m, _ in sizes.linears) + sum(count(n) for n in sizes.inputs)
+def _own(sizes: Sizes) -> int:
+    """Numbers in one block's gradient moments `G` and its input moments `C`, folded."""
+    outputs = [m for m, _ in sizes.linears]
+    return sum(map(panel_numbers, (*outputs, *sizes.inputs, *sizes.routed)))
+
+
+def _step(sizes: Sizes, *, crossed: bool) -> int:
+    """Numbers in the moments that a sequential flow takes of all experts at the same time."""
+    squares = {n: panel_numbers(n) + crossed * n * n for n in set(sizes.routed)}
+    return max((squares[n] * sizes.routed.count(n) for n in squares), default=0)
 
 
 GRAPH_NUMBERS = 1.25
@@ -214,9 +233,8 @@ def gradient_phase(recipe: Recipe, setting: Setting, sizes: Sizes, room: Room) -
     if room.backward == "recomputed":
         parts["states"] = tokens * sizes.width * sizes.blocks * working
     if "G" in OBJECTIVES[recipe.decompose.objective].outputs:
-        by_block = room.backward == "by block"
-        held = 8 * _own(sizes, folded=False) if by_block else _folded(setting, sizes)
-        parts["gradient moments"] = held
+        blocks = 1 if room.backward == "by block" else sizes.blocks
+        parts["gradient moments"] = 4 * blocks * _own(sizes)
     if recipe.allocate.needed_scores & {"first_order", "second_order"}:
         parts["components"] = _components(sizes)
     if room.backward != "by block":
@@ -227,11 +245,6 @@ def gradient_phase(recipe: Recipe, setting: Setting, sizes: Sizes, room: Room) -
 def _components(sizes: Sizes) -> int:
     """All components of all targets, fp32."""
     return 4 * sizes.blocks * sum(min(m, n) * (m + n) for m, n in sizes.linears)
-
-
-def _folded(setting: Setting, sizes: Sizes) -> int:
-    """Gradient and input moments of all blocks, as they are held in memory."""
-    return 4 * sizes.blocks * _own(sizes, folded=True)
 
 
 def _streams(recipe: Recipe) -> int:
@@ -257,14 +270,16 @@ def cut_phase(recipe: Recipe, setting: Setting, sizes: Sizes, room: Room) -> Pha
         "decomposition": workspace,
         "activations": tokens * (2 * sizes.width + sizes.widest) * working,
     }
-    matrices = 8 * sum(n * n for n in sizes.inputs) if "C" in gathers.inputs else 0
+    widest = max((*sizes.inputs, *sizes.routed))
+    folded = 8 * sum(map(panel_numbers, sizes.inputs)) + 4 * sum(map(panel_numbers, sizes.routed))
+    matrices = folded + 8 * widest**2 if "C" in gathers.inputs else 0
     if recipe.flow == "sequential":
         kinds = (
             3
             if "cross" in gathers.inputs
             else 1 + any(isinstance(s, ClosedFormRefinement) for s in recipe.refine)
         )
-        matrices = 8 * kinds * max(sizes.inputs) ** 2
+        matrices = 8 * kinds * widest**2 + 4 * _step(sizes, crossed="cross" in gathers.inputs)
         parts["copy of the block"] = sizes.block * working
         if not setting.offloaded and not room.restarts:
             held = 2 * sizes.width + sizes.widest
@@ -274,5 +289,5 @@ def cut_phase(recipe: Recipe, setting: Setting, sizes: Sizes, room: Room) -> Pha
         parts["components"] = _components(sizes)
     parts["moments"] = matrices
     if "G" in gathers.outputs and room.backward != "by block":
-        parts["gradient moments"] = _folded(setting, sizes)
+        parts["gradient moments"] = 4 * sizes.blocks * _own(sizes)
     return Phase(_streams(recipe) * _stream(setting, sizes), parts)

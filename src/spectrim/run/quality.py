@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from spectrim.data.self_text import sample_windows
 from spectrim.data.text import SELF, read_text
@@ -23,6 +24,8 @@ from spectrim.decompose import OBJECTIVES
 from spectrim.errors import NonFiniteError, TextError
 from spectrim.evaluate.bootstrap import perplexity_difference
 from spectrim.evaluate.perplexity import Perplexity, perplexity
+from spectrim.evaluate.routing import routing_agreement
+from spectrim.model.pinning import Pins
 from spectrim.model.weights import cast_parameters
 from spectrim.recipe import Recipe
 from spectrim.run.job import Job
@@ -62,12 +65,13 @@ KINDS: dict[Kind, str] = {
 
 @dataclass
 class Passage:
-    """One set of windows and the dense model's losses on it."""
+    """One set of windows, the dense model's losses on it, and what its routers chose."""
 
     text: str
     kind: Kind
     windows: Windows
     dense: Perplexity
+    choices: list[Tensor]
 
 
 @dataclass
@@ -119,12 +123,13 @@ def measure_before(job: Job, loaded: LoadedModel, text: UserText = None) -> Befo
     passages = []
     for kind, windows in found:
         try:
-            dense = perplexity(job.model, windows, batch=job.batch)
+            dense, choices = _measured(job, windows)
         except NonFiniteError as error:
             # The run itself will name the layer; a number for the report is not worth stopping it.
             job.progress.finish(STAGE)
             return Before(why_not=str(error))
-        passages.append(Passage(" and ".join(windows.sources), kind, windows, dense))
+        sources = " and ".join(windows.sources)
+        passages.append(Passage(sources, kind, windows, dense, choices))
     job.progress.finish(STAGE)
     return Before(passages, job.model.dtype)  # type: ignore[arg-type]
 
@@ -144,7 +149,7 @@ def measure_after(job: Job, before: Before, stored: torch.dtype) -> dict[str, An
         cast_parameters(job.model, before.dtype)
         for passage in before.passages:
             try:
-                after = perplexity(job.model, passage.windows, batch=job.batch)
+                after, choices = _measured(job, passage.windows)
             except NonFiniteError as error:
                 why_not = f"the compressed model is broken: {error}"
                 break
@@ -162,11 +167,29 @@ def measure_after(job: Job, before: Before, stored: torch.dtype) -> dict[str, An
                     "dense": passage.dense.record(),
                     "compressed": after.record(),
                     "difference": None if difference is None else difference.record(),
+                    **({"routing": _routing(passage.choices, choices)} if choices else {}),
                 }
             )
         cast_parameters(job.model, stored)
         job.progress.finish(STAGE)
     return {"texts": records, "why_not": why_not}
+
+
+def _measured(job: Job, windows: Windows) -> tuple[Perplexity, list[Tensor]]:
+    """The losses of the model as it is now, and what the routers of a mixture chose."""
+    if not job.anatomy.is_mixture:
+        return perplexity(job.model, windows, batch=job.batch), []
+    pins = Pins()
+    with pins.writing():
+        found = perplexity(job.model, windows, batch=job.batch)
+    return found, pins.choices
+
+
+def _routing(dense: list[Tensor], compressed: list[Tensor]) -> float:
+    """Share of tokens that the routers send to the same experts as before, mean of all routers."""
+    shares = routing_agreement(dense, compressed)
+    tokens = [choices.numel() // choices.shape[-1] for choices in dense]
+    return sum(s * n for s, n in zip(shares, tokens, strict=True)) / sum(tokens)
 
 
 def affordable(recipe: Recipe, windows: Windows | None, length: int, texts: int) -> int:

@@ -11,6 +11,7 @@ from torch import nn
 from spectrim.allocate.budget import parse_size
 from spectrim.allocate.sensitivity import TABLE
 from spectrim.errors import InputError
+from spectrim.model.experts.unfold import fold
 from spectrim.recipe import Recipe, validated
 from spectrim.run.compress import Outcome, run_recipe
 from spectrim.run.loading import LoadedModel, load_model
@@ -62,14 +63,14 @@ def survey_model(
         raise InputError(f"unknown score {unknown[0]!r}; a survey can hold {', '.join(SCORES)}")
     brought = {"scores": sorted(wanted)}
     job = open_job(loaded, recipe, options, text=text, work=work, brought=brought)
-    key = survey_key(loaded, job.recipe, job.windows)
-    made = make_survey(job, scores=wanted)
-    return replace(
-        made,
-        key=key,
-        model_name=loaded.name,
-        other_bytes=other_bytes(loaded.model, job.anatomy, loaded.stored_dtype),
-    )
+    try:
+        key = survey_key(loaded, job.recipe, job.windows)
+        made = make_survey(job, scores=wanted)
+        beside = other_bytes(loaded.model, job.anatomy, loaded.stored_dtype)
+        return replace(made, key=key, model_name=loaded.name, other_bytes=beside)
+    finally:
+        if loaded.onloader is None:
+            fold(loaded.model)
 
 
 def cut_survey(
