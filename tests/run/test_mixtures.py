@@ -136,8 +136,8 @@ def test_a_survey_leaves_a_mixture_as_it_is_and_gives_every_size(tmp_path):
     for keep in (0.8, 0.5):
         plan = api.plan(made, keep=keep, rule="knapsack", score="energy")
         assert keep - 0.05 < plan.achieved_keep <= keep
-        for source in (surveyed, tmp_path / "elastic"):
-            sized = api.resize(source, keep=keep, score="energy")
+        for source, score in ((surveyed, "energy"), (tmp_path / "elastic", None)):
+            sized = api.resize(source, keep=keep, score=score)
             assert sized.plan.achieved_keep <= keep
             with torch.no_grad():
                 assert sized.model(windows(2), use_cache=False).logits.isfinite().all()
