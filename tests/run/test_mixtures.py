@@ -16,6 +16,7 @@ from spectrim.recipes import PRESETS
 from spectrim.recipes.presets import get_recipe
 from spectrim.run.compress import run_recipe
 from spectrim.run.loading import LoadedModel
+from spectrim.run.options import RunOptions
 from spectrim.run.store.saving import save_outcome
 from spectrim.storage.tensor_file import TensorFile
 
@@ -23,7 +24,9 @@ from spectrim.storage.tensor_file import TensorFile
 def compressed(recipe, kind="mixtral", *, keep=0.6, text=None, **changes):
     chosen = get_recipe(recipe).with_changes(keep=keep, **changes)
     loaded = LoadedModel(mixture(kind, num_hidden_layers=2), None, "tiny", torch.float32)
-    return run_recipe(loaded, chosen, text=windows(4, 16) if text is None else text)
+    return run_recipe(
+        loaded, chosen, RunOptions(measure=False), text=windows(4, 16) if text is None else text
+    )
 
 
 @pytest.mark.parametrize("recipe", ["svd-llm", "spectrim"])
@@ -112,7 +115,7 @@ def test_a_report_says_how_often_routers_choose_as_before():
     chosen = get_recipe("svd-llm").with_changes(keep=0.6)
     loaded = LoadedModel(mixture("mixtral", num_hidden_layers=2), None, "tiny", torch.float32)
     before = copy.deepcopy(loaded.model)
-    outcome = run_recipe(loaded, chosen, text=windows(4, 16), measure=True)
+    outcome = run_recipe(loaded, chosen, RunOptions(measure=True), text=windows(4, 16))
     said = outcome.report["measured"]["texts"][0]
     found = agreement(before, outcome.model, windows(4, 16))
     assert len(found.routing) == 2

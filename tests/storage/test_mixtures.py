@@ -12,6 +12,7 @@ from spectrim.errors import ArtifactError
 from spectrim.recipes.presets import get_recipe
 from spectrim.run.compress import run_recipe
 from spectrim.run.loading import LoadedModel
+from spectrim.run.options import RunOptions
 from spectrim.run.store.saving import save_outcome
 from spectrim.storage.dense import export_dense
 
@@ -34,7 +35,9 @@ def logits(model, ids):
 
 def compressed(model, folder, recipe="svd"):
     chosen = get_recipe(recipe).with_changes(keep=0.6)
-    outcome = run_recipe(LoadedModel(model, None, "tiny", torch.float32), chosen)
+    outcome = run_recipe(
+        LoadedModel(model, None, "tiny", torch.float32), chosen, RunOptions(measure=False)
+    )
     save_outcome(outcome, folder)
     return outcome
 
