@@ -3,8 +3,8 @@ r"""Train a small reference model from a text file and a tokenizer: llama, gpt2,
     python benchmarks/train_reference.py --text books/books_train.txt \
         --held-out books/books_heldout.txt --tokenizer books/tokenizer.json --out llama-books
     python benchmarks/train_reference.py ... --family gpt2 --steps 400 --hidden 128 --layers 4
-    python benchmarks/train_reference.py ... --family mixtral --experts 8 --steps 600 --dtype float32 \
-        --hidden 128 --layers 4 --inner 128 --batch 8 --window 128 --learning-rate 3e-3 --warmup 60
+    python benchmarks/train_reference.py ... --family mixtral --experts 8 --dtype float32 \
+        --hidden 128 --layers 4 --inner 128 --steps 3000 --batch 8 --window 128
 
 The first line is the recipe of the bundled model: 3,789 AdamW steps of 16 windows of 256 tokens,
 peak learning rate 2e-3, cosine to a tenth after 200 steps of warm-up, weight decay 0.1 on
