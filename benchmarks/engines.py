@@ -51,12 +51,13 @@ def runtime(file: Path, bits: str) -> tuple[Run, int]:
 
 def openvino(file: Path, bits: str) -> tuple[Run, int]:
     """OpenVINO: fp32, or weights in int8 as NNCF compresses them."""
-    import nncf
     import openvino as ov
 
     core = ov.Core()
     model = core.read_model(str(file))
     if bits == "int8":
+        import nncf
+
         model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
     target = file.with_name(f"openvino-{bits}.xml")
     ov.save_model(model, str(target), compress_to_fp16=False)
