@@ -23,7 +23,6 @@ from spectrim.storage.weight_files import INDEX_FILE, WEIGHTS_FILE
 __all__ = [
     "available_bytes",
     "goes_out_of_core",
-    "resident_bytes",
     "total_bytes",
 ]
 
@@ -75,15 +74,6 @@ def _limit_of_group() -> int | None:
         return None
     # Files that were read count as used, but make room when it is needed.
     return int(limit) - used + int(stat[stat.index("inactive_file") + 1])
-
-
-def resident_bytes() -> int:
-    """Resident memory of this process now, 0 where the system does not say."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except OSError:
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def goes_out_of_core(

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
+from spectrim.run.loading_words import LoadWords, RestoringWords
 from spectrim.run.progress import Progress
 from spectrim.run.word import CALIBRATION, MAKE, MEASURE, OUTPUT, Word
-from spectrim.run.words import LoadWords, RestoringWords, TextWords
+from spectrim.run.words import TextWords
 
 if TYPE_CHECKING:
     from torch import nn

@@ -9,12 +9,11 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
+from spectrim.run.loading_words import RestoringWords
 from spectrim.run.progress import Progress
 from spectrim.run.word import CALIBRATION, MAKE, MEASURE, OUTPUT, Word, declared
 
 if TYPE_CHECKING:
-    import torch
-
     from spectrim.allocate.plan import Plan
     from spectrim.distributed.team import Team
     from spectrim.recipe import Recipe
@@ -25,9 +24,7 @@ __all__ = [
     "WORDS",
     "CompressWords",
     "EstimateWords",
-    "LoadWords",
     "RecipeWords",
-    "RestoringWords",
     "SavingWords",
     "SurveyWords",
     "TextWords",
@@ -137,30 +134,6 @@ class RecipeWords(CalibrationWords, total=False):
     ]
     effort: Annotated[
         str | None, Word(str, None, "fast, balanced or thorough, of the default recipe.", MAKE)
-    ]
-
-
-class LoadWords(TypedDict, total=False):
-    """How a model is loaded."""
-
-    device: Annotated[
-        "str | torch.device", Word(str, None, "auto, cpu, cuda, cuda:1, mps, ...; default auto.")
-    ]
-    dtype: Annotated[
-        "str | torch.dtype",
-        Word(str, None, "auto (as stored), float32, bfloat16, float16; default auto."),
-    ]
-    trust_remote_code: Annotated[
-        bool, Word(bool, None, "Run Python code that comes with the checkpoint.")
-    ]
-
-
-class RestoringWords(LoadWords, total=False):
-    """How a model is loaded that may be published in codes."""
-
-    dequantize: Annotated[
-        bool,
-        Word(bool, None, "Restore 16-bit weights from a quantised checkpoint or a .gguf file."),
     ]
 
 
