@@ -10,6 +10,8 @@ from architectures import family, tiny, windows
 from spectrim import api
 from spectrim.cli.results import print_compression
 from spectrim.model.choosing import choose_targets
+from spectrim.model.experts.unfold import unfold
+from spectrim.model.experts.watching import find_experts
 from spectrim.model.outside import Outside, count_outside
 from spectrim.model.tracing import trace
 from spectrim.report.content import read_result
@@ -127,6 +129,7 @@ def test_the_sentence_names_the_largest_first_and_sums_up_the_rest():
 def test_report_summary_card_and_page_say_it(tmp_path, capsys, out_of_core):
     model, _ = tiny("mixtral")
     model.save_pretrained(tmp_path / "m")
+    unfold(model, find_experts(model, windows(1))[0])  # experts are within the budget
     expected = count_outside(model, trace(model, windows(1)))
     folder = tmp_path / "out"
     result = api.compress(
