@@ -30,7 +30,7 @@ from spectrim.run.predicting import estimate
 from spectrim.run.reading_words import ElasticWords, ResizeWords
 from spectrim.run.resolving import check_brought, check_size, resolve_recipe
 from spectrim.run.sources import sources_of
-from spectrim.run.store.saving import save_outcome
+from spectrim.run.store.saving import describe_outcome, save_outcome
 from spectrim.run.store.saving_elastic import save_survey_as_elastic as elastic
 from spectrim.run.survey.replanning import bring_plan
 from spectrim.run.survey.surveying import resize_survey, survey_model
@@ -128,7 +128,9 @@ def compress(model: str | Path | nn.Module, **words: Unpack[CompressWords]) -> R
             work=folder,
         )
         result = Result(**vars(outcome))
-        if output is not None:
+        if output is None:
+            describe_outcome(result)
+        else:
             if options.team.leads:
                 base = loaded.name if options.self_contained else None
                 save_outcome(result, output, overwrite=options.overwrite, original=base)

@@ -19,7 +19,7 @@ from spectrim.storage.origin import HUB_ID, Origin, read_origin
 from spectrim.storage.paths import last_part
 from spectrim.storage.table import Provenance
 
-__all__ = ["save_healed", "save_outcome"]
+__all__ = ["describe_outcome", "save_healed", "save_outcome"]
 
 
 def save_outcome(
@@ -46,18 +46,7 @@ def save_outcome(
     if outcome.elastic is not None:
         save_elastic_outcome(outcome, output, overwrite=overwrite, original=original)
         return
-    attach(
-        outcome.model,
-        left_dense=[
-            e.name for e in outcome.plan.entries if e.rank is None and e.weights == "native"
-        ],
-        provenance=Provenance(
-            recipe=recipe.name,
-            recipe_hash=recipe.hash(),
-            keep=recipe.keep,
-            base_model=report["model"],
-        ),
-    )
+    describe_outcome(outcome)
     origin = read_origin(report["model"])
     inspection = save_model(
         outcome.model,
@@ -71,6 +60,29 @@ def save_outcome(
         read=None if outcome.onloader is None else outcome.onloader.tensor,
     )
     report["stored"] = inspection.summary()
+
+
+def describe_outcome(outcome: Outcome) -> None:
+    """Give the model of an outcome its configuration, so that `save_pretrained` of it is a result.
+
+    Without it transformers would save compressed layers that no class of its own can hold, and
+    fill what it does not find with random numbers when it loads them.
+    """
+    if outcome.elastic is not None:
+        return
+    recipe = outcome.recipe
+    attach(
+        outcome.model,
+        left_dense=[
+            e.name for e in outcome.plan.entries if e.rank is None and e.weights == "native"
+        ],
+        provenance=Provenance(
+            recipe=recipe.name,
+            recipe_hash=recipe.hash(),
+            keep=recipe.keep,
+            base_model=outcome.report["model"],
+        ),
+    )
 
 
 def save_healed(healed: Healed, source: str | Path, output: str | Path, *, overwrite: bool) -> None:
