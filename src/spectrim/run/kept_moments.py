@@ -64,6 +64,24 @@ class KeptMoments(Mapping[str, Record]):
         return len(self._pieces)
 
 
+class _Opened(Mapping[str, Moments]):
+    """Input moments of an opened piece; each is read when it is asked for."""
+
+    def __init__(self, file: Piece, numbers: Mapping[str, Any], device: torch.device):
+        self._file, self._numbers, self._device = file, numbers, device
+        self._names = {where.split("/")[1]: None for where in (*file.entries, *numbers)}
+
+    def __getitem__(self, name: str) -> Moments:
+        found = restored(self._file, self._numbers, "in", Moments, self._device, only=name)
+        return found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 class ByGroup(Mapping[int, Moments]):
     """Those of one block by the index of a group; read when one is asked for.
 
@@ -166,8 +184,8 @@ class FinishedInputs:
         key = _inputs_key(block)
         if not self._keeper.has(key):
             return ByGroup(block, self._here)
-        kept = KeptMoments(self._keeper, self._device, {block: key}, "in", Moments)
-        return ByGroup(block, kept)
+        # Opened here, where every process of a team is; each reads what it owns when it needs it.
+        return ByGroup(block, _Opened(*self._keeper.load(key), self._device))
 
 
 def _inputs_key(block: Block) -> str:
