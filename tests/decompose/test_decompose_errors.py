@@ -115,7 +115,7 @@ def test_unknown_names_and_values_are_refused(make):
 def test_moments_and_low_precision_weights_are_left_alone(make):
     layer = make(6, 8, 20)
     W = layer.W.to(torch.bfloat16)
-    before = {k: v.clone() for k, v in vars(layer.moments).items() if k != "tokens"}
+    before = {k: v.clone() for k, v in vars(layer.moments).items() if torch.is_tensor(v)}
     moments, kept = layer.moments, W.clone()
     for objective in OBJECTIVES:
         d = decompose(objective, W, moments, layer.output, name=NAME)

@@ -8,7 +8,7 @@ import torch
 from architectures import tiny, windows
 from spectrim import api
 from spectrim.cli.plan import plan as plan_command
-from spectrim.errors import ArtifactError, BudgetError
+from spectrim.errors import ArtifactError, BudgetError, InputError
 
 SMALL = {"text": windows(16, 20), "recipe": "svd-llm"}
 
@@ -77,7 +77,7 @@ def test_plans_and_surveys_of_another_model_are_refused_by_name(folder, tmp_path
 
 @pytest.mark.parametrize("words", [{"keep": 0.5}, {"size": "1MB"}, {"weights": "int8"}])
 def test_a_plan_says_the_sizes_itself(folder, words):
-    with pytest.raises((BudgetError, api.InputError), match=next(iter(words))):
+    with pytest.raises((BudgetError, InputError), match=next(iter(words))):
         api.compress(folder / "model", plan=folder / "plan.json", **words, **SMALL)
 
 

@@ -115,7 +115,7 @@ def test_every_command_leaves_everything_that_it_reads(made, monkeypatch, comman
         "spectrim.studies.reference.load_model",
         "spectrim.studies.depth.load_model",
         "spectrim.studies.page.gather_page",
-        "spectrim.storage.dense._load",
+        "spectrim.storage.dense.load_folder",
         "spectrim.run.survey.replanning.load_survey",
         "spectrim.run.store.saving_elastic.load_survey",
     ):

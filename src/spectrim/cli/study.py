@@ -53,7 +53,7 @@ def as_length(words: str | None) -> Any:
     if words is None or words == "max":
         return words
     if not words.isdigit():
-        raise InputError(f"the window length is {words!r}; expected a number of tokens or max")
+        raise InputError(f"--window-length is {words!r}; expected a number of tokens or max")
     return int(words)
 
 

@@ -143,7 +143,7 @@ def _extract(
                 if not any(D.any() for D in pairs.values()):
                     continue
                 for target, D in pairs.items():
-                    of, out = inputs[group.index], outputs.get(target.name)
+                    of, out = inputs.get(group.index), outputs.get(target.name)
                     whole = decompose_target(target, D, choice, of, out, rank=adapter.rank)
                     up, down = balanced(*whole.cut(adapter.rank))
                     adapter.factors[target.name] = (up.float(), down.float())
