@@ -50,9 +50,13 @@ def export(
         given = options.given(to=to, overwrite=overwrite or None)
         api.export(folder, output=output, **given)
     from spectrim.cli.render import format_bytes, print_facts, print_json
+    from spectrim.storage.inspect import inspect_folder
 
-    weights = (".safetensors", ".onnx", ".data")
-    written = sum(file.stat().st_size for file in output.iterdir() if file.suffix in weights)
+    if to == "onnx":
+        graph = (file for file in output.iterdir() if file.suffix in (".onnx", ".data"))
+        written = sum(file.stat().st_size for file in graph)
+    else:
+        written = inspect_folder(output).bytes
     if as_json:
         print_json({"output": str(output), "bytes": written})
     else:
