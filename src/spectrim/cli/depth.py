@@ -72,7 +72,8 @@ def _follow(
     """Carry out the study of that name."""
     from spectrim.cli.session import session
 
-    with session(output=output, resumes=True, **loud) as progress:
+    told: dict[str, Any] = {"output": output, "resumes": True, **loud}
+    with session(**told) as progress:
         from spectrim import studies
 
         chosen = {

@@ -154,18 +154,14 @@ def heal_model(
     fits = []
     with log.timed(STAGE):
         for number, chosen in enumerate(stages):
-            options: dict[str, Any] = {"teacher": tails[1], "on_judged": judged}
+            more: dict[str, Any] = {"teacher": tails[1], "on_judged": judged}
             if healing.parts == "lora":
                 training = healing.adapters(len(train), number)
-                fits.append(
-                    recover(tails[0], chosen, windows.ids, train, held, training, **options)
-                )
+                fits.append(recover(tails[0], chosen, windows.ids, train, held, training, **more))
             else:
                 parameters = [p for layer in layers.values() for p in layer.parameters()]
                 settings = healing.settings()
-                fits.append(
-                    tune(tails[0], parameters, windows.ids, train, held, settings, **options)
-                )
+                fits.append(tune(tails[0], parameters, windows.ids, train, held, settings, **more))
     progress.finish(STAGE)
     cast_parameters(loaded.model, loaded.stored_dtype)
     entry = {

@@ -91,7 +91,7 @@ def _asked_back(name: str, config: Any) -> str:
     if str(stated.get("quant_method")) == QUANT_METHOD:
         raise ModelError(f"{name!r} is already compressed; start from the original model")
     for part, key in _places(config):
-        setattr(part, key, {**quantization_of(config), "dequantize": True})
+        setattr(part, key, {**stated, "dequantize": True})
     return str(stated.get("quant_method") or stated.get("quant_algo") or "unknown method")
 
 
@@ -125,9 +125,10 @@ def _loaded(
         if hasattr(transformers, "GgufConfig"):
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        return transformers.AutoModelForCausalLM.from_pretrained(
+        found: Any = transformers.AutoModelForCausalLM.from_pretrained(
             **options, output_loading_info=True
         )
+        return found
     # What quantisers raise where a library, a device or a format is not there.
     except (ImportError, RuntimeError, OSError, ValueError, TypeError, KeyError) as error:
         raise _cannot(name, method, error) from error
