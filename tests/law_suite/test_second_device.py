@@ -157,9 +157,8 @@ def test_evaluation_and_timing(folder, device, tmp_path):
     ]
     one, other = (next(iter(f["perplexity"].values()))["perplexity"] for f in found)
     assert one == pytest.approx(other, rel=SAME)
-    timed = bench(
-        tmp_path / "o", folder, batches=(1,), lengths=(4,), new_tokens=2, repeats=1, device="far"
-    )
+    sizes = {"batches": (1,), "lengths": (4,), "new_tokens": 2, "repeats": 1}
+    timed = bench(tmp_path / "o", folder, RunOptions(device="far"), **sizes)
     assert timed["protocol"]["device"].startswith("far")
 
 
