@@ -14,10 +14,12 @@ the next one is read by a thread. Weights are looked at once, when they are firs
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -221,6 +223,12 @@ def give_back() -> None:
     of a block held between its moments, and in the arena of the thread that reads ahead several
     megabytes more with every block. Over a run that is more than everything else in memory.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    trim = _trim()
     if trim is not None:
         trim(0)
+
+
+@lru_cache(maxsize=1)
+def _trim() -> Callable[[int], int] | None:
+    """The C library's `malloc_trim`, None where it has no such thing or cannot be asked."""
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None

@@ -5,7 +5,7 @@ They lie in the work folder as pieces, one per block, or folded in memory (`mome
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -28,7 +28,7 @@ class KeptMoments(Mapping[str, Record]):
     Its names are those of all targets (inputs: of every group's first), gathered or not.
 
     Args:
-        keeper: has the pieces.
+        load: opens a piece.
         device: where moments are wanted.
         pieces: block -> its piece.
         kind: `out` or `in`.
@@ -37,13 +37,13 @@ class KeptMoments(Mapping[str, Record]):
 
     def __init__(
         self,
-        keeper: Keeper,
+        load: Callable[[str], tuple[Piece, Mapping[str, Any]]],
         device: torch.device,
         pieces: Mapping[Block, str],
         kind: str,
         record: type[Record],
     ):
-        self._keeper, self._device = keeper, device
+        self._load, self._device = load, device
         self._kind, self._record = kind, record
         self._pieces = {
             target.name: piece
@@ -53,7 +53,7 @@ class KeptMoments(Mapping[str, Record]):
         }
 
     def __getitem__(self, name: str) -> Record:
-        file, numbers = self._keeper.load(self._pieces[name])
+        file, numbers = self._load(self._pieces[name])
         found = restored(file, numbers, self._kind, self._record, self._device, only=name)
         return found[name]
 
@@ -62,24 +62,6 @@ class KeptMoments(Mapping[str, Record]):
 
     def __len__(self) -> int:
         return len(self._pieces)
-
-
-class _Opened(Mapping[str, Moments]):
-    """Input moments of an opened piece; each is read when it is asked for."""
-
-    def __init__(self, file: Piece, numbers: Mapping[str, Any], device: torch.device):
-        self._file, self._numbers, self._device = file, numbers, device
-        self._names = {where.split("/")[1]: None for where in (*file.entries, *numbers)}
-
-    def __getitem__(self, name: str) -> Moments:
-        found = restored(self._file, self._numbers, "in", Moments, self._device, only=name)
-        return found[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 class ByGroup(Mapping[int, Moments]):
@@ -185,7 +167,9 @@ class FinishedInputs:
         if not self._keeper.has(key):
             return ByGroup(block, self._here)
         # Opened here, where every process of a team is; each reads what it owns when it needs it.
-        return ByGroup(block, _Opened(*self._keeper.load(key), self._device))
+        opened = self._keeper.load(key)
+        kept = KeptMoments(lambda _: opened, self._device, {block: key}, "in", Moments)
+        return ByGroup(block, kept)
 
 
 def _inputs_key(block: Block) -> str:

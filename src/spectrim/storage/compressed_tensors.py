@@ -7,8 +7,6 @@ keeps its name. Only targets that were not cut can be held: the format has no la
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +18,8 @@ from spectrim.formats import format_of
 from spectrim.formats.grouped import Grouped
 from spectrim.formats.int8 import Int8
 from spectrim.storage.atomic import check_output, new_folder
-from spectrim.storage.dense import is_companion
+from spectrim.storage.dense import write_beside
 from spectrim.storage.inspect import FolderInspection, StoredTarget, inspect_folder
-from spectrim.storage.json_file import read_json
 from spectrim.storage.tensor_file import Slot, TensorFile, write_tensors
 
 __all__ = ["export_compressed_tensors", "packed_int32"]
@@ -64,13 +61,7 @@ def export_compressed_tensors(
         _check(target)
     with new_folder(output, overwrite=overwrite) as destination:
         write_tensors(destination / "model.safetensors", list(_slots(found, rounded)))
-        config = read_json(source / "config.json")
-        config["quantization_config"] = _scheme(found, rounded)
-        text = json.dumps(config, indent=2) + "\n"
-        (destination / "config.json").write_text(text, encoding="utf-8")
-        for path in sorted(source.iterdir()):
-            if path.is_file() and is_companion(path.name):
-                shutil.copyfile(path, destination / path.name)
+        write_beside(source, destination, _scheme(found, rounded))
     return Path(output)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,10 @@ from spectrim.devices import HOST
 from spectrim.errors import ArtifactError
 from spectrim.storage.atomic import check_output, new_folder
 from spectrim.storage.inspect import inspect_folder
+from spectrim.storage.json_file import read_json
 from spectrim.storage.origin import LICENSES, read_origin
 
-__all__ = ["export_dense", "is_companion", "load_folder"]
+__all__ = ["export_dense", "load_folder", "write_beside"]
 
 OWN_FILES = {"config.json", "generation_config.json", "recipe.yaml", "README.md"}
 """Written anew or explained by the card; tokenizer and templates are copied."""
@@ -56,7 +59,7 @@ def export_dense(
     with new_folder(output, overwrite=overwrite) as destination:
         model.save_pretrained(destination, max_shard_size=max_shard_size)
         for path in sorted(source.iterdir()):
-            if path.is_file() and (is_companion(path.name) or LICENSES.fullmatch(path.name)):
+            if path.is_file() and (_is_companion(path.name) or LICENSES.fullmatch(path.name)):
                 shutil.copyfile(path, destination / path.name)
         matter = {
             **read_origin(source).matter,
@@ -72,7 +75,26 @@ def export_dense(
     return Path(output)
 
 
-def is_companion(name: str) -> bool:
+def write_beside(source: Path, destination: Path, scheme: Mapping[str, Any] | None) -> None:
+    """Put configuration and companions of a result beside weights of another format.
+
+    Args:
+        source: folder of the result.
+        destination: of the export.
+        scheme: what its configuration says of the weights, None for plain numbers.
+    """
+    config = read_json(source / "config.json")
+    config.pop("quantization_config", None)
+    if scheme is not None:
+        config["quantization_config"] = scheme
+    text = json.dumps(config, indent=2) + "\n"
+    (destination / "config.json").write_text(text, encoding="utf-8")
+    for path in sorted(source.iterdir()):
+        if path.is_file() and _is_companion(path.name):
+            shutil.copyfile(path, destination / path.name)
+
+
+def _is_companion(name: str) -> bool:
     """Whether an export copies a file of the result beside its own."""
     if ".safetensors" in name or name in OWN_FILES or name.startswith(("spectrim", ".")):
         return False

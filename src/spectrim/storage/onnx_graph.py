@@ -7,8 +7,6 @@ a CPU; an engine's own weight compression (int8, int4) applies to factors as to 
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,8 @@ from torch import Tensor, nn
 from spectrim.errors import InputError, MissingExtraError, ModelError
 from spectrim.model.forward import evaluating
 from spectrim.storage.atomic import check_output, new_folder
-from spectrim.storage.dense import is_companion, load_folder
+from spectrim.storage.dense import load_folder, write_beside
 from spectrim.storage.inspect import inspect_folder
-from spectrim.storage.json_file import read_json
 
 __all__ = ["export_onnx"]
 
@@ -79,13 +76,7 @@ def export_onnx(folder: str | Path, output: str | Path, *, overwrite: bool = Fal
     program = _graph(source, model)
     with new_folder(output, overwrite=overwrite) as destination:
         program.save(str(destination / "model.onnx"))
-        config = read_json(source / "config.json")
-        config.pop("quantization_config", None)
-        text = json.dumps(config, indent=2) + "\n"
-        (destination / "config.json").write_text(text, encoding="utf-8")
-        for path in sorted(source.iterdir()):
-            if path.is_file() and is_companion(path.name):
-                shutil.copyfile(path, destination / path.name)
+        write_beside(source, destination, None)
     return Path(output)
 
 

@@ -135,18 +135,29 @@ def replace_target(
         choice = Decompose(objective="plain")
     decomposition = decompose_target(target, W, choice, moments, output, rank=entry.rank)
     layer = cut_layer(original, decomposition, entry.rank, balance=balance)
+    return layer, _facts(started, W, layer, moments, decomposition)
+
+
+def _facts(
+    started: float,
+    W: Tensor,
+    layer: nn.Module,
+    moments: Moments | None,
+    found: Decomposition | None,
+) -> dict[str, Any]:
+    """What the report says of a layer that was made; None where nothing was cut."""
     facts = {
-        "predicted_error": decomposition.relative_error(entry.rank),
+        "predicted_error": 0.0 if found is None else found.relative_error(found.rank),
         "measured_error": measured_error(W, layer, moments),
-        "damping": decomposition.damping,
+        "damping": 0.0 if found is None else found.damping,
         "seconds": time.perf_counter() - started,
     }
-    if decomposition.ridge is not None:
-        facts["ridge"] = decomposition.ridge
+    if found is not None and found.ridge is not None:
+        facts["ridge"] = found.ridge
     if moments is not None and moments.pooled is not None:
         facts["expert_tokens"] = moments.tokens if moments.pooled < 1 else 0
         facts["pooled_share"] = moments.pooled
-    return layer, facts
+    return facts
 
 
 def rounds_at_cut(recipe: Recipe, entry: PlanEntry) -> bool:
@@ -169,21 +180,15 @@ def _stored_target(
     """The layer in its stored form, rounded in the metric of the inputs that it will see."""
     started = time.perf_counter()
     weight = read_weight(original).detach()
-    factors, predicted, damping = None, 0.0, 0.0
+    found = factors = None
     if entry.rank is not None:
         found = decompose_target(target, weight.double(), choice, moments, output, rank=entry.rank)
-        factors, predicted = found.cut(entry.rank), found.relative_error(entry.rank)
-        damping = found.damping
+        factors = found.cut(entry.rank)
     source = source_of(target, original, choice, moments, output, factors)
     kind = layout_of(entry.storage).layer_class()
     layer = kind.stored(source, entry.rank, entry.weights, dtype=weight.dtype)
     layer.transposed = is_transposed(original)
-    facts = {
-        "predicted_error": predicted,
-        "measured_error": measured_error(weight, layer, moments),
-        "damping": damping,
-        "seconds": time.perf_counter() - started,
-    }
+    facts = _facts(started, weight, layer, moments, found)
     return layer.train(original.training), facts
 
 

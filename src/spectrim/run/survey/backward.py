@@ -139,8 +139,8 @@ def gathered_moments(
     if not lies:
         return outputs, inputs
     return (
-        KeptMoments(keeper, job.device, names, "out", OutputMoments),
-        KeptMoments(keeper, job.device, names, "in", Moments),
+        KeptMoments(keeper.load, job.device, names, "out", OutputMoments),
+        KeptMoments(keeper.load, job.device, names, "in", Moments),
     )
 
 
