@@ -2,7 +2,7 @@
 
 from spectrim.recipe import Recipe
 
-__all__ = ["quick"]
+__all__ = ["FEW_STEPS", "quick"]
 
 QUICK_STEPS = {
     "closed_form": {},
@@ -34,6 +34,21 @@ QUICK_LEARNING = {
         "recover_steps": 2,
     },
 }
+
+FEW_STEPS = {
+    "stop_keep": 0.5,
+    "lora_rank": 1,
+    "learning_rate": 4e-3,
+    "lora_learning_rate": 2e-3,
+    "steps": 10,
+    "max_steps": 30,
+    "pressure_growth": 1.5,
+    "pressure_every": 1,
+    "size_every": 1,
+    "heal_steps": 2,
+    "heal_grid": 3,
+}
+"""Of ACIP: every stage begins, and ends at once."""
 
 
 def quick(recipe: Recipe, keep: float) -> Recipe:

@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from architectures import tiny, windows
 from gated_cases import gated_model
+from quick_recipes import FEW_STEPS
 from spectrim import api
 from spectrim.allocate.elastic import elastic_order
 from spectrim.errors import ArtifactError, BudgetError, RecipeError
@@ -15,22 +16,7 @@ from spectrim.run.learned.elastic import ElasticModel, open_elastic
 from spectrim.run.loading import load_model
 from spectrim.storage.elastic import Base, Elastic
 
-ACIP = {
-    "learn": {
-        "stop_keep": 0.5,
-        "lora_rank": 1,
-        "learning_rate": 4e-3,
-        "lora_learning_rate": 2e-3,
-        "steps": 10,
-        "max_steps": 30,
-        "pressure_growth": 1.5,
-        "pressure_every": 1,
-        "size_every": 1,
-        "heal_steps": 2,
-        "heal_grid": 3,
-    },
-    "keep": 0.6,
-}
+ACIP = {"learn": FEW_STEPS, "keep": 0.6}
 SOCO = {
     "learn": {
         "learning_rate": 0.1,

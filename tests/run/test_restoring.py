@@ -23,14 +23,21 @@ E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 E2M1 = torch.cat([E2M1, -E2M1])
 
 
-def rewrite(folder, change, quantization):
-    """Replace the tensors of a saved model, and say in its configuration how."""
+def published(folder, code, quantization):
+    """Replace tensors of a saved model by codes, say so in its configuration; what they stand for.
+
+    `code(name, W)` gives the tensors in place of one, and their value.
+    """
     file = folder / "model.safetensors"
-    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+    made, expected = {}, {}
+    for name, W in load_file(file).items():
+        codes, expected[name] = code(name, W) if "proj" in name else ({name: W}, W)
+        made |= codes
+    save_file(made, file, metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = quantization
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    return folder
+    return folder, expected
 
 
 def blocks_of(W, rows, columns):
@@ -42,24 +49,16 @@ def fp8(folder):
     """Two by eight numbers share a scale, as 128 by 128 do in DeepSeek's checkpoints."""
     model, _ = tiny("llama", intermediate_size=56)
     model.save_pretrained(folder)
-    expected = {}
 
-    def change(tensors):
-        made = {}
-        for name, W in tensors.items():
-            if "proj" not in name:
-                made[name] = expected[name] = W
-                continue
-            parts = blocks_of(W, 2, 8)
-            scale = parts.abs().amax((1, 3), keepdim=True) / E4M3_LARGEST
-            codes = (parts / scale).to(torch.float8_e4m3fn)
-            made[name] = codes.reshape(W.shape)
-            made[f"{name}_scale_inv"] = scale[:, 0, :, 0].contiguous()
-            expected[name] = (codes.float() * scale).reshape(W.shape)
-        return made
+    def code(name, W):
+        parts = blocks_of(W, 2, 8)
+        scale = parts.abs().amax((1, 3), keepdim=True) / E4M3_LARGEST
+        codes = (parts / scale).to(torch.float8_e4m3fn)
+        made = {name: codes.reshape(W.shape), f"{name}_scale_inv": scale[:, 0, :, 0].contiguous()}
+        return made, (codes.float() * scale).reshape(W.shape)
 
     stated = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [2, 8]}
-    return rewrite(folder, change, stated), expected
+    return published(folder, code, stated)
 
 
 def mxfp4(folder):
@@ -72,44 +71,31 @@ def mxfp4(folder):
         GptOssConfig(vocab_size=VOCAB, num_experts_per_tok=2, pad_token_id=0, **sizes, **heads)
     )
     model.save_pretrained(folder)
-    generator, expected = torch.Generator().manual_seed(0), {}
+    generator = torch.Generator().manual_seed(0)
 
-    def change(tensors):
-        made = {}
-        for name, W in tensors.items():
-            if not name.endswith(("gate_up_proj", "down_proj")):
-                made[name] = expected[name] = W
-                continue
-            experts, n, m = W.shape
-            codes = torch.randint(0, 256, (experts, m, n // 32, 16), generator=generator)
-            powers = torch.randint(120, 126, (experts, m, n // 32), generator=generator)
-            made[f"{name}_blocks"] = codes.to(torch.uint8)
-            made[f"{name}_scales"] = powers.to(torch.uint8)
-            numbers = torch.stack([E2M1[codes % 16], E2M1[codes // 16]], -1).flatten(-2)
-            numbers = numbers * torch.exp2(powers - 127.0)[..., None]
-            expected[name] = numbers.flatten(-2).transpose(1, 2)
-        return made
+    def code(name, W):
+        if not name.endswith(("gate_up_proj", "down_proj")):
+            return {name: W}, W
+        experts, n, m = W.shape
+        codes = torch.randint(0, 256, (experts, m, n // 32, 16), generator=generator)
+        powers = torch.randint(120, 126, (experts, m, n // 32), generator=generator)
+        made = {f"{name}_blocks": codes.to(torch.uint8), f"{name}_scales": powers.to(torch.uint8)}
+        numbers = torch.stack([E2M1[codes % 16], E2M1[codes // 16]], -1).flatten(-2)
+        numbers = numbers * torch.exp2(powers - 127.0)[..., None]
+        return made, numbers.flatten(-2).transpose(1, 2)
 
-    return rewrite(folder, change, {"quant_method": "mxfp4"}), expected
+    return published(folder, code, {"quant_method": "mxfp4"})
 
 
 def compressed_tensors(folder):
     """Integers of eight bits with a scale per row, as `compressed-tensors` writes them."""
     pytest.importorskip("compressed_tensors")
     tiny("llama")[0].save_pretrained(folder)
-    expected = {}
 
-    def change(tensors):
-        made = {}
-        for name, W in tensors.items():
-            if "proj" not in name:
-                made[name] = expected[name] = W
-                continue
-            scale = W.abs().amax(1, keepdim=True) / 127
-            made[name] = (W / scale).round().to(torch.int8)
-            made[f"{name}_scale"] = scale
-            expected[name] = made[name].float() * scale
-        return made
+    def code(name, W):
+        scale = W.abs().amax(1, keepdim=True) / 127
+        codes = (W / scale).round().to(torch.int8)
+        return {name: codes, f"{name}_scale": scale}, codes.float() * scale
 
     weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
     stated = {
@@ -119,7 +105,7 @@ def compressed_tensors(folder):
         "config_groups": {"all": {"targets": ["Linear"], "weights": weights}},
         "ignore": ["lm_head"],
     }
-    return rewrite(folder, change, stated), expected
+    return published(folder, code, stated)
 
 
 def nvfp4(folder):
@@ -127,24 +113,20 @@ def nvfp4(folder):
     pytest.importorskip("compressed_tensors")
     model, _ = tiny("llama", hidden_size=48, intermediate_size=64)
     model.save_pretrained(folder)
-    generator, expected = torch.Generator().manual_seed(0), {}
+    generator = torch.Generator().manual_seed(0)
 
-    def change(tensors):
-        made = {}
-        for name, W in tensors.items():
-            if "proj" not in name:
-                made[name] = expected[name] = W
-                continue
-            m, n = W.shape
-            codes = torch.randint(0, 256, (m, n // 2), generator=generator)
-            scale = torch.rand(m, n // 16, generator=generator).add(0.5).to(torch.float8_e4m3fn)
-            made[f"{name}_packed"] = codes.to(torch.uint8)
-            made[f"{name}_scale"] = scale
-            made[f"{name}_global_scale"] = torch.tensor([8.0])
-            numbers = torch.stack([E2M1[codes % 16], E2M1[codes // 16]], -1)
-            numbers = numbers.reshape(m, n // 16, 16) * (scale.float() / 8)[..., None]
-            expected[name] = numbers.reshape(m, n)
-        return made
+    def code(name, W):
+        m, n = W.shape
+        codes = torch.randint(0, 256, (m, n // 2), generator=generator)
+        scale = torch.rand(m, n // 16, generator=generator).add(0.5).to(torch.float8_e4m3fn)
+        numbers = torch.stack([E2M1[codes % 16], E2M1[codes // 16]], -1)
+        numbers = numbers.reshape(m, n // 16, 16) * (scale.float() / 8)[..., None]
+        made = {
+            f"{name}_packed": codes.to(torch.uint8),
+            f"{name}_scale": scale,
+            f"{name}_global_scale": torch.tensor([8.0]),
+        }
+        return made, numbers.reshape(m, n)
 
     weights = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group"}
     stated = {
@@ -154,12 +136,12 @@ def nvfp4(folder):
         "config_groups": {"all": {"targets": ["Linear"], "weights": weights | {"group_size": 16}}},
         "ignore": ["lm_head"],
     }
-    return rewrite(folder, change, stated), expected
+    return published(folder, code, stated)
 
 
-@pytest.mark.parametrize("published", [fp8, mxfp4, compressed_tensors, nvfp4])
-def test_the_weights_are_what_the_codes_say(published, tmp_path):
-    folder, expected = published(tmp_path / "m")
+@pytest.mark.parametrize("publish", [fp8, mxfp4, compressed_tensors, nvfp4])
+def test_the_weights_are_what_the_codes_say(publish, tmp_path):
+    folder, expected = publish(tmp_path / "m")
     loaded = load_model(folder, FP32, whole=True)
     found = loaded.model.state_dict()
     for name, W in expected.items():
@@ -275,7 +257,8 @@ def test_what_cannot_be_restored_is_refused_by_name(tmp_path):
     tiny("llama")[0].save_pretrained(tmp_path / "plain")
     with pytest.raises(InputError, match="is not quantised"):
         load_model(tmp_path / "plain", FP32, whole=True)
-    gptq = rewrite(tmp_path / "plain", dict, {"quant_method": "gptq", "bits": 4, "group_size": 32})
+    stated = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    gptq, _ = published(tmp_path / "plain", lambda name, W: ({name: W}, W), stated)
     with pytest.raises(ModelError, match=r"cannot restore .*plain.*\(gptq\)"):
         load_model(gptq, FP32, whole=True)
     with pytest.raises(ModelError, match="restore such weights with --dequantize"):

@@ -12,6 +12,7 @@ import torch
 import spectrim.studies.rates as curve_module
 import spectrim.studies.running as running_module
 from architectures import tiny, windows
+from quick_recipes import FEW_STEPS
 from spectrim import api, studies
 from spectrim.errors import InputError
 from spectrim.evaluate.agreement import agreement
@@ -24,21 +25,7 @@ from spectrim.recipes import get_recipe
 CALIBRATION = windows(8)
 HELD_OUT = windows(6, seed=1)
 MEASURE = studies.Measure(text=HELD_OUT)
-ACIP = {
-    "learn": {
-        "stop_keep": 0.5,
-        "lora_rank": 1,
-        "learning_rate": 4e-3,
-        "lora_learning_rate": 2e-3,
-        "steps": 10,
-        "max_steps": 30,
-        "pressure_growth": 1.5,
-        "pressure_every": 1,
-        "size_every": 1,
-        "heal_steps": 2,
-        "heal_grid": 3,
-    },
-}
+ACIP = {"learn": FEW_STEPS}
 
 
 @pytest.fixture(scope="module")

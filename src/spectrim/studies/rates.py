@@ -125,11 +125,7 @@ def recipe_curve(
                     curve.measured += 1
                 curve.points.append(measured.point)
             progress.advance(STAGE, note)
-    for weights in formats:
-        curve.points += quantized_points(reference, [weights], store=store)
-        progress.advance(STAGE, weights)
-    progress.finish(STAGE)
-    return _checked(curve)
+    return _with_formats(curve, reference, formats, store)
 
 
 def _measuring(
@@ -202,11 +198,7 @@ def elastic_curve(
         except BudgetError as error:
             curve.skip(note, error)
         progress.advance(STAGE, note)
-    for weights in formats:
-        curve.points += quantized_points(reference, [weights], store=store)
-        progress.advance(STAGE, weights)
-    progress.finish(STAGE)
-    return _checked(curve)
+    return _with_formats(curve, reference, formats, store)
 
 
 def _slice(
@@ -220,7 +212,14 @@ def _slice(
     return reference.measure(artifact.model, size, recipe=name, seconds=taken)
 
 
-def _checked(curve: RateCurve) -> RateCurve:
+def _with_formats(
+    curve: RateCurve, reference: Reference, formats: Sequence[str], store: PointStore
+) -> RateCurve:
+    """The curve with the dense model in number formats, which is the last that is measured."""
+    for weights in formats:
+        curve.points += quantized_points(reference, [weights], store=store)
+        reference.progress.advance(STAGE, weights)
+    reference.progress.finish(STAGE)
     if not any(not is_dense_format(point) for point in curve.points):
         name, reason = list(curve.skipped.items())[-1]
         raise InputError(f"no size could be measured; {name} was the last: {reason}")
