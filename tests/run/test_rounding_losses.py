@@ -1,5 +1,7 @@
 """What the survey predicts of rounding, against layers that were really stored."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from spectrim.layers.layout import layout_of
 from spectrim.layers.source import Source
 from spectrim.moments.moments import Moments, OutputMoments
 from spectrim.recipe import Decompose
+from spectrim.run.parts.cutting import source_of
 from spectrim.run.survey.rounding import rounding_losses
 
 M, N, TOKENS = 40, 64, 512
@@ -86,3 +89,17 @@ def test_native_forms_and_targets_without_gradients_have_none(case):
 def _given(case):
     W, moments, output, whole = case
     return W, whole, moments, output
+
+
+@pytest.mark.parametrize(("ridge", "stays"), [(1e9, True), (1e-9, False)])
+def test_what_is_rounded_on_a_shifted_stream_is_pulled_as_the_recipe_says(ridge, stays):
+    x, shift = draw(N, TOKENS, seed=4), draw(N, TOKENS, seed=5)
+    moved = x + 0.3 * shift
+    moments = Moments(TOKENS, x @ x.mT, moved @ moved.mT, x @ moved.mT)
+    layer = torch.nn.Linear(N, M, dtype=torch.float64)
+    choice = Decompose(objective="anchored", ridge=ridge)
+    found = source_of(SimpleNamespace(name="t"), layer, choice, moments, None, None).W
+    solved = torch.linalg.lstsq(moved.mT, (layer.weight.detach() @ x).mT).solution.mT
+    torch.testing.assert_close(
+        found, layer.weight.detach() if stays else solved, rtol=1e-6, atol=1e-7
+    )

@@ -203,7 +203,7 @@ def source_of(
     """What the stored layer of a target stands for, on the inputs that it will see.
 
     On a shifted stream that is the least-squares map to the original outputs, as for the anchored
-    objectives; `blend` says how far it goes from the weight to that map.
+    objectives; `blend` says how far it goes from the weight to it, `ridge` what pulls it back.
     """
     name, W = target.name, read_weight(original).detach().double()
     C = G = None
@@ -214,5 +214,6 @@ def source_of(
             root = output_root(output, rows, choice.shrink_out, name=name)
             G = None if root is None else root[0] @ root[0].mT
         if moments.shifted is not None and moments.cross is not None:
-            W = anchored_map(W, moments, name=name, blend=choice.blend).V
+            options = {"blend": choice.blend, "ridge": choice.ridge}
+            W = anchored_map(W, moments, name=name, **options).V
     return Source(target.name, W, read_bias(original), factors, C, G)
