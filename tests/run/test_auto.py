@@ -10,7 +10,11 @@ import spectrim.storage.quantizer  # noqa: F401  (teaches transformers to load t
 from architectures import tiny, windows
 from jobs import logits
 from spectrim import api
+from spectrim.allocate.budget import Shape
+from spectrim.allocate.curve import Curve
+from spectrim.allocate.ladder import Limits, smallest_keep
 from spectrim.allocate.yardstick import YARDSTICKS, sentence, yardstick
+from spectrim.errors import BudgetError, RecipeError
 from spectrim.layers.swap import compressed_layers
 from spectrim.storage.inspect import inspect_folder
 
@@ -67,3 +71,27 @@ def test_the_plan_is_no_worse_than_any_family_alone(made):
     assert loss is not None
     layers = compressed_layers(result.model)
     assert all(layers[e.name].weights == e.weights for e in result.plan.entries if e.name in layers)
+
+
+@pytest.mark.parametrize("weights", ["auto", "int4-g32"])
+def test_with_dense_storage_nothing_is_cut_and_servers_read_the_codes(source, tmp_path, weights):
+    options: dict = {"recipe": "spectrim", "text": windows(16), "storage": "dense"}
+    with pytest.raises(BudgetError, match="at least"):
+        api.compress(source, keep=0.05, weights=weights, **options)
+    result = api.compress(source, keep=0.5, weights=weights, output=tmp_path / "out", **options)
+    assert all(e.rank is None for e in result.plan.entries)
+    assert 0.4 < result.plan.achieved_keep <= 0.5
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert torch.equal(logits(result.model, windows(2)), logits(loaded, windows(2)))
+
+
+def test_dense_storage_of_native_numbers_is_refused(source):
+    with pytest.raises(RecipeError, match="cuts nothing"):
+        api.compress(source, keep=0.5, recipe="spectrim", text=windows(2), storage="dense")
+
+
+def test_the_smallest_keep_without_cuts_is_that_of_the_smallest_format():
+    limits = Limits(storage="dense", weights="auto")
+    curve = Curve("a", 0, "a", Shape(64, 128, False))
+    codes, scales = 64 * 128 * 2 // 8, 64 * 2
+    assert smallest_keep([curve], limits) == (codes + scales) / (64 * 128 * 2)

@@ -100,4 +100,4 @@ def test_what_it_cannot_hold_is_named(rounded, tmp_path):
         with pytest.raises(InputError, match=f"down_proj.*{words}"):
             api.export(folder, output=tmp_path / "out", to="compressed-tensors")
     with pytest.raises(InputError, match="unknown format"):
-        api.export(folder, output=tmp_path / "out", to="gguf")
+        api.export(folder, output=tmp_path / "out", to="awq")

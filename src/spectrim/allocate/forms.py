@@ -53,13 +53,15 @@ class Form:
 
 
 def low_rank_forms(storage: str, weights: str) -> tuple[Form, ...]:
-    """The forms of cut matrices that a recipe's storage choice allows.
+    """The forms of cut matrices that a recipe's storage choice allows; none with `dense`.
 
     Factors of few columns fill large groups badly, and `up` has as many columns as components: its
     groups may be smaller than those of `down`.
     """
     kinds = [name for name, row in LAYERS.items() if row.automatic]
     kinds = kinds if storage == AUTO else [storage]
+    if not all(LAYERS[kind].low_rank for kind in kinds):
+        return ()
     if weights != AUTO:
         return tuple(Form(kind, weights) for kind in kinds)
     native = tuple(Form(kind) for kind in kinds)

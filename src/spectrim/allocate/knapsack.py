@@ -25,7 +25,7 @@ import numpy as np
 from spectrim.allocate.budget import budget_bytes, layer_bytes
 from spectrim.allocate.choice import choose
 from spectrim.allocate.curve import Curve, Score, as_numpy, loss_by_rank
-from spectrim.allocate.forms import Form, dense_forms
+from spectrim.allocate.forms import Form
 from spectrim.allocate.ladder import Ladder, Limits, ladders_for
 from spectrim.allocate.plan import Plan, PlanEntry
 from spectrim.errors import BudgetError, InputError
@@ -75,7 +75,7 @@ def knapsack(
     """
     limits = limits or Limits()
     if forms is None:
-        forms = (*limits.forms, *dense_forms(limits.weights))
+        forms = (*limits.forms, *limits.whole)
     cut = {i: ladders_for(curves, limits.of(f)) for i, f in enumerate(forms) if f.low_rank}
     ways = [
         _ways(

@@ -15,7 +15,7 @@ import numpy as np
 
 from spectrim.allocate.budget import Shape, budget_bytes, bytes_by_rank, layer_bytes
 from spectrim.allocate.curve import Curve
-from spectrim.allocate.forms import Form, low_rank_forms
+from spectrim.allocate.forms import Form, dense_forms, low_rank_forms
 from spectrim.allocate.plan import Plan, PlanEntry, Storage, Weights
 from spectrim.errors import BudgetError, InputError
 
@@ -37,7 +37,8 @@ class Limits:
 
     Attributes:
         dtype_bytes: of the model's dtype.
-        storage: low-rank storage that is allowed; `auto` takes the smaller one at each rank.
+        storage: low-rank storage that is allowed; `auto` takes the smaller one at each rank, with
+            `dense` nothing is cut.
         weights: number formats of the low-rank matrices, or `auto` for all that pay; dense layers
             stay native, but for the knapsack.
         floor: least rank as a share of the break-even rank of factored native storage.
@@ -60,6 +61,11 @@ class Limits:
     def forms(self) -> tuple[Form, ...]:
         """The forms of a cut matrix to choose from."""
         return low_rank_forms(self.storage, self.weights)
+
+    @property
+    def whole(self) -> tuple[Form, ...]:
+        """The forms of a target that is not cut."""
+        return dense_forms(self.weights)
 
     def of(self, form: Form) -> Limits:
         """The same limits with one form to choose."""
@@ -130,7 +136,18 @@ def total_bytes(ladders: Sequence[Ladder], levels: np.ndarray) -> int:
 def smallest_keep(curves: Sequence[Curve], limits: Limits) -> float:
     """Least keep that any rule can reach under these limits."""
     ladders = ladders_for(curves, limits)
-    return sum(int(x.bytes[0]) for x in ladders) / sum(x.dense_bytes for x in ladders)
+    lowest = sum(int(x.bytes[0]) for x in ladders)
+    if not limits.forms:
+        lowest = sum(
+            min(_whole_bytes(x.curve, form, limits) for form in limits.whole) for x in ladders
+        )
+    return lowest / sum(x.dense_bytes for x in ladders)
+
+
+def _whole_bytes(curve: Curve, form: Form, limits: Limits) -> int:
+    """Of a target that is not cut, in one form."""
+    options = {"storage": form.storage, "weights": form.weights, "dtype_bytes": limits.dtype_bytes}
+    return curve.copies * layer_bytes(curve.shape, rank=None, **options)
 
 
 def budget_for(ladders: Sequence[Ladder], keep: float) -> int:
@@ -227,6 +244,7 @@ def _ladder(curve: Curve, limits: Limits) -> Ladder:
             bytes_by_rank(shape, storage=f.storage, weights=f.weights, dtype_bytes=size)
             for f in limits.forms
         ]
+        or [np.full(curve.rank + 1, dense)]
     )
     cheapest, which = curve.copies * by_storage.min(axis=0), by_storage.argmin(axis=0)
     published = curve.copies * bytes_by_rank(shape, dtype_bytes=size)

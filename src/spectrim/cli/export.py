@@ -26,7 +26,7 @@ def export(
         typer.Option(
             "--format",
             metavar="NAME",
-            help="compressed-tensors (integers as they are), or onnx (factors as two products).",
+            help="compressed-tensors, gguf (integers as they are) or onnx (two products a layer).",
         ),
     ] = None,
     overwrite: Annotated[
@@ -42,7 +42,7 @@ def export(
     if dense == (to is not None):
         raise InputError(
             "say either --dense, to confirm the larger folder, or --format with "
-            "compressed-tensors or onnx"
+            "compressed-tensors, gguf or onnx"
         )
     with session(verbose=verbose, quiet=quiet or as_json, output=output):
         from spectrim import api
@@ -52,8 +52,8 @@ def export(
     from spectrim.cli.render import format_bytes, print_facts, print_json
     from spectrim.storage.inspect import inspect_folder
 
-    if to == "onnx":
-        graph = (file for file in output.iterdir() if file.suffix in (".onnx", ".data"))
+    if to in ("gguf", "onnx"):
+        graph = (file for file in output.iterdir() if file.suffix in (".gguf", ".onnx", ".data"))
         written = sum(file.stat().st_size for file in graph)
     else:
         written = inspect_folder(output).bytes

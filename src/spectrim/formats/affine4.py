@@ -26,7 +26,7 @@ TOP, MIDDLE = 15, 8
 class Affine4(Integers):
     """4-bit codes with a scale and a zero point per group."""
 
-    name = "int4"
+    name, bits = "int4", 4
     reference = True
     # Relative squared error of Gaussian rows.
     rounding_share = 6e-3

@@ -35,7 +35,7 @@ arithmetic, for which its ordinary product is built."""
 class Int8(Integers):
     """8-bit codes with a scale per row."""
 
-    name = "int8"
+    name, bits = "int8", 8
     reference = True
     # Relative squared error of Gaussian rows.
     rounding_share = 1e-4

@@ -112,7 +112,13 @@ class Kernel(ABC):
 
 
 class Integers(NumberFormat):
-    """A format of integer codes on a grid of scales and offsets."""
+    """A format of integer codes on a grid of scales and offsets.
+
+    Attributes:
+        bits: of a code.
+    """
+
+    bits: int
 
     @abstractmethod
     def scales(self, W: Tensor, importance: Tensor | None) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ This file is data only and imports no torch: `spectrim inspect` reads headers wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from types import MappingProxyType
@@ -23,7 +23,7 @@ from typing import Any
 from spectrim.errors import ArtifactError
 from spectrim.formats import NumberFormat, formats_of
 
-__all__ = ["LAYERS", "Layout", "Shape", "known_kind", "layout_of"]
+__all__ = ["LAYERS", "Layout", "Shape", "known_kind", "known_storage", "layout_of"]
 
 Shape = tuple[int, ...]
 
@@ -216,7 +216,19 @@ def known_kind(kind: str) -> str:
     Raises:
         ValueError: they cannot; quotes what is known.
     """
-    known = [*(name for name, layout in LAYERS.items() if layout.low_rank), "auto"]
+    return _known(kind, [*(name for name, layout in LAYERS.items() if layout.low_rank), "auto"])
+
+
+def known_storage(kind: str) -> str:
+    """The kind itself, if a recipe may ask for it: also `dense`, with which nothing is cut.
+
+    Raises:
+        ValueError: it may not; quotes what is known.
+    """
+    return _known(kind, [*LAYERS, "auto"])
+
+
+def _known(kind: str, known: Sequence[str]) -> str:
     if kind not in known:
         expected = ", ".join(map(repr, known))
         raise ValueError(f"{kind!r} is unknown; expected one of {expected}")

@@ -26,7 +26,7 @@ from spectrim.allocate.rules import RULES, known_rule
 from spectrim.decompose import OBJECTIVES, known_objective
 from spectrim.errors import RecipeError
 from spectrim.formats import known_weights
-from spectrim.layers.layout import known_kind
+from spectrim.layers.layout import known_storage
 from spectrim.plain_yaml import parse_plain, read_bounded
 from spectrim.recipe.learning import AcipLearning, SocoLearning
 from spectrim.recipe.section import Section
@@ -140,9 +140,9 @@ class Allocation(Section):
 
 
 class StorageChoice(Section):
-    """How a rank-k matrix is kept on disk and in memory."""
+    """How a rank-k matrix is kept on disk and in memory; with `dense` nothing is cut."""
 
-    kind: Annotated[str, AfterValidator(known_kind)] = "factored"
+    kind: Annotated[str, AfterValidator(known_storage)] = "factored"
     weights: Annotated[str, AfterValidator(known_weights)] = "native"
 
 

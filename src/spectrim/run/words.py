@@ -120,7 +120,8 @@ class RecipeWords(CalibrationWords, total=False):
         int | None, Word(int, "N", "Ranks are multiples of N.", MAKE, "allocate.multiple")
     ]
     storage: Annotated[
-        str | None, Word(str, None, "factored, packed or auto.", MAKE, "storage.kind")
+        str | None,
+        Word(str, None, "factored, packed, auto, or dense (nothing is cut).", MAKE, "storage.kind"),
     ]
     weights: Annotated[
         str | None,

@@ -7,20 +7,21 @@ keeps its name. Only targets that were not cut can be held: the format has no la
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spectrim.errors import ArtifactError, InputError
-from spectrim.formats import format_of
+from spectrim.errors import InputError
 from spectrim.formats.grouped import Grouped
 from spectrim.formats.int8 import Int8
 from spectrim.storage.atomic import check_output, new_folder
 from spectrim.storage.dense import write_beside
-from spectrim.storage.inspect import FolderInspection, StoredTarget, inspect_folder
-from spectrim.storage.tensor_file import Slot, TensorFile, write_tensors
+from spectrim.storage.inspect import FolderInspection, StoredTarget
+from spectrim.storage.tensor_file import Slot, write_tensors
+from spectrim.storage.whole_matrices import WholeMatrices, integers
 
 __all__ = ["export_compressed_tensors", "packed_int32"]
 
@@ -53,64 +54,46 @@ def export_compressed_tensors(
     """
     source = Path(folder)
     check_output(output, overwrite=overwrite, sources=[("the result", source)])
-    found = inspect_folder(source)
-    if found.table is None:
-        raise ArtifactError(f"{source} holds no model compressed by spectrim")
-    rounded = [target for target in found.targets if target.weights != "native"]
-    for target in found.targets:
+    matrices = WholeMatrices.of(source, "compressed-tensors")
+    for target in matrices.rounded:
         _check(target)
     with new_folder(output, overwrite=overwrite) as destination:
-        write_tensors(destination / "model.safetensors", list(_slots(found, rounded)))
-        write_beside(source, destination, _scheme(found, rounded))
+        write_tensors(destination / "model.safetensors", list(_slots(matrices)))
+        write_beside(source, destination, _scheme(matrices.found, matrices.rounded))
     return Path(output)
 
 
 def _check(target: StoredTarget) -> None:
     """Refuse what the format cannot hold."""
-    advice = "compress with --weights auto --storage dense, or export it --dense"
-    if target.storage != "dense":
-        raise InputError(
-            f"{target.name} is stored {target.storage} at rank {target.rank}, and "
-            f"compressed-tensors holds whole matrices only; {advice}"
-        )
-    row = format_of(target.weights)
+    row = integers(target)
     if isinstance(row, Grouped) and target.in_features % row.group:
         raise InputError(
             f"{target.name} has {target.in_features} inputs, which are no whole groups of "
             f"{row.group}; compressed-tensors has no group that is not full. int8, with a scale "
             "per row, always fits"
         )
-    if row.integer and not isinstance(row, Grouped | Int8):
+    if not isinstance(row, Grouped | Int8):
         raise InputError(
             f"{target.name} has {target.weights} numbers with zero points of their own kind; "
             f"int4-g32 is the nearest format that compressed-tensors holds"
         )
 
 
-def _slots(found: FolderInspection, rounded: list[StoredTarget]) -> Any:
+def _slots(matrices: WholeMatrices) -> Iterator[Slot]:
     """Every tensor of the export."""
-    files: dict[Path, TensorFile] = {}
-
-    def read(name: str) -> Tensor:
-        path = found.path / found.tensors[name].file
-        return files.setdefault(path, TensorFile(path)).read(name)
-
-    done = set()
-    for target in rounded:
-        codes, scale = f"{target.name}.inner.codes", f"{target.name}.weight"
-        done |= {codes, scale}
+    done: set[str] = set()
+    for target in matrices.rounded:
+        done |= set(matrices.tensors_of(target).values())
         shape = torch.tensor([target.out_features, target.in_features])
-        row = format_of(target.weights)
-        stored = row.unpack(read(codes), target.in_features)  # type: ignore[attr-defined]
-        bits = getattr(row, "bits", 8)
-        values = read(scale)
-        values = values if values.ndim == 2 else values[:, None]
-        yield Slot.of(f"{target.name}.weight_packed", packed_int32(stored, bits))
-        yield Slot.of(f"{target.name}.weight_scale", values.to(_dtype(found)).contiguous())
+        codes, scales = matrices.codes(target)
+        bits = integers(target).bits
+        values = scales["scale"].to(_dtype(matrices.found)).contiguous()
+        yield Slot.of(f"{target.name}.weight_packed", packed_int32(codes, bits))
+        yield Slot.of(f"{target.name}.weight_scale", values)
         yield Slot.of(f"{target.name}.weight_shape", shape)
-    for name in found.tensors:
+    for name in matrices.found.tensors:
         if name not in done:
-            yield Slot.of(name, read(name))
+            yield Slot.of(name, matrices.read(name))
 
 
 def _dtype(found: FolderInspection) -> torch.dtype:
@@ -122,13 +105,13 @@ def _dtype(found: FolderInspection) -> torch.dtype:
 def _scheme(found: FolderInspection, rounded: list[StoredTarget]) -> dict[str, Any]:
     """The `quantization_config`: one group per format, its targets by name."""
     groups: dict[str, Any] = {}
-    for weights in sorted({target.weights for target in rounded}):
-        row = format_of(weights)
+    formats = {target.weights: integers(target) for target in rounded}
+    for weights, row in sorted(formats.items()):
         group = getattr(row, "group", None)
         groups[f"group_{len(groups)}"] = {
             "targets": [target.name for target in rounded if target.weights == weights],
             "weights": {
-                "num_bits": getattr(row, "bits", 8),
+                "num_bits": row.bits,
                 "type": "int",
                 "symmetric": True,
                 "dynamic": False,

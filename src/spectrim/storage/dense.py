@@ -17,7 +17,7 @@ from spectrim.storage.inspect import inspect_folder
 from spectrim.storage.json_file import read_json
 from spectrim.storage.origin import LICENSES, read_origin
 
-__all__ = ["export_dense", "load_folder", "write_beside"]
+__all__ = ["export_dense", "is_companion", "load_folder", "write_beside"]
 
 OWN_FILES = {"config.json", "generation_config.json", "recipe.yaml", "README.md"}
 """Written anew or explained by the card; tokenizer and templates are copied."""
@@ -59,7 +59,7 @@ def export_dense(
     with new_folder(output, overwrite=overwrite) as destination:
         model.save_pretrained(destination, max_shard_size=max_shard_size)
         for path in sorted(source.iterdir()):
-            if path.is_file() and (_is_companion(path.name) or LICENSES.fullmatch(path.name)):
+            if path.is_file() and is_companion(path.name):
                 shutil.copyfile(path, destination / path.name)
         matter = {
             **read_origin(source).matter,
@@ -90,12 +90,14 @@ def write_beside(source: Path, destination: Path, scheme: Mapping[str, Any] | No
     text = json.dumps(config, indent=2) + "\n"
     (destination / "config.json").write_text(text, encoding="utf-8")
     for path in sorted(source.iterdir()):
-        if path.is_file() and _is_companion(path.name):
+        if path.is_file() and is_companion(path.name):
             shutil.copyfile(path, destination / path.name)
 
 
-def _is_companion(name: str) -> bool:
-    """Whether an export copies a file of the result beside its own."""
+def is_companion(name: str) -> bool:
+    """Whether an export copies a file of the result beside its own: data and licenses."""
+    if LICENSES.fullmatch(name):
+        return True
     if ".safetensors" in name or name in OWN_FILES or name.startswith(("spectrim", ".")):
         return False
     return Path(name).suffix in COMPANIONS

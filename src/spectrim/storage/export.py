@@ -7,6 +7,7 @@ from pathlib import Path
 from spectrim.errors import InputError
 from spectrim.storage.compressed_tensors import export_compressed_tensors
 from spectrim.storage.dense import export_dense
+from spectrim.storage.gguf_file import export_gguf
 from spectrim.storage.onnx_graph import export_onnx
 
 __all__ = ["EXPORTS", "export_folder"]
@@ -14,6 +15,7 @@ __all__ = ["EXPORTS", "export_folder"]
 EXPORTS = {
     "dense": export_dense,
     "compressed-tensors": export_compressed_tensors,
+    "gguf": export_gguf,
     "onnx": export_onnx,
 }
 """What a folder can be written as."""

@@ -49,10 +49,16 @@ def check_storage(recipe: Recipe) -> None:
         RecipeError: the flow learns its ranks, and counts them as factored native numbers.
     """
     choice = recipe.storage
-    weighing = [name for name, rule in RULES.items() if rule.weighs_forms]
-    if choice.weights == AUTO and recipe.allocate.rule not in weighing:
+    if choice.kind == "dense" and choice.weights == "native":
         raise RecipeError(
-            "weights auto needs a rule that weighs forms against each other, which only "
+            "storage dense cuts nothing and weights native round nothing: with dense, give "
+            "--weights auto or a number format such as int4-g32"
+        )
+    weighing = [name for name, rule in RULES.items() if rule.weighs_forms]
+    what = "weights auto" if choice.weights == AUTO else "storage dense"
+    if (choice.weights == AUTO or choice.kind == "dense") and recipe.allocate.rule not in weighing:
+        raise RecipeError(
+            f"{what} needs a rule that weighs forms against each other, which only "
             f"{', '.join(weighing)} does; the recipe {recipe.name!r} has {recipe.allocate.rule}. "
             "Name a format, for example int8, or use the default recipe"
         )

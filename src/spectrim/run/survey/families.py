@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectrim.allocate.curve import as_numpy
-from spectrim.allocate.forms import AUTO, Form, dense_forms
+from spectrim.allocate.forms import Form
 from spectrim.allocate.knapsack import CUTTING, ROUNDING, knapsack
 from spectrim.allocate.plan import Plan
 from spectrim.errors import BudgetError
@@ -53,7 +53,9 @@ def measured_scale(job: Job, survey: Survey) -> dict[str, float]:
         )
         return {}
     limits = plan_limits(job.recipe, job.dtype_bytes)
-    families = {ROUNDING: dense_forms(AUTO), CUTTING: limits.forms}
+    if not limits.forms:
+        return {}
+    families = {ROUNDING: limits.whole, CUTTING: limits.forms}
     plans = {name: plan for name, f in families.items() if (plan := _plan(job, survey, f))}
     with job.log.timed("families"):
         layers = _layers(job, survey, plans)
