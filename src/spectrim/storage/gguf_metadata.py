@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from spectrim.devices import HOST
 from spectrim.errors import InputError
 from spectrim.storage.json_file import read_json
 
@@ -70,7 +71,7 @@ def rope_factors(config: Any, source: Path) -> Any:
     import torch
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    scaled, _ = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    scaled, _ = ROPE_INIT_FUNCTIONS[kind](config, HOST)
     width = _head_width(config)
     steps = torch.arange(0, width, 2, dtype=torch.float64) / width
     return (config.rope_parameters["rope_theta"] ** -steps / scaled.double()).float()
