@@ -152,7 +152,7 @@ MIXTURES = {
     "deepseek_v2": _DEEP | _MLA | {"topk_method": "greedy"},
     "deepseek_v3": _DEEP | _MLA,
     "olmoe": _ALWAYS,
-    "gpt_oss": _LOCAL | {"layer_types": ["full_attention"] * 3},
+    "gpt_oss": _LOCAL | {"layer_types": ["full_attention"] * 2},
     "glm4_moe": _DEEP | {"n_shared_experts": 1},
     "granitemoe": _LOCAL,
     "llama4_text": _LOCAL
@@ -161,13 +161,13 @@ MIXTURES = {
     "nemotron_h": _MOE
     | {"n_routed_experts": 5, "layers_block_type": ["attention", "moe"], "n_group": 1}
     | {"moe_shared_expert_intermediate_size": 22, "mamba_num_heads": 4, "mamba_head_dim": 10}
-    | {"num_hidden_layers": 2, "topk_group": 1},
+    | {"topk_group": 1},
 }
 
 
 def mixture(kind, **changes):
     """A tiny mixture of experts whose weights are large enough for its routers to decide."""
-    model = family(kind, **MIXTURES[kind] | changes)
+    model = family(kind, **{"num_hidden_layers": 2} | MIXTURES[kind] | changes)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -23,7 +23,7 @@ from spectrim.storage.tensor_file import TensorFile
 
 def compressed(recipe, kind="mixtral", *, keep=0.6, text=None, **changes):
     chosen = get_recipe(recipe).with_changes(keep=keep, **changes)
-    loaded = LoadedModel(mixture(kind, num_hidden_layers=2), None, "tiny", torch.float32)
+    loaded = LoadedModel(mixture(kind), None, "tiny", torch.float32)
     return run_recipe(
         loaded, chosen, RunOptions(measure=False), text=windows(4, 16) if text is None else text
     )
@@ -34,7 +34,7 @@ def test_a_small_cut_of_a_mixture_changes_little(recipe):
     """At the largest keep below one the compressed mixture is nearly the original."""
     ids = windows(2)
     with torch.no_grad():
-        dense = mixture("mixtral", num_hidden_layers=2)(ids, use_cache=False).logits
+        dense = mixture("mixtral")(ids, use_cache=False).logits
         found = compressed(recipe, keep=0.97).model(ids, use_cache=False).logits
     assert (found - dense).norm() < 0.5 * dense.norm()
 
@@ -90,8 +90,7 @@ def test_a_family_that_is_mostly_not_understood_is_refused_by_name(monkeypatch):
 # Experts that are one tensor each on disk, and parameters as they are in memory.
 @pytest.mark.parametrize(("kind", "recipe"), [("mixtral", "svd-llm"), ("gpt_oss", "spectrim")])
 def test_blocks_read_one_at_a_time_give_the_bytes_of_a_model_in_memory(kind, recipe, tmp_path):
-    shape = {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
-    mixture(kind, **shape).save_pretrained(tmp_path / "m", max_shard_size="40KB")
+    mixture(kind).save_pretrained(tmp_path / "m", max_shard_size="40KB")
     for name, lazily in (("a", False), ("b", True)):
         api.compress(
             tmp_path / "m",
@@ -114,7 +113,7 @@ def stored(folder):
 
 def test_a_report_says_how_often_routers_choose_as_before():
     chosen = get_recipe("svd-llm").with_changes(keep=0.6)
-    loaded = LoadedModel(mixture("mixtral", num_hidden_layers=2), None, "tiny", torch.float32)
+    loaded = LoadedModel(mixture("mixtral"), None, "tiny", torch.float32)
     before = copy.deepcopy(loaded.model)
     outcome = run_recipe(loaded, chosen, RunOptions(measure=True), text=windows(4, 16))
     said = outcome.report["measured"]["texts"][0]
@@ -127,7 +126,7 @@ def test_a_report_says_how_often_routers_choose_as_before():
 
 
 def test_a_survey_leaves_a_mixture_as_it_is_and_gives_every_size(tmp_path):
-    model = mixture("mixtral", num_hidden_layers=2)
+    model = mixture("mixtral")
     model.save_pretrained(tmp_path / "m")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     made = api.survey(model, recipe="svd-llm", text=windows(4, 16), scores=["first_order"])

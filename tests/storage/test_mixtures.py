@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from architectures import mixture, windows
+from architectures import MIXTURES, mixture, windows
 from spectrim.errors import ArtifactError
 from spectrim.recipes.presets import get_recipe
 from spectrim.run.compress import run_recipe
@@ -43,7 +43,7 @@ def compressed(model, folder, recipe="svd"):
 
 
 # Names on disk put together, kept, renamed, renamed like a layer of ours, and without a gate.
-@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "granitemoe", "phimoe", "nemotron_h"])
+@pytest.mark.parametrize("kind", MIXTURES)
 def test_a_mixture_reads_back_generates_and_exports_in_the_layout_of_its_checkpoint(kind, tmp_path):
     mixture(kind).save_pretrained(tmp_path / "original")
     original = AutoModelForCausalLM.from_pretrained(tmp_path / "original")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from spectrim.layers.compressed import CompressedLayer
 from spectrim.layers.quantized import part_of, wide_weight
 from spectrim.layers.source import Source
+from spectrim.model.weights import new_linear
 
 __all__ = ["QuantizedDense"]
 
@@ -39,7 +40,7 @@ class QuantizedDense(CompressedLayer):
         dtype: torch.dtype | None = None,
     ) -> QuantizedDense:
         """A layer on the meta device: shapes without memory, ready to be loaded into."""
-        return cls(nn.Linear(in_features, out_features, bias=bias, device="meta", dtype=dtype))
+        return cls(new_linear(in_features, out_features, bias, dtype=dtype))
 
     @classmethod
     def stored(

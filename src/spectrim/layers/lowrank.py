@@ -18,6 +18,7 @@ from spectrim.layers.layout import layout_of
 from spectrim.layers.quantized import QuantizedLinear, part_of, wide_weight
 from spectrim.layers.source import Source
 from spectrim.linalg.least_squares import solve_damped
+from spectrim.model.weights import new_linear
 from spectrim.tolerances import LEAST_SQUARES_RIDGE
 
 __all__ = ["LowRankLinear"]
@@ -44,8 +45,8 @@ class LowRankLinear(CompressedLayer):
     ):
         super().__init__(in_features, out_features)
         self.rank = rank
-        self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
-        self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+        self.down = new_linear(in_features, rank, False, device, dtype)
+        self.up = new_linear(rank, out_features, bias, device, dtype)
 
     @classmethod
     def empty(

@@ -26,6 +26,7 @@ from spectrim.layers.layout import layout_of
 from spectrim.layers.quantized import part_of, wide_weight
 from spectrim.layers.source import Source
 from spectrim.linalg.pivot import Packed, Side, pack, packed_side
+from spectrim.model.weights import new_linear
 
 __all__ = ["PackedLinear", "packed_error"]
 
@@ -60,8 +61,8 @@ class PackedLinear(CompressedLayer):
         outside = self.side == "out"
         basis = (n, rank) if outside else (rank, m)
         coefficients = (rank, m - rank) if outside else (n - rank, rank)
-        self.basis = nn.Linear(*basis, bias=False, device=device, dtype=dtype)
-        self.coefficients = nn.Linear(*coefficients, bias=False, device=device, dtype=dtype)
+        self.basis = new_linear(*basis, False, device, dtype)
+        self.coefficients = new_linear(*coefficients, False, device, dtype)
         self.register_buffer("order", torch.arange(min(m, n), dtype=torch.int32, device=device))
         self.bias = nn.Parameter(torch.zeros(m, device=device, dtype=dtype)) if bias else None
 

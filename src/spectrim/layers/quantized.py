@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from spectrim.formats import format_of
 from spectrim.layers.layout import layout_of
 from spectrim.linalg.rounding import Metric
+from spectrim.model.weights import new_linear
 
 __all__ = [
     "QuantizedLinear",
@@ -157,7 +158,7 @@ def part_of(
     """A part that holds `W` (out, in) in one number format; shares no memory with it."""
     if format_of(weights).integer:
         return QuantizedLinear.from_weight(W, bias, weights, dtype=dtype, metric=metric)
-    part = nn.Linear(W.shape[1], W.shape[0], bias=bias is not None, device="meta", dtype=dtype)
+    part = new_linear(W.shape[1], W.shape[0], bias is not None, dtype=dtype)
     part.weight = nn.Parameter(W.detach().to(dtype, copy=True).contiguous())
     if bias is not None:
         part.bias = nn.Parameter(bias.detach().to(W.device, dtype, copy=True))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from spectrim.errors import ModelError
-from spectrim.model.weights import get_module, replace_module
+from spectrim.model.weights import get_module, new_linear, replace_module
 
 __all__ = [
     "compressed_layers",
@@ -106,9 +106,7 @@ def dense_of(layer: Any, W: Tensor, *, dtype: torch.dtype | None = None) -> nn.M
         dense: nn.Module = Conv1D(layer.out_features, layer.in_features).to("meta")
         dense.weight = nn.Parameter(W.T.contiguous())
     else:
-        dense = nn.Linear(
-            layer.in_features, layer.out_features, bias=bias is not None, device="meta"
-        )
+        dense = new_linear(layer.in_features, layer.out_features, bias is not None)
         dense.weight = nn.Parameter(W)
     if bias is not None:
         dense.bias = nn.Parameter(bias.detach().to(dtype, copy=True))

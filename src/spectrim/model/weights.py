@@ -19,6 +19,7 @@ __all__ = [
     "get_module",
     "is_linear",
     "is_transposed",
+    "new_linear",
     "read_bias",
     "read_weight",
     "replace_module",
@@ -35,6 +36,29 @@ def is_linear(module: nn.Module) -> bool:
 def is_transposed(module: nn.Module) -> bool:
     """Whether the module stores its weight as (in, out)."""
     return isinstance(module, Conv1D)
+
+
+class _Drawn(nn.Linear):
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
+def new_linear(
+    in_features: int,
+    out_features: int,
+    bias: bool,
+    device: torch.device | str | None = "meta",
+    dtype: torch.dtype | None = None,
+) -> nn.Linear:
+    """An `nn.Linear`, on the meta device unless said otherwise.
+
+    torch spends a millisecond on random numbers for a layer without memory, and a large mixture
+    has tens of thousands of them.
+    """
+    layer = _Drawn(in_features, out_features, bias, device, dtype)
+    layer.__class__ = nn.Linear
+    return layer
 
 
 def get_module(model: nn.Module, name: str) -> nn.Module:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from spectrim.errors import ModelError
 from spectrim.layers.swap import compressed_layers
+from spectrim.model.weights import new_linear
 
 __all__ = ["FusedDown", "FusedSlice", "Fusion", "fuse", "shared_inputs", "unfuse"]
 
@@ -200,7 +201,7 @@ def unfuse(model: nn.Module) -> int:
         child = _reader_name(layer)
         fused = getattr(layer, child, None)
         if isinstance(fused, FusedSlice):
-            own = nn.Linear(fused.in_features, fused.out_features, bias=False, device="meta")
+            own = new_linear(fused.in_features, fused.out_features, False)
             own.weight = nn.Parameter(
                 fused.weight.detach().clone(), requires_grad=fused.shared.weight.requires_grad
             )

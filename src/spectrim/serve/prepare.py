@@ -1,12 +1,13 @@
 """One call after loading that makes a model run fast where it lies.
 
-What is stored best does not always run best. Five changes are known, each exact up to the rounding
+What is stored best does not always run best. Six changes are known, each exact up to the rounding
 of a product, and each is made where it pays:
 
 - *restored*: integer weights that no kernel reads here are restored once, not for every product;
 - *unpacked*: away from CPUs, where a gather and a cat are two launches more, a packed layer becomes
   two factors with the very numbers that it stores, for k² numbers more;
 - *ordered*: weights and codes go into the order of a device's kernels, if it has any (`prepack`);
+- *grouped*: elsewhere, experts of equal ranks become one product for all of them (`grouped`);
 - *joined*: elsewhere, first factors that read the same input become one product (`fuse`), since
   what few tokens cost there is launches. On a CPU that gains nothing, and an ordered weight cannot
   be joined;
@@ -36,6 +37,7 @@ from spectrim.layers.quantized import QuantizedLinear, part_of, wide_weight
 from spectrim.layers.swap import compressed_layers, restore_dense, swap_in
 from spectrim.serve.few_tokens import QuickLowRank, QuickPacked, obstacle, quick
 from spectrim.serve.fusion import FusedSlice, fuse
+from spectrim.serve.grouped import group_experts
 from spectrim.serve.prepack import PrepackedLinear, prepack
 from spectrim.serve.prepack_codes import PrepackedCodes, can_prepack_codes
 
@@ -94,7 +96,7 @@ def prepare(model: nn.Module, *, memory: int | str | None = None) -> Prepared:
         ModelError: the model was prepared before.
     """
     done = (*_ORDERED, FusedSlice, QuickLowRank, QuickPacked)
-    if any(isinstance(m, done) for m in model.modules()):
+    if any(isinstance(m, done) or getattr(m, "together", None) for m in model.modules()):
         raise ModelError("the model is prepared already; load it again to prepare it otherwise")
     before = memory_of(model)
     room = _room(memory, before)
@@ -109,6 +111,8 @@ def prepare(model: nn.Module, *, memory: int | str | None = None) -> Prepared:
     notes: list[str] = []
     ordered = prepack(model)
     if first is not None and not on_host(first.device) and compressed_layers(model):
+        ways["grouped"], single = group_experts(model)
+        notes += [f"{name}: experts one by one, {why}" for name, why in single.items()]
         ways["joined"] = {name for group in fuse(model).groups for name in group}
         ways["quick"] = _quicken(model, first.device, notes)
     layers = {name: "dense" for name, change in changed.items() if change == _RESTORED}

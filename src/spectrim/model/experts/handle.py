@@ -18,6 +18,7 @@ class Stack(Protocol):
     """What a handle has to know of the module that stands for the parameter."""
 
     layout: ExpertLayout
+    together: Callable[[Tensor, Tensor], Tensor] | None
 
     def __len__(self) -> int: ...
     def run(self, expert: int, x: Tensor) -> Tensor: ...
@@ -188,8 +189,17 @@ def _each(weight: Handle, x: Tensor) -> Tensor:
 
 def _grouped(x: Tensor, weight: Handle, offs: Tensor | None = None, **_kwargs: Any) -> Tensor:
     """Tokens (S, in) sorted by expert; expert e has those before `offs[e]`."""
+    if weight.stack.together is None:
+        return _one_by_one(x, weight, offs)
     _expect(weight, columns=False)
     assert offs is not None  # without it the product would have other operands
+    return weight.stack.together(x, offs)
+
+
+def _one_by_one(x: Tensor, weight: Handle, offs: Tensor | None = None, **_kwargs: Any) -> Tensor:
+    """The same, where a device has no product of groups."""
+    _expect(weight, columns=False)
+    assert offs is not None
     pieces, start = [], 0
     for expert, end in enumerate(offs.tolist()):
         if end > start:
@@ -217,6 +227,6 @@ _PRODUCTS: dict[str, Callable[..., Tensor]] = {
     "bmm": _bmm,
     "grouped_mm": _grouped,
     "_grouped_mm": _grouped,
-    "grouped_mm_fallback": _grouped,
-    "grouped_mm_fallback.default": _grouped,
+    "grouped_mm_fallback": _one_by_one,
+    "grouped_mm_fallback.default": _one_by_one,
 }

@@ -8,7 +8,7 @@ weights stay the model's own lines, whichever implementation of its experts is s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from spectrim.errors import ModelError
 from spectrim.model.experts.handle import Handle
 from spectrim.model.experts.layout import ExpertLayout
+from spectrim.model.weights import new_linear
 
 __all__ = ["ExpertStack", "GateUp"]
 
@@ -49,6 +50,10 @@ class ExpertStack(nn.Module):
     Args:
         layout: of the parameter.
         members: of all experts, in order.
+
+    Attributes:
+        together: outputs (S, out) of tokens (S, in) that are sorted by expert, those of expert e
+            before `offs[e]`, where all experts are multiplied at once (`serve/grouped.py`).
     """
 
     _is_hf_initialized = True
@@ -57,6 +62,7 @@ class ExpertStack(nn.Module):
     def __init__(self, layout: ExpertLayout, members: list[nn.Module]):
         super().__init__()
         self.layout = layout
+        self.together: Callable[[Tensor, Tensor], Tensor] | None = None
         for number, member in enumerate(members):
             self.add_module(str(number), member)
 
@@ -164,7 +170,7 @@ class ExpertStack(nn.Module):
 
 def _linear(W: Tensor, trainable: bool) -> nn.Linear:
     out_features, in_features = W.shape
-    linear = nn.Linear(in_features, out_features, bias=False, device="meta")
+    linear = new_linear(in_features, out_features, False)
     # `contiguous` would keep a slice of the parameter, and with it all of its memory.
     own = W if W.is_meta else W.clone(memory_format=torch.contiguous_format)
     linear.weight = nn.Parameter(own, requires_grad=trainable)
