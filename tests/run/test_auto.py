@@ -29,9 +29,8 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def made(source, tmp_path_factory):
     output = tmp_path_factory.mktemp("auto") / "out"
-    return api.compress(
-        source, keep=0.3, recipe="spectrim", text=windows(16), weights="auto", output=output
-    ), output
+    options: dict = {"text": windows(16), "weights": "auto", "alike": True}
+    return api.compress(source, keep=0.3, recipe="spectrim", output=output, **options), output
 
 
 def test_memory_folder_and_plan_agree(made):
@@ -83,6 +82,14 @@ def test_with_dense_storage_nothing_is_cut_and_servers_read_the_codes(source, tm
     assert 0.4 < result.plan.achieved_keep <= 0.5
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert torch.equal(logits(result.model, windows(2)), logits(loaded, windows(2)))
+
+
+def test_what_engines_fuse_is_stored_alike(made):
+    forms = {e.name: (e.storage, e.weights) for e in made[0].plan.entries}
+    for name, form in forms.items():
+        for one, others in (("q_proj", ("k_proj", "v_proj")), ("gate_proj", ("up_proj",))):
+            if name.endswith(one):
+                assert all(forms[name.replace(one, other)] == form for other in others)
 
 
 def test_dense_storage_of_native_numbers_is_refused(source):

@@ -72,6 +72,7 @@ class Curve:
             (r + 1,), or of the whole matrix, (1,).
         storage: low-rank storage of this target alone, in place of what the limits allow.
         copies: how many targets of this shape it stands for; losses and energies are their sums.
+        group: which targets of its block read the same inputs; None if that is not known.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Curve:
     rounding: Mapping[str, Values] | None = None
     storage: str | None = None
     copies: int = 1
+    group: int | None = None
 
     @property
     def rank(self) -> int:
@@ -175,6 +177,12 @@ def as_numpy(values: Values) -> np.ndarray:
 def shape_curves(anatomy: Anatomy) -> list[Curve]:
     """What a rule that needs no spectra has to know of the targets."""
     return [
-        Curve(t.name, t.block, t.matrix, Shape(t.out_features, t.in_features, t.bias))
+        Curve(
+            t.name,
+            t.block,
+            t.matrix,
+            Shape(t.out_features, t.in_features, t.bias),
+            group=t.group,
+        )
         for t in anatomy.targets
     ]

@@ -18,7 +18,6 @@ of cutting and of rounding are not on one scale; `scale` says what each is worth
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -28,22 +27,13 @@ from spectrim.allocate.curve import Curve, Score, as_numpy, loss_by_rank
 from spectrim.allocate.forms import Form
 from spectrim.allocate.ladder import Ladder, Limits, ladders_for
 from spectrim.allocate.plan import Plan, PlanEntry
+from spectrim.allocate.ways import Ways, joined, together, undominated
 from spectrim.errors import BudgetError, InputError
 
 __all__ = ["CUTTING", "ROUNDING", "knapsack"]
 
 CUTTING, ROUNDING = "cutting", "rounding"
 """What a predicted loss can come from."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Ways:
-    """The ways to store one target that no other way beats in bytes and loss, by bytes."""
-
-    bytes: np.ndarray
-    loss: np.ndarray
-    form: np.ndarray
-    rank: np.ndarray
 
 
 def knapsack(
@@ -76,9 +66,11 @@ def knapsack(
     limits = limits or Limits()
     if forms is None:
         forms = (*limits.forms, *limits.whole)
+    if not forms:
+        raise InputError("forms is empty: expected at least one form to choose from")
     cut = {i: ladders_for(curves, limits.of(f)) for i, f in enumerate(forms) if f.low_rank}
-    ways = [
-        _ways(
+    parts = [
+        _parts(
             curve,
             forms,
             {i: ladders[place] for i, ladders in cut.items()},
@@ -88,20 +80,20 @@ def knapsack(
         )
         for place, curve in enumerate(curves)
     ]
-    dense = [_dense_bytes(curve, limits.dtype_bytes) for curve in curves]
-    budget = _budget(ways, keep, sum(dense))
     # Canonical order: the result must not depend on the order of the targets.
-    by_name = sorted(range(len(curves)), key=lambda i: curves[i].name)
-    chosen = choose(
-        [ways[i].bytes for i in by_name], [ways[i].loss for i in by_name], budget, states=states
-    )
-    place = dict(zip(by_name, chosen.picks.tolist(), strict=True))
-    entries = tuple(
-        _entry(curve, forms, ways[i], place[i], dense[i]) for i, curve in enumerate(curves)
-    )
-    total = sum(float(ways[i].loss[place[i]]) for i in range(len(curves)))
+    units = joined(curves, alike=limits.alike)
+    units.sort(key=lambda members: curves[members[0]].name)
+    ways = [_ways([parts[i] for i in members]) for members in units]
+    dense = [_dense_bytes(curve, limits.dtype_bytes) for curve in curves]
+    budget = _budget(ways, keep, len(curves), sum(dense))
+    chosen = choose([w.bytes for w in ways], [w.loss for w in ways], budget, states=states)
+    picks, entries, total = chosen.picks.tolist(), {}, 0.0
+    for members, one, pick in zip(units, ways, picks, strict=True):
+        total += float(one.loss[pick])
+        for column, i in enumerate(members):
+            entries[i] = _entry(curves[i], forms, one, (pick, column), dense[i])
     notes = () if chosen.exact else (f"at most {total - chosen.bound:.3g} above the least loss",)
-    return Plan(entries, keep, "knapsack", notes)
+    return Plan(tuple(entries[i] for i in range(len(curves))), keep, "knapsack", notes)
 
 
 def _dense_bytes(curve: Curve, dtype_bytes: int) -> int:
@@ -110,15 +102,15 @@ def _dense_bytes(curve: Curve, dtype_bytes: int) -> int:
     )
 
 
-def _ways(
+def _parts(
     curve: Curve,
     forms: Sequence[Form],
     ladders: Mapping[int, Ladder],
     losses: np.ndarray,
     scale: Mapping[str, float],
     dtype_bytes: int,
-) -> _Ways:
-    """All ways of one target, less the dominated ones."""
+) -> list[Ways]:
+    """The ways of one target in each form."""
     parts = []
     whole = float(losses[0])
     for i, form in enumerate(forms):
@@ -126,20 +118,28 @@ def _ways(
         if form.low_rank:
             ranks = ladders[i].ranks
             loss = scale.get(CUTTING, 1.0) * losses[ranks] + added[ranks % added.size]
-            parts.append((ladders[i].bytes[:-1], loss, np.full(ranks.size, i), ranks))
+            parts.append(Ways.of_one(i, ranks, ladders[i].bytes[:-1], loss))
         else:
             options = {"weights": form.weights, "dtype_bytes": dtype_bytes}
             one = layer_bytes(curve.shape, rank=None, storage=form.storage, **options)
-            stored = curve.copies * one
-            parts.append((np.array([stored]), added, np.array([i]), np.array([0])))
-    if not parts:
-        raise InputError("forms is empty: expected at least one form to choose from")
-    stored, loss, form, rank = (np.concatenate(x) for x in zip(*parts, strict=True))
-    order = np.lexsort((loss, stored))
-    loss = loss[order]
-    best_before = np.append(np.inf, np.minimum.accumulate(loss)[:-1])
-    order, loss = order[loss < best_before], loss[loss < best_before]
-    return _Ways(stored[order], loss, form[order], rank[order])
+            stored = np.array([curve.copies * one])
+            parts.append(Ways.of_one(i, np.array([0]), stored, added))
+    return parts
+
+
+def _ways(members: Sequence[Sequence[Ways]]) -> Ways:
+    """The ways of a unit: of its only target, or of all its targets in one form."""
+    if len(members) == 1:
+        return undominated(members[0])
+    alike = zip(*members, strict=True)
+    return undominated(
+        [together([undominated([one]) for one in row]) for row in alike if all(map(_any, row))]
+    )
+
+
+def _any(ways: Ways) -> bool:
+    """Whether a target can be stored in a form at all."""
+    return ways.form.size > 0
 
 
 def _rounding(curve: Curve, form: Form, whole: float) -> np.ndarray:
@@ -148,29 +148,29 @@ def _rounding(curve: Curve, form: Form, whole: float) -> np.ndarray:
     return np.array([form.rounding_share * whole]) if known is None else as_numpy(known)
 
 
-def _budget(ways: Sequence[_Ways], keep: float, dense: int) -> int:
+def _budget(ways: Sequence[Ways], keep: float, targets: int, dense: int) -> int:
     """Bytes for all targets; the reachable range is that of the ways, not of one ladder."""
     lowest = sum(int(w.bytes[0]) for w in ways)
     budget = budget_bytes(keep, dense)
     if budget < lowest:
         raise BudgetError(
-            f"keep {keep} ({budget} bytes) cannot be reached: the {len(ways)} targets take at "
+            f"keep {keep} ({budget} bytes) cannot be reached: the {targets} targets take at "
             f"least {lowest} of {dense} bytes; reachable are {lowest / dense:.6f} to 1"
         )
     return budget
 
 
 def _entry(
-    curve: Curve, forms: Sequence[Form], ways: _Ways, pick: int, dense_bytes: int
+    curve: Curve, forms: Sequence[Form], ways: Ways, at: tuple[int, int], dense_bytes: int
 ) -> PlanEntry:
-    """The plan entry of one target's chosen way."""
-    form = forms[int(ways.form[pick])]
+    """The plan entry of one target of a unit: `at` is the chosen way, and the target's column."""
+    form = forms[int(ways.form[at[0]])]
     return PlanEntry(
         name=curve.name,
-        rank=int(ways.rank[pick]) if form.low_rank else None,
+        rank=int(ways.rank[at]) if form.low_rank else None,
         storage=form.storage,
-        bytes=int(ways.bytes[pick]),
+        bytes=int(ways.sizes[at]),
         dense_bytes=dense_bytes,
         weights=form.weights,
-        loss=float(ways.loss[pick]),
+        loss=float(ways.losses[at]),
     )

@@ -43,6 +43,7 @@ class Limits:
             stay native, but for the knapsack.
         floor: least rank as a share of the break-even rank of factored native storage.
         multiple: ranks are multiples of this.
+        alike: targets that read the same inputs are stored in one form, ranks apart.
     """
 
     dtype_bytes: int = 2
@@ -50,6 +51,7 @@ class Limits:
     weights: Weights = "native"
     floor: float = 0.0
     multiple: int = 1
+    alike: bool = False
 
     def __post_init__(self):
         if not 0 <= self.floor < 1:

@@ -92,7 +92,7 @@ def compress(model: str | Path | nn.Module, **words: Unpack[CompressWords]) -> R
     options = RunOptions.among(asked)
     resolved = resolve_recipe(asked["recipe"], **among(asked, RecipeWords))
     if planned is not None:
-        stored = {name: asked[name] for name in ("storage", "weights")}
+        stored = {name: asked[name] for name in ("storage", "weights", "alike")}
         refuse_unused("the plan says how it is stored", stored)
     given = own_text(asked["text"])
     if output is None or not resolved.gives_every_size:

@@ -21,7 +21,7 @@ CARRYING = (
 
 @takes(
     *("keep", "size", "max_loss", "energy", "recipe", "effort", "plan", "survey"),
-    *("only", "skip", "multiple", "storage", "weights", *CALIBRATING, "batch", "bos"),
+    *("only", "skip", "multiple", "storage", "weights", "alike", *CALIBRATING, "batch", "bos"),
     *("measure", "evaluation_text"),
     *("device", "dtype", "out_of_core", "offload_streams", "on_failure", "trust_remote_code"),
     "dequantize",

@@ -7,7 +7,8 @@ model is cast to: they are part of the stored numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ __all__ = [
     "quantize_layer",
     "rounded",
     "skeleton",
+    "trained_scales",
     "wide_weight",
 ]
 
@@ -92,7 +94,8 @@ class QuantizedLinear(nn.Module):
     @property
     def stored(self) -> Mapping[str, Tensor]:
         """The format's tensors."""
-        return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+        names = self.format.tensors(self.out_features, self.in_features)
+        return {name: getattr(self, name) for name in names}
 
     @property
     def reads_codes(self) -> bool:
@@ -130,6 +133,26 @@ class QuantizedLinear(nn.Module):
                 setattr(self, name, tensor.to(now.device))
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
         return self
+
+
+@contextmanager
+def trained_scales(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """For the time of the context, scales and zero points are parameters; codes stay as they are.
+
+    A code says which value of its grid a number has, and a small step of a training would change
+    none of them; what can follow the training is the grid.
+    """
+    layers = [m for root in modules for m in root.modules() if isinstance(m, QuantizedLinear)]
+    moved = [(layer, name) for layer in layers for name in layer.stored if name != "codes"]
+    for layer, name in moved:
+        layer.register_parameter(name, nn.Parameter(layer._buffers.pop(name), requires_grad=False))
+    try:
+        yield
+    finally:
+        for layer, name in moved:
+            held = layer._parameters.pop(name)
+            assert held is not None
+            layer.register_buffer(name, held.detach())
 
 
 def rounded(W: Tensor, weights: str, dtype: torch.dtype, metric: Metric | None = None) -> Tensor:

@@ -144,6 +144,11 @@ class StorageChoice(Section):
 
     kind: Annotated[str, AfterValidator(known_storage)] = "factored"
     weights: Annotated[str, AfterValidator(known_weights)] = "native"
+    alike: bool = Field(
+        default=False,
+        description="one form for targets that read the same inputs (q/k/v, gate/up): engines "
+        "that fuse them want it",
+    )
 
 
 class ClosedFormRefinement(Section):

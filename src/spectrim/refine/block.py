@@ -10,6 +10,7 @@ included, so that refinement never makes a block worse on windows that it was no
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from spectrim.distributed.pool import Pool
 from spectrim.distributed.team import Team
+from spectrim.layers.quantized import trained_scales
 from spectrim.refine.fitting import FitResult, FitSettings, fit, hold_out
 from spectrim.refine.masters import master_weights
 
@@ -96,7 +98,7 @@ def refine_block(
 
     Args:
         name: the block's path, for messages.
-        module: the compressed block; every parameter is trained.
+        module: the compressed block; every parameter is trained, and the scales of integers.
         run: runs it with its recorded arguments (and through further blocks for look-ahead).
         inputs: shifted stream at the block, (N, T, d).
         targets: original stream after the block (or after the look-ahead), (N, T, d).
@@ -116,8 +118,10 @@ def refine_block(
     windows, tokens, _ = inputs.shape
     train, held = hold_out(windows, training.held_out)
     pool = pool or Pool(Team(), windows, ())
-    parameters = list(module.parameters())
-    with master_weights(parameters) as as_stored:
+    with ExitStack() as stack:
+        stack.enter_context(trained_scales([module]))
+        parameters = list(module.parameters())
+        as_stored = stack.enter_context(master_weights(parameters))
         # The dtype of the masters: fp32, or fp64 for a model in fp64.
         wide = parameters[0].dtype
 

@@ -42,6 +42,7 @@ def plan_limits(recipe: Recipe, dtype_bytes: int) -> Limits:
         weights=recipe.storage.weights,
         floor=recipe.allocate.floor,
         multiple=recipe.allocate.multiple,
+        alike=recipe.storage.alike,
     )
 
 

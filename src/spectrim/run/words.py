@@ -133,6 +133,10 @@ class RecipeWords(CalibrationWords, total=False):
             "storage.weights",
         ),
     ]
+    alike: Annotated[
+        bool | None,
+        Word(bool, None, "Store q/k/v alike, and gate/up, as engines fuse.", MAKE, "storage.alike"),
+    ]
     effort: Annotated[
         str | None, Word(str, None, "fast, balanced or thorough, of the default recipe.", MAKE)
     ]

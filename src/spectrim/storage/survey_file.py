@@ -69,6 +69,7 @@ class TargetRecord(Strict):
     irreducible: Loss
     reference: tuple[Annotated[int, Field(ge=0)], Finite] | None = None
     lossless: Annotated[int, Field(ge=0)] | None = None
+    group: Annotated[int, Field(ge=0)] | None = None
 
 
 class Facts(Strict, extra="allow"):
@@ -256,6 +257,7 @@ def _target_record(curve: Curve) -> TargetRecord:
         irreducible=curve.irreducible,
         reference=curve.reference,
         lossless=curve.lossless,
+        group=curve.group,
     )
 
 
@@ -293,6 +295,7 @@ def _curve(target: TargetRecord, arrays: dict[str, np.ndarray], folder: Path) ->
         score=score,
         reference=target.reference,
         lossless=target.lossless,
+        group=target.group,
     )
 
 

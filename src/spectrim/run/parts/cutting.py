@@ -14,6 +14,7 @@ from spectrim.decompose.anchored import anchored_map
 from spectrim.decompose.balance import balanced
 from spectrim.decompose.decomposition import Decomposition
 from spectrim.decompose.kfac import output_root
+from spectrim.formats.number_format import Integers
 from spectrim.layers.layout import layout_of
 from spectrim.layers.lowrank import LowRankLinear
 from spectrim.layers.source import Source
@@ -22,8 +23,11 @@ from spectrim.linalg.scaling import row_and_column_sizes
 from spectrim.model.anatomy import Target
 from spectrim.model.weights import is_transposed, read_bias, read_weight
 from spectrim.moments.moments import Moments, OutputMoments
-from spectrim.recipe import Decompose, Recipe
+from spectrim.recipe import BlockRefinement, Decompose, DistillRefinement, Recipe
 from spectrim.storage.survey_record import Factors
+
+FEW_BITS = 4
+"""Codes of more bits are so fine that numbers are better trained first and rounded then."""
 
 __all__ = [
     "cut_layer",
@@ -163,10 +167,17 @@ def _facts(
 def rounds_at_cut(recipe: Recipe, entry: PlanEntry) -> bool:
     """Whether a target is rounded to integers where it is cut, for later ones to make up for it.
 
-    Sequential flows do so; what is trained or solved for again afterwards is rounded at the end.
+    Sequential flows do so. What is trained afterwards is rounded at the end if that costs next to
+    nothing; of few bits the codes stay, and scales are trained. What is solved for again is rounded
+    at the end.
     """
-    integer = layout_of(entry.storage, entry.weights).integer
-    return integer and recipe.flow == "sequential" and not recipe.refine
+    formats = layout_of(entry.storage, entry.weights).formats.values()
+    if recipe.flow != "sequential" or not any(row.integer for row in formats):
+        return False
+    if not recipe.refine:
+        return True
+    frozen = all(isinstance(s, BlockRefinement | DistillRefinement) for s in recipe.refine)
+    return frozen and all(isinstance(r, Integers) and r.bits <= FEW_BITS for r in formats)
 
 
 def _stored_target(

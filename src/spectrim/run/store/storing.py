@@ -55,8 +55,13 @@ def check_storage(recipe: Recipe) -> None:
             "--weights auto or a number format such as int4-g32"
         )
     weighing = [name for name, rule in RULES.items() if rule.weighs_forms]
-    what = "weights auto" if choice.weights == AUTO else "storage dense"
-    if (choice.weights == AUTO or choice.kind == "dense") and recipe.allocate.rule not in weighing:
+    asked = {
+        "weights auto": choice.weights == AUTO,
+        "storage dense": choice.kind == "dense",
+        "storage alike": choice.alike,
+    }
+    what = next((words for words, wanted in asked.items() if wanted), None)
+    if what is not None and recipe.allocate.rule not in weighing:
         raise RecipeError(
             f"{what} needs a rule that weighs forms against each other, which only "
             f"{', '.join(weighing)} does; the recipe {recipe.name!r} has {recipe.allocate.rule}. "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 
 import torch
@@ -11,6 +12,7 @@ from spectrim.data.mixing import interleave
 from spectrim.data.self_text import sample_windows
 from spectrim.devices import on_host
 from spectrim.distributed.pool import Pool
+from spectrim.layers.quantized import trained_scales
 from spectrim.model.replay import Replay
 from spectrim.model.stream import Stream
 from spectrim.model.weights import get_module
@@ -90,9 +92,6 @@ def distill_network(job: Job, step: DistillRefinement, teacher: Teacher) -> str:
     """
     replay = teacher.replay
     modules = [get_module(job.model, block.name) for block in job.anatomy.blocks]
-    parameters = [p for module in modules for p in module.parameters()]
-    trained = {id(p) for p in parameters}
-    others = [p for p in job.model.parameters() if id(p) not in trained]
     wide = torch.promote_types(teacher.hidden.dtype, torch.float32)
 
     pool = Pool(job.team, teacher.windows, (replay.stream, teacher.hidden))
@@ -118,7 +117,12 @@ def distill_network(job: Job, step: DistillRefinement, teacher: Teacher) -> str:
         relative=step.relative,
         seed=job.recipe.seed,
     )
-    with frozen(others):
+    with ExitStack() as stack:
+        stack.enter_context(trained_scales(modules))
+        parameters = [p for module in modules for p in module.parameters()]
+        trained = {id(p) for p in parameters}
+        others = [p for p in job.model.parameters() if id(p) not in trained]
+        stack.enter_context(frozen(others))
         loss = distill(
             parameters,
             Teaching(student, leaving, replay.tail, teacher.train, teacher.held),
