@@ -57,6 +57,11 @@ class Folded(Mapping[str, Record]):
         chosen._records = {name: self._records[name] for name in names if name in self._records}
         return chosen
 
+    def forget(self, names: Iterable[str]) -> None:
+        """Let records go, here alone where others share them."""
+        for name in names:
+            self._records.pop(name, None)
+
     def folded(self, name: str) -> tuple[Record, dict[str, SymmetricSum]]:
         """A record without its symmetric matrices, and their panels by field."""
         return self._records[name]

@@ -187,6 +187,7 @@ def _finish_block(state: Streams, plan: Plan, block: Block) -> str:
         state.move(block, compressed, state.shifted, state.shifted)
     replace_module(job.model, block.name, compressed)
     state.original = targets
+    state.forget(block)
     return note
 
 

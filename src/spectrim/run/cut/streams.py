@@ -20,6 +20,7 @@ from spectrim.model.staged import Staged
 from spectrim.model.stream import Stream
 from spectrim.moments.accumulate import MomentAccumulator, accumulator_of
 from spectrim.moments.experts import BlockMoments
+from spectrim.moments.folded import Folded
 from spectrim.moments.gradients import folded_dtype
 from spectrim.moments.moments import Moments, OutputMoments
 from spectrim.recipe import BlockRefinement, ClosedFormRefinement
@@ -82,6 +83,12 @@ class Streams:
         """Moments with those of the original inputs that the gradient pass has summed."""
         known = self.seen.get(group.targets[0].name)
         return found if known is None else replace(found, C=known.C)
+
+    def forget(self, block: Block) -> None:
+        """Let a finished block's moments go: while blocks are cut, what is kept of them grows."""
+        for found in (self.outputs, self.seen):
+            if isinstance(found, Folded):
+                found.forget(target.name for target in block.targets)
 
     def batches(self) -> list[slice]:
         """Rows of the streams that go through a block together."""
