@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from spectrim.formats import FORMATS, JOINT, format_of
 from spectrim.layers.layout import LAYERS, layout_of
 
-__all__ = ["AUTO", "Form", "dense_forms", "low_rank_forms"]
+__all__ = ["AUTO", "EVERY", "Form", "dense_forms", "low_rank_forms"]
 
 AUTO = "auto"
 """In place of a number format: the plan chooses one for every target."""
+
+EVERY = ("*",)
+"""Patterns of formats that leave none out."""
 
 _FACTOR_BITS = (4, 3)
 
@@ -52,7 +57,7 @@ class Form:
         return max(format_of(name).rounding_share for name in self.weights.split(JOINT))
 
 
-def low_rank_forms(storage: str, weights: str) -> tuple[Form, ...]:
+def low_rank_forms(storage: str, weights: str, formats: Sequence[str] = EVERY) -> tuple[Form, ...]:
     """The forms of cut matrices that a recipe's storage choice allows; none with `dense`.
 
     Factors of few columns fill large groups badly, and `up` has as many columns as components: its
@@ -70,13 +75,21 @@ def low_rank_forms(storage: str, weights: str) -> tuple[Form, ...]:
         for bits in _FACTOR_BITS
         for up, down in ((32, 32), (32, 64), (32, 128), (64, 64), (64, 128))
     ]
-    return (*native, *(Form("factored", pair) for pair in ("int8", *pairs)))
+    every = (Form("factored", pair) for pair in ("int8", *pairs))
+    return (*native, *(form for form in every if _allowed(form, formats)))
 
 
-def dense_forms(weights: str) -> tuple[Form, ...]:
+def dense_forms(weights: str, formats: Sequence[str] = EVERY) -> tuple[Form, ...]:
     """The forms of targets that are not cut: their own numbers, and integers where asked for."""
     native = Form("dense")
     if weights == AUTO:
         every = [name for name, row in FORMATS.items() if row.integer and name not in _NEVER]
-        return (native, *(Form("dense", name) for name in every))
+        forms = (Form("dense", name) for name in every)
+        return (native, *(form for form in forms if _allowed(form, formats)))
     return (native,) if weights == "native" else (native, Form("dense", weights))
+
+
+def _allowed(form: Form, formats: Sequence[str]) -> bool:
+    """Whether the formats of all parts fit one of the patterns."""
+    names = form.weights.split(JOINT)
+    return all(any(fnmatchcase(name, pattern) for pattern in formats) for name in names)

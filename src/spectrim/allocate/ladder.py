@@ -15,7 +15,7 @@ import numpy as np
 
 from spectrim.allocate.budget import Shape, budget_bytes, bytes_by_rank, layer_bytes
 from spectrim.allocate.curve import Curve
-from spectrim.allocate.forms import Form, dense_forms, low_rank_forms
+from spectrim.allocate.forms import EVERY, Form, dense_forms, low_rank_forms
 from spectrim.allocate.plan import Plan, PlanEntry, Storage, Weights
 from spectrim.errors import BudgetError, InputError
 
@@ -43,6 +43,7 @@ class Limits:
             stay native, but for the knapsack.
         floor: least rank as a share of the break-even rank of factored native storage.
         multiple: ranks are multiples of this.
+        formats: patterns of those that `auto` may choose besides native numbers.
         alike: targets that read the same inputs are stored in one form, ranks apart.
     """
 
@@ -52,6 +53,7 @@ class Limits:
     floor: float = 0.0
     multiple: int = 1
     alike: bool = False
+    formats: Sequence[str] = EVERY
 
     def __post_init__(self):
         if not 0 <= self.floor < 1:
@@ -62,12 +64,12 @@ class Limits:
     @property
     def forms(self) -> tuple[Form, ...]:
         """The forms of a cut matrix to choose from."""
-        return low_rank_forms(self.storage, self.weights)
+        return low_rank_forms(self.storage, self.weights, self.formats)
 
     @property
     def whole(self) -> tuple[Form, ...]:
         """The forms of a target that is not cut."""
-        return dense_forms(self.weights)
+        return dense_forms(self.weights, self.formats)
 
     def of(self, form: Form) -> Limits:
         """The same limits with one form to choose."""

@@ -29,6 +29,7 @@ from spectrim.run.places import places
 from spectrim.run.predicting import estimate
 from spectrim.run.reading_words import ElasticWords, ResizeWords
 from spectrim.run.resolving import check_brought, check_size, resolve_recipe
+from spectrim.run.sizing import for_size
 from spectrim.run.sources import sources_of
 from spectrim.run.store.saving import describe_outcome, save_outcome
 from spectrim.run.store.saving_elastic import save_survey_as_elastic as elastic
@@ -112,6 +113,7 @@ def compress(model: str | Path | nn.Module, **words: Unpack[CompressWords]) -> R
             kept=folder is not None and output is not None,
         )
         loaded = load_model(model, replace(options, out_of_core=lazily), whole=True)
+        resolved = for_size(resolved, asked, loaded)
         chosen, found = bring_plan(planned, loaded)
         if chosen is not None:
             resolved = resolved.with_changes(keep=chosen.keep)

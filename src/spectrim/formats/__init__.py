@@ -7,6 +7,7 @@ and benchmarks ask the row. Nothing here imports torch before numbers are at han
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from types import MappingProxyType
 
 from spectrim.errors import ArtifactError
@@ -16,7 +17,15 @@ from spectrim.formats.int8 import Int8
 from spectrim.formats.native import Native
 from spectrim.formats.number_format import NumberFormat
 
-__all__ = ["FORMATS", "JOINT", "NumberFormat", "format_of", "formats_of", "known_weights"]
+__all__ = [
+    "FORMATS",
+    "JOINT",
+    "NumberFormat",
+    "format_of",
+    "formats_of",
+    "known_patterns",
+    "known_weights",
+]
 
 JOINT = "+"
 """Between the formats of a layer whose parts have different ones: `int4+int8`."""
@@ -59,6 +68,19 @@ def formats_of(weights: str, parts: int) -> tuple[NumberFormat, ...]:
     if len(names) > parts:
         raise ArtifactError(f"weights {weights!r} name {len(names)} formats for {parts} parts")
     return tuple(format_of(names[min(i, len(names) - 1)]) for i in range(parts))
+
+
+def known_patterns(patterns: tuple[str, ...]) -> tuple[str, ...]:
+    """The patterns themselves, if each fits a format.
+
+    Raises:
+        ValueError: one fits none; quotes what is known.
+    """
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in FORMATS):
+            known = ", ".join(map(repr, FORMATS))
+            raise ValueError(f"{pattern!r} fits no format; known are {known}")
+    return patterns
 
 
 def known_weights(weights: str) -> str:

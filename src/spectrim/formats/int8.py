@@ -88,6 +88,14 @@ class Int8(Integers):
         """By torch's kernel."""
         return _suits_kernel(tensors["codes"], dtype)
 
+    def fast(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Where torch's kernel is."""
+        import torch
+
+        from spectrim.devices import has_kernel
+
+        return dtype == torch.bfloat16 and has_kernel(KERNEL, device)
+
     def path(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> str:
         """The kernel's name where it runs."""
         from spectrim.devices import on_host

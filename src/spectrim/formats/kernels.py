@@ -53,6 +53,12 @@ class Int4Kernel(Kernel):
             return f"{codes.shape[0]} rows are no multiple of {OUT_MULTIPLE}"
         return _obstacle_on(codes.device, self.group) if codes.numel() else "nothing to multiply"
 
+    def at_hand(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """In bf16, where the kernel is there and gives codes back."""
+        import torch
+
+        return dtype == torch.bfloat16 and not _obstacle_on(device, self.group)
+
     def pack(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Codes in the kernel's order, and pairs of scale and zero by group and row."""
         import torch

@@ -84,6 +84,10 @@ class NumberFormat(ABC):
         """Whether `multiply` reads what is stored where it lies, without a copy of the matrix."""
         return False
 
+    def fast(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether products on a device take about as long as those of plain numbers, or less."""
+        return not self.integer or (self.kernel is not None and self.kernel.at_hand(device, dtype))
+
     def path(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> str:
         """How a product with these runs, in words for people."""
         return "restored for every product"
@@ -97,6 +101,10 @@ class Kernel(ABC):
     @abstractmethod
     def obstacle(self, tensors: Mapping[str, Tensor], columns: int, dtype: torch.dtype) -> str:
         """Why it cannot multiply these, or is not the faster way to; empty if it can and is."""
+
+    @abstractmethod
+    def at_hand(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether a device has it for a model's dtype."""
 
     @abstractmethod
     def pack(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from spectrim.allocate.curve import Score
 from spectrim.allocate.rules import RULES, known_rule
 from spectrim.decompose import OBJECTIVES, known_objective
 from spectrim.errors import RecipeError
-from spectrim.formats import known_weights
+from spectrim.formats import known_patterns, known_weights
 from spectrim.layers.layout import known_storage
 from spectrim.plain_yaml import parse_plain, read_bounded
 from spectrim.recipe.learning import AcipLearning, SocoLearning
@@ -148,6 +148,9 @@ class StorageChoice(Section):
         default=False,
         description="one form for targets that read the same inputs (q/k/v, gate/up): engines "
         "that fuse them want it",
+    )
+    formats: Annotated[tuple[str, ...], AfterValidator(known_patterns)] = Field(
+        default=("*",), description="patterns of what weights auto may choose besides native"
     )
 
 

@@ -43,6 +43,7 @@ def plan_limits(recipe: Recipe, dtype_bytes: int) -> Limits:
         floor=recipe.allocate.floor,
         multiple=recipe.allocate.multiple,
         alike=recipe.storage.alike,
+        formats=recipe.storage.formats,
     )
 
 
