@@ -62,6 +62,10 @@ def recipes() -> dict[str, Recipe]:
         "int4": fast.with_changes(storage={"weights": "int4"}),
         "auto": fast.with_changes(storage={"weights": "auto"}),
     }
+    mixed = {"weights": "auto"}
+    found["auto, nothing cut"] = fast.with_changes(storage=mixed | {"kind": "dense"})
+    for effort in ("balanced", "thorough"):
+        found[f"auto, {effort}"] = get_recipe(f"spectrim-{effort}").with_changes(storage=mixed)
     return found | {name: get_recipe(name) for name in PUBLISHED}
 
 
