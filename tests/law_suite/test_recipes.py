@@ -1,7 +1,8 @@
 """Laws that hold for every recipe, present and future, on a tiny model with few windows.
 
 A recipe is made quick by small numbers in its own fields; what it does stays the same. Each
-preset is carried out once, saved and loaded; other sizes are carried out without saving.
+preset is carried out once, saved and loaded; other sizes are carried out without saving. Two blocks
+show what more do: a first one, and one after what another has left.
 """
 
 import dataclasses
@@ -29,13 +30,13 @@ from spectrim.run.store.saving import save_outcome
 
 ARCHITECTURE = "qwen2"  # a llama whose queries, keys and values have biases
 KEEP = 0.6
-OTHER_KEEPS = (0.8, 0.95)
+LARGER_KEEP = 0.95
 
 TRAINS_BIASES = {"block", "distill"}
 
 
 def original():
-    return tiny(ARCHITECTURE)[0]
+    return tiny(ARCHITECTURE, num_hidden_layers=2)[0]
 
 
 @cache
@@ -156,12 +157,12 @@ def test_keep_one_is_the_original(name):
 
 
 def test_error_falls_with_keep(saved):
+    """Down to none: at keep 1 the model is the original, which the law before this one says."""
     ids = text()
+    larger = carry_out(quick(PRESETS[saved.outcome.recipe.name], LARGER_KEEP))
     expected = logits(original(), ids)
-    errors = {KEEP: (logits(saved.outcome.model, ids) - expected).square().mean()}
-    for keep in OTHER_KEEPS:
-        outcome = carry_out(quick(PRESETS[saved.outcome.recipe.name], keep))
-        errors[keep] = (logits(outcome.model, ids) - expected).square().mean()
-    ordered = [float(errors[keep]) for keep in sorted(errors)]
-    assert ordered == sorted(ordered, reverse=True)
-    assert ordered[-1] < 0.7 * ordered[0]
+    small, large = (
+        float((logits(outcome.model, ids) - expected).square().mean())
+        for outcome in (saved.outcome, larger)
+    )
+    assert 0 < large < 0.9 * small

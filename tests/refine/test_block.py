@@ -7,12 +7,14 @@ import torch
 from torch import nn
 
 from spectrim.decompose import decompose
+from spectrim.distributed.pool import Pool
+from spectrim.distributed.team import Team
 from spectrim.errors import InputError
 from spectrim.layers.lowrank import LowRankLinear
 from spectrim.model.stream import Stream
 from spectrim.moments.moments import Moments
 from spectrim.refine.block import BlockTraining, refine_block
-from spectrim.refine.fitting import hold_out
+from spectrim.refine.course import hold_out
 
 CPU = torch.device("cpu")
 
@@ -58,9 +60,8 @@ def error(block, inputs, targets, rows):
 
 def refine(block, inputs, targets, **training):
     settings = {"epochs": 8, "batch": 8, "learning_rate": 5e-3, **training}
-    return refine_block(
-        "the block", block, block, inputs, targets, BlockTraining(**settings), device=CPU
-    )
+    pool = Pool(Team(), inputs.shape[0], (inputs, targets))
+    return refine_block("the block", block, block, pool, BlockTraining(**settings), device=CPU)
 
 
 def test_losses_are_held_out_errors_and_fall():

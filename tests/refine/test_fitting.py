@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from spectrim.errors import InputError, NonFiniteError
-from spectrim.refine.fitting import FitSettings, fit, hold_out, warmup_cosine
+from spectrim.refine.course import Course, hold_out
+from spectrim.refine.fitting import FitSettings, fit, warmup_cosine
 
 SETTINGS = {
     "steps": 40,
@@ -41,16 +42,14 @@ class Regression:
         with torch.no_grad():
             return float(self.loss_of(self.held))
 
+    def loss_or_judgement(self, rows):
+        """Nothing but a judgement is asked for without gradients, and it is of all held out."""
+        return self.loss_of(rows) if torch.is_grad_enabled() else torch.tensor(self.judge())
+
     def fit(self, judged=True, **changes):
-        return fit(
-            "the map",
-            [self.weight],
-            self.loss_of,
-            self.judge if judged else None,
-            self.train,
-            FitSettings(**{**SETTINGS, **changes}),
-            tokens_per_window=3,
-        )
+        course = Course(self.train, self.held if judged else self.held[:0], tokens=3)
+        settings = FitSettings(**{**SETTINGS, **changes})
+        return fit("the map", [self.weight], self.loss_or_judgement, course, settings)
 
 
 def test_schedule():
@@ -195,10 +194,8 @@ def test_a_tensor_of_zeros_moves_like_the_smallest():
         "a map with a bias",
         [problem.weight, bias],
         lambda r: loss_of(r) + (bias - 1).square().mean(),
-        None,
-        problem.train,
+        Course(problem.train, problem.held[:0], tokens=3),
         settings,
-        tokens_per_window=3,
     )
     size = float(Scaled(1.0).weight.detach().square().mean().sqrt())
     torch.testing.assert_close(bias, torch.full((2,), SETTINGS["learning_rate"] * size))

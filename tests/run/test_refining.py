@@ -11,7 +11,7 @@ from jobs import logits, make_job, same_state, uniform_plan
 from spectrim.errors import InputError, NonFiniteError, RecipeError
 from spectrim.model.weights import get_module
 from spectrim.recipe import BlockRefinement, Recipe
-from spectrim.refine.fitting import hold_out
+from spectrim.refine.course import hold_out
 from spectrim.run.cut.sequential import cut_sequentially
 from spectrim.run.train.refining import check_steps
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from spectrim.cli import options
+from spectrim.cli.terminal import Terminal
 from spectrim.cli.words import takes
 from spectrim.run.reading_words import AdapterWords
 
@@ -20,40 +20,30 @@ __all__ = ["adapter"]
     of=AdapterWords,
 )
 def adapter(
+    terminal: Terminal,
     base: Annotated[
         str, typer.Argument(metavar="BASE", help="The model to adapt; may be compressed.")
     ],
     model: Annotated[str, typer.Argument(metavar="MODEL", help="The model to come close to.")],
-    output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="DIR", help="Folder to write to.")
-    ],
-    as_json: options.AsJson = False,
-    verbose: options.Verbose = False,
-    quiet: options.Quiet = False,
+    output: options.OutputFolder,
     **words: Any,
 ) -> None:
     """Write the best low-rank difference between MODEL and BASE as a LoRA adapter for BASE.
 
     It repairs a rounded or compressed BASE, or extracts what MODEL was tuned to.
     """
-    from spectrim.cli.session import session
-
-    with session(verbose=verbose, quiet=quiet or as_json, output=output) as progress:
+    with terminal.working(output=output) as progress:
         from spectrim import api
 
-        made = api.adapter(
-            base,
-            model,
-            output=output,
-            progress=progress,
-            **options.given(**words),
-        )
-    from spectrim.cli.render import print_facts, print_json
+        given = {"output": output, "progress": progress, **options.given(**words)}
+        made = api.adapter(base, model, **given)
+    terminal.show({**made.facts, "output": str(output)}, print_adapter)
 
-    facts = made.facts
-    if as_json:
-        print_json({**facts, "output": str(output)})
-        return
+
+def print_adapter(facts: dict[str, Any]) -> None:
+    """Print what the adapter holds, and how much of the difference."""
+    from spectrim.cli.render import print_facts
+
     share = 1 - facts["left"] / facts["difference"]
     said = {
         "adapter": f"rank {facts['rank']} in {len(facts['targets'])} layers of {facts['base']}",
@@ -68,4 +58,4 @@ def adapter(
         said[f"perplexity, {one['kind']}"] = ", ".join(
             f"{which} {one[which]['perplexity']:.2f}" for which in ("base", "adapted", "model")
         )
-    print_facts({**said, "output": output})
+    print_facts({**said, "output": facts["output"]})

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from spectrim.cli import options
+from spectrim.cli.terminal import Terminal
 from spectrim.cli.words import takes
 from spectrim.errors import InputError
 
@@ -16,6 +17,7 @@ __all__ = ["bench"]
 
 @takes("device", "dtype", "trust_remote_code")
 def bench(
+    terminal: Terminal,
     model: Annotated[str, typer.Argument(metavar="OUT", help="The compressed model's folder.")],
     against: Annotated[
         str, typer.Option("--against", metavar="MODEL", help="The dense model to compare with.")
@@ -48,19 +50,14 @@ def bench(
         bool,
         typer.Option("--latent-cache", help="Time OUT also with a cache of latents, not heads."),
     ] = False,
-    as_json: options.AsJson = False,
-    verbose: options.Verbose = False,
-    quiet: options.Quiet = False,
     **words: Any,
 ) -> None:
     """Time OUT and the dense MODEL on this machine: prefill, decode, first token, memory.
 
     The ideal is what the saved bytes (decode) and multiplications (prefill) would give alone.
     """
-    from spectrim.cli.session import session
-
     sizes = {"batches": as_numbers("--batch", batch), "lengths": as_numbers("--lengths", lengths)}
-    with session(verbose=verbose, quiet=quiet or as_json) as progress:
+    with terminal.working() as progress:
         from spectrim.run.options import RunOptions
         from spectrim.studies.benching import bench as measure
 
@@ -73,12 +70,7 @@ def bench(
             latent_cache=latent_cache,
             **options.given(**sizes, new_tokens=new_tokens, repeats=repeats),
         )
-    from spectrim.cli.render import print_json
-
-    if as_json:
-        print_json(found)
-    else:
-        print_bench(found)
+    terminal.show(found, print_bench)
 
 
 def as_numbers(option: str, words: str | None) -> list[int] | None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from spectrim.cli import options, study
+from spectrim.cli.terminal import Terminal
 from spectrim.cli.words import MEASURING, takes
 
 __all__ = ["calibration_study"]
@@ -15,6 +16,7 @@ __all__ = ["calibration_study"]
 
 @takes("recipes", "keep", "text", "window_length", *MEASURING)
 def calibration_study(
+    terminal: Terminal,
     model: options.Model,
     output: Annotated[
         Path,
@@ -29,9 +31,6 @@ def calibration_study(
     seeds: Annotated[
         str | None, typer.Option("--seeds", metavar="N,...", help="Several draws; default 0.")
     ] = None,
-    as_json: options.AsJson = False,
-    verbose: options.Verbose = False,
-    quiet: options.Quiet = False,
     **words: Any,
 ) -> None:
     """Measure how quality grows with the number of calibration windows.
@@ -39,14 +38,12 @@ def calibration_study(
     DIR receives calibration.json, .csv, .png and .svg. A run that was cut off goes on where it
     was, and further recipes, numbers or seeds add only themselves.
     """
-    from spectrim.cli.session import session
-
     chosen = {
         "recipes": study.names(words["recipes"]) or None,
         "windows": study.numbers("--windows", windows, least=1),
         "seeds": study.numbers("--seeds", seeds, least=0),
     }
-    with session(verbose=verbose, quiet=quiet or as_json, output=output, resumes=True) as progress:
+    with terminal.working(output=output, resumes=True) as progress:
         from spectrim import studies
 
         found = studies.calibration_study(
@@ -56,10 +53,6 @@ def calibration_study(
             **options.given(**chosen),
             **study.calibration(words),
         )
-    from spectrim.cli.render import print_json
     from spectrim.cli.study_tables import print_calibration
 
-    if as_json:
-        print_json(found.record())
-    else:
-        print_calibration(found.record(), output)
+    terminal.show(found.record(), print_calibration, output)

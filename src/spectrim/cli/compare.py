@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from spectrim.cli import options, study
+from spectrim.cli.terminal import Terminal
 from spectrim.cli.words import CALIBRATING, MEASURING, takes
 
 __all__ = ["compare"]
@@ -15,6 +16,7 @@ __all__ = ["compare"]
 
 @takes("recipes", *CALIBRATING, *MEASURING)
 def compare(
+    terminal: Terminal,
     model: options.Model,
     keep: Annotated[
         str, typer.Option("--keep", metavar="SIZES", help="0.8,0.6,0.4 or 0.9..0.3.")
@@ -25,18 +27,13 @@ def compare(
             "-o", "--output", metavar="OUT", help="Folder for compare.md, .csv and .json."
         ),
     ] = None,
-    as_json: options.AsJson = False,
-    verbose: options.Verbose = False,
-    quiet: options.Quiet = False,
     **words: Any,
 ) -> None:
     """Run every recipe at every size and print one table with uncertainty, time and memory.
 
     A row that cannot be told from the best of its size by a paired bootstrap says so.
     """
-    from spectrim.cli.session import session
-
-    with session(verbose=verbose, quiet=quiet or as_json, output=output, resumes=True) as progress:
+    with terminal.working(output=output, resumes=True) as progress:
         from spectrim import studies
 
         found = studies.compare(
@@ -47,10 +44,4 @@ def compare(
             output=output,
             **study.calibration(words),
         )
-    from spectrim.cli.render import print_json
-    from spectrim.cli.study import print_comparison
-
-    if as_json:
-        print_json(found.record())
-    else:
-        print_comparison(found.record(), output)
+    terminal.show(found.record(), study.print_comparison, output)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from spectrim.cli import options
+from spectrim.cli.terminal import Terminal
 from spectrim.cli.words import CALIBRATING, takes
 
 __all__ = ["compress"]
@@ -28,15 +29,13 @@ CARRYING = (
     *("work", "resume", "self_contained", "overwrite"),
 )
 def compress(
+    terminal: Terminal,
     model: options.Model,
     output: options.Output,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Predict time and peak memory; load and write nothing."),
     ] = False,
-    as_json: options.AsJson = False,
-    verbose: options.Verbose = False,
-    quiet: options.Quiet = False,
     **words: Any,
 ) -> None:
     """Compress MODEL and save the result to OUT.
@@ -45,39 +44,27 @@ def compress(
     With the recipe acip it is an elastic artifact, which `spectrim resize` cuts to any size.
     """
     from spectrim.cli.crew import crew
-    from spectrim.cli.session import session
 
-    written, resumes = None if dry_run else output, words["resume"] is not False
+    place = {} if dry_run else {"output": output, "work": words["work"]}
     with (
-        session(
-            verbose=verbose,
-            quiet=quiet or as_json,
-            output=written,
-            resumes=resumes,
-            work=None if dry_run else words["work"],
-        ) as progress,
+        terminal.working(**place, resumes=words["resume"] is not False) as progress,
         crew(words["device"], progress) as team,
     ):
         from spectrim import api
 
         if dry_run:
-            from spectrim.cli.render import print_json
             from spectrim.cli.results import print_estimate
 
             if team.leads:
                 predicted = {name: words[name] for name in words if name not in CARRYING}
                 found = api.estimate(model, **options.given(**predicted))
-                (print_json if as_json else print_estimate)(found.summary())
+                terminal.show(found.summary(), print_estimate)
             return
         result = api.compress(
             model, output=output, progress=progress, team=team, **options.given(**words)
         )
     if not team.leads:
         return
-    from spectrim.cli.render import print_json
     from spectrim.cli.results import print_compression
 
-    if as_json:
-        print_json({"output": str(output), **result.report})
-    else:
-        print_compression(result.report, output)
+    terminal.show({"output": str(output), **result.report}, print_compression)

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from spectrim.cli import options, study
+from spectrim.cli import study
+from spectrim.cli.terminal import Terminal
 from spectrim.cli.words import CALIBRATING, MEASURING, takes
 
 __all__ = ["curve"]
@@ -15,6 +16,7 @@ __all__ = ["curve"]
 
 @takes("recipes", *CALIBRATING, *MEASURING)
 def curve(
+    terminal: Terminal,
     model: Annotated[
         str, typer.Argument(metavar="MODEL|ELASTIC", help="A model, or an elastic artifact.")
     ],
@@ -35,9 +37,6 @@ def curve(
             help="Reference points: the uncut model in int8, int4, or both as int8,int4.",
         ),
     ] = None,
-    as_json: options.AsJson = False,
-    verbose: options.Verbose = False,
-    quiet: options.Quiet = False,
     **words: Any,
 ) -> None:
     """Measure what every size costs: nats per token above dense against bits per weight.
@@ -45,9 +44,7 @@ def curve(
     OUT receives curve.json, curve.csv, curve.png and curve.svg. A run that was cut off goes on
     where it was, and further sizes or recipes add only themselves.
     """
-    from spectrim.cli.session import session
-
-    with session(verbose=verbose, quiet=quiet or as_json, output=output, resumes=True) as progress:
+    with terminal.working(output=output, resumes=True) as progress:
         from spectrim import studies
 
         found = studies.curve(
@@ -59,10 +56,4 @@ def curve(
             output=output,
             **study.calibration(words),
         )
-    from spectrim.cli.render import print_json
-    from spectrim.cli.study import print_curve
-
-    if as_json:
-        print_json(found.record())
-    else:
-        print_curve(found.record(), output)
+    terminal.show(found.record(), study.print_curve, output)

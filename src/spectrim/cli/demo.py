@@ -8,11 +8,15 @@ from typing import Annotated
 import typer
 
 from spectrim.cli import options
+from spectrim.cli.terminal import Terminal
+from spectrim.cli.words import takes
 
 __all__ = ["demo"]
 
 
+@takes(told=("verbose", "quiet"))
 def demo(
+    terminal: Terminal,
     output: Annotated[
         Path, typer.Option("-o", "--output", metavar="OUT", help="Folder to write the result to.")
     ] = Path("demo-output"),
@@ -26,13 +30,9 @@ def demo(
         ),
     ] = 0.6,
     overwrite: options.Overwrite = False,
-    verbose: options.Verbose = False,
-    quiet: options.Quiet = False,
 ) -> None:
     """Compress the bundled Llama and show what it costs."""
-    from spectrim.cli.session import session
-
-    with session(verbose=verbose, quiet=quiet, output=output) as progress:
+    with terminal.working(output=output) as progress:
         from spectrim.demo.run import run_demo
 
         found = run_demo(output, keep=keep, overwrite=overwrite, progress=progress)

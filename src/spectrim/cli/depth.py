@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from spectrim.cli import options, study
+from spectrim.cli.terminal import Terminal
 from spectrim.cli.words import CALIBRATING, MEASURING, takes
 
 __all__ = ["distortion", "layer_errors"]
@@ -18,13 +19,12 @@ Folder = Annotated[
 ]
 
 
-@takes("recipes", "objectives", "keep", *CALIBRATING, *MEASURING)
+@takes("recipes", "objectives", "keep", *CALIBRATING, *MEASURING, told=("verbose", "quiet"))
 def distortion(
+    terminal: Terminal,
     model: options.Model,
     output: Folder,
     results: study.Results = None,
-    verbose: options.Verbose = False,
-    quiet: options.Quiet = False,
     **words: Any,
 ) -> None:
     """Compare the output of every block and projection with the dense MODEL's.
@@ -33,19 +33,18 @@ def distortion(
     distortion.csv and .json, and the squared error and cosine distance of the blocks as pictures,
     one line per result. Finished runs of recipes are kept there and reused.
     """
-    found = _follow("distortion", model, output, results, words, verbose=verbose, quiet=quiet)
+    found = _follow("distortion", terminal, model, output, results, words)
     from spectrim.cli.study_tables import print_depth
 
     print_depth(found, output)
 
 
-@takes("recipes", "objectives", "keep", *CALIBRATING, *MEASURING)
+@takes("recipes", "objectives", "keep", *CALIBRATING, *MEASURING, told=("verbose", "quiet"))
 def layer_errors(
+    terminal: Terminal,
     model: options.Model,
     output: Folder,
     results: study.Results = None,
-    verbose: options.Verbose = False,
-    quiet: options.Quiet = False,
     **words: Any,
 ) -> None:
     """Draw the predicted and the measured error of every layer.
@@ -55,7 +54,7 @@ def layer_errors(
     held-out text, original network against compressed one. DIR receives layer_errors.csv, .json,
     .png and .svg; finished runs are kept there and reused.
     """
-    found = _follow("layer_errors", model, output, results, words, verbose=verbose, quiet=quiet)
+    found = _follow("layer_errors", terminal, model, output, results, words)
     from spectrim.cli.study_tables import print_layer_errors
 
     print_layer_errors(found, output)
@@ -63,17 +62,14 @@ def layer_errors(
 
 def _follow(
     name: str,
+    terminal: Terminal,
     model: str,
     output: Path,
     results: list[Path] | None,
     words: Mapping[str, Any],
-    **loud: bool,
 ) -> Any:
     """Carry out the study of that name."""
-    from spectrim.cli.session import session
-
-    told: dict[str, Any] = {"output": output, "resumes": True, **loud}
-    with session(**told) as progress:
+    with terminal.working(output=output, resumes=True) as progress:
         from spectrim import studies
 
         chosen = {

@@ -8,13 +8,15 @@ from typing import Annotated, Any
 import typer
 
 from spectrim.cli import options
+from spectrim.cli.terminal import Terminal
 from spectrim.cli.words import takes
 
 __all__ = ["elastic"]
 
 
-@takes("self_contained", "overwrite")
+@takes("self_contained", "overwrite", told=("verbose", "quiet"))
 def elastic(
+    terminal: Terminal,
     survey: Annotated[
         Path, typer.Argument(metavar="SURVEY", help="A folder made by `spectrim survey`.")
     ],
@@ -31,24 +33,16 @@ def elastic(
         str | None,
         typer.Option("--base", metavar="MODEL", help="Where the surveyed model lies now."),
     ] = None,
-    verbose: options.Verbose = False,
-    quiet: options.Quiet = False,
     **words: Any,
 ) -> None:
     """Write SURVEY's components, most important first, as an elastic artifact.
 
     `spectrim resize OUT` and `spectrim slider OUT` give any size of it without data.
     """
-    from spectrim.cli.session import session
-
-    with session(verbose=verbose, quiet=quiet, output=output):
+    with terminal.working(output=output):
         from spectrim import api
 
-        made = api.elastic(
-            survey,
-            output,
-            **options.given(score=score, base=base, **words),
-        )
+        made = api.elastic(survey, output, **options.given(score=score, base=base, **words))
     from spectrim.cli.render import print_facts
 
     print_facts(

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from spectrim.cli import options
-from spectrim.cli.study import as_length
+from spectrim.cli.study import as_length, print_tasks
+from spectrim.cli.terminal import Terminal
 from spectrim.cli.words import takes
 from spectrim.errors import InputError
 from spectrim.run.reading_words import EvaluateWords
@@ -21,36 +22,32 @@ __all__ = ["evaluate"]
     of=EvaluateWords,
 )
 def evaluate(
+    terminal: Terminal,
     models: Annotated[
         list[str],
         typer.Argument(metavar="MODEL...", help="Model names or folders, dense or compressed."),
     ],
-    as_json: options.AsJson = False,
-    verbose: options.Verbose = False,
-    quiet: options.Quiet = False,
     **words: Any,
 ) -> None:
     """Measure perplexity, parameters and bytes of each MODEL.
 
     With --against, the dense model comes first, and differences from it are paired.
     """
-    from spectrim.cli.session import session
-
     words["window_length"], tasks = as_length(words["window_length"]), words["tasks"]
-    with session(verbose=verbose, quiet=quiet or as_json):
+    with terminal.working():
         from spectrim.api.evaluating import evaluate_models
 
         results = evaluate_models(models, **options.given(**words))
-    from spectrim.cli.render import print_json
-    from spectrim.cli.results import print_evaluations
-    from spectrim.cli.study import print_tasks
-
-    if as_json:
-        print_json(results)
-    else:
-        print_evaluations(results)
-        print_tasks(results)
+    terminal.show(results, print_results)
     for result in results:
         if tasks is not None and not result["zero_shot"]["tasks"]:
             reason = next(iter(result["zero_shot"]["skipped"].values()))
             raise InputError(f"no task of {tasks} could be measured on {result['model']}: {reason}")
+
+
+def print_results(results: list[dict[str, Any]]) -> None:
+    """Print what every model scores, text by text and then task by task."""
+    from spectrim.cli.results import print_evaluations
+
+    print_evaluations(results)
+    print_tasks(results)

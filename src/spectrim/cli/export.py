@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from spectrim.cli import options
+from spectrim.cli.terminal import Terminal
+from spectrim.cli.words import takes
 from spectrim.errors import InputError
 
 __all__ = ["export"]
 
 
+@takes()
 def export(
-    folder: Annotated[Path, typer.Argument(metavar="OUT", help="A compressed folder.")],
-    output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="DIR", help="Folder to write to.")
-    ],
+    terminal: Terminal,
+    folder: options.Compressed,
+    output: options.OutputFolder,
     dense: Annotated[
         bool, typer.Option("--dense", help="Multiply the factors out: ordinary weights.")
     ] = False,
@@ -32,24 +33,19 @@ def export(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace DIR if it exists and is not empty.")
     ] = False,
-    as_json: options.AsJson = False,
-    verbose: options.Verbose = False,
-    quiet: options.Quiet = False,
 ) -> None:
     """Write OUT's model to DIR, as ordinary dense weights or in a format of inference engines."""
-    from spectrim.cli.session import session
-
     if dense == (to is not None):
         raise InputError(
             "say either --dense, to confirm the larger folder, or --format with "
             "compressed-tensors, gguf or onnx"
         )
-    with session(verbose=verbose, quiet=quiet or as_json, output=output):
+    with terminal.working(output=output):
         from spectrim import api
 
         given = options.given(to=to, overwrite=overwrite or None)
         api.export(folder, output=output, **given)
-    from spectrim.cli.render import format_bytes, print_facts, print_json
+    from spectrim.cli.render import format_bytes, print_facts
     from spectrim.storage.inspect import inspect_folder
 
     if to in ("gguf", "onnx"):
@@ -57,7 +53,5 @@ def export(
         written = sum(file.stat().st_size for file in graph)
     else:
         written = inspect_folder(output).bytes
-    if as_json:
-        print_json({"output": str(output), "bytes": written})
-    else:
-        print_facts({"bytes": format_bytes(written), "output": output})
+    facts = {"bytes": format_bytes(written), "output": output}
+    terminal.show({"output": str(output), "bytes": written}, lambda _: print_facts(facts))

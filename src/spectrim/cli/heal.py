@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from spectrim.cli import options
+from spectrim.cli.terminal import Terminal
 from spectrim.cli.words import takes
 from spectrim.run.reading_words import HealWords
 
@@ -20,18 +21,14 @@ __all__ = ["heal"]
     of=HealWords,
 )
 def heal(
+    terminal: Terminal,
     artifact: Annotated[
         Path, typer.Argument(metavar="OUT", help="A compressed folder, in native numbers.")
     ],
     text: Annotated[
         str, typer.Option("--text", metavar="SOURCE", help="To train on, as for compress.")
     ],
-    output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="DIR", help="Folder to write to.")
-    ],
-    as_json: options.AsJson = False,
-    verbose: options.Verbose = False,
-    quiet: options.Quiet = False,
+    output: options.OutputFolder,
     **words: Any,
 ) -> None:
     """Train the factors of OUT on a text; ranks, storage and bytes stay.
@@ -39,32 +36,27 @@ def heal(
     An eighth of the windows is held out: training ends when they gain no more, and the best state
     is kept, the untrained one included.
     """
-    from spectrim.cli.session import session
-
-    with session(verbose=verbose, quiet=quiet or as_json, output=output) as progress:
+    with terminal.working(output=output) as progress:
         from spectrim import api
 
-        healed = api.heal(
-            artifact,
-            text=text,
-            output=output,
-            progress=progress,
-            **options.given(**words),
-        )
-    from spectrim.cli.progress import format_seconds
-    from spectrim.cli.render import print_facts, print_json
+        given = {"output": output, "progress": progress, **options.given(**words)}
+        healed = api.heal(artifact, text=text, **given)
+    entry = {**healed.report["healing"][-1], "output": str(output)}
+    terminal.show(entry, print_healing, healed.report["model"])
 
-    entry = healed.report["healing"][-1]
-    if as_json:
-        print_json({**entry, "output": str(output)})
-        return
+
+def print_healing(entry: dict[str, Any], model: str) -> None:
+    """Print what was trained, and what held-out windows say of it."""
+    from spectrim.cli.progress import format_seconds
+    from spectrim.cli.render import print_facts
+
     print_facts(
         {
             "trained": f"{entry['parts']}, {entry['loss']}",
             "held out": f"{entry['before']:.4f} -> {entry['after']:.4f} nats per token, "
             f"{entry['held_out_windows']} windows",
             "time": format_seconds(entry["seconds"]),
-            "output": output,
-            "next": f"spectrim evaluate {output} --against {healed.report['model']}",
+            "output": entry["output"],
+            "next": f"spectrim evaluate {entry['output']} --against {model}",
         }
     )

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from spectrim.cli import options
+from spectrim.cli.terminal import Terminal
+from spectrim.cli.words import takes
 
 __all__ = ["inspect"]
 
 
+@takes(told=("as_json",))
 def inspect(
-    folder: Annotated[Path, typer.Argument(metavar="OUT", help="A compressed folder.")],
+    terminal: Terminal,
+    folder: options.Compressed,
     every: options.Every = False,
-    as_json: options.AsJson = False,
 ) -> None:
     """Print ranks, shapes and bytes of OUT without loading it."""
-    from spectrim.cli.render import print_json
     from spectrim.cli.results import print_inspection
 
     # Not through `spectrim.api`: that imports torch, and headers are read in a moment without it.
@@ -31,7 +29,4 @@ def inspect(
         **found.summary(),
         "targets": [{**asdict(target), "kept": target.kept} for target in found.targets],
     }
-    if as_json:
-        print_json(record)
-    else:
-        print_inspection(record, every=every)
+    terminal.show(record, print_inspection, every)

@@ -14,13 +14,12 @@ from spectrim.arguments import check_fraction
 
 __all__ = [
     "Against",
-    "AsJson",
+    "Compressed",
     "Every",
     "Model",
     "Output",
+    "OutputFolder",
     "Overwrite",
-    "Quiet",
-    "Verbose",
     "given",
 ]
 
@@ -54,6 +53,10 @@ Model = Annotated[
 Output = Annotated[
     Path, typer.Option("-o", "--output", metavar="OUT", help="Folder to write the result to.")
 ]
+OutputFolder = Annotated[
+    Path, typer.Option("-o", "--output", metavar="DIR", help="Folder to write to.")
+]
+Compressed = Annotated[Path, typer.Argument(metavar="OUT", help="A compressed folder.")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace OUT if it exists and is not empty.")
 ]
@@ -62,9 +65,6 @@ Against = Annotated[
     typer.Option("--against", metavar="MODEL", help="The dense model to compare with."),
 ]
 Every = Annotated[bool, typer.Option("--all", help="Every target instead of a summary.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Log every step to stderr.")]
-Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress, only warnings.")]
 
 
 def given(**options: Any) -> dict[str, Any]:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from spectrim.cli import options
+from spectrim.cli.terminal import Terminal
 from spectrim.cli.words import takes
+
+if TYPE_CHECKING:
+    from spectrim.allocate.plan import Plan
 
 __all__ = ["plan"]
 
 
-@takes("keep", "size")
+@takes("keep", "size", told=("as_json", "verbose"))
 def plan(
+    terminal: Terminal,
     survey: Annotated[Path, typer.Argument(metavar="SURVEY", help="What `spectrim survey` wrote.")],
     rule: Annotated[
         str | None,
@@ -43,17 +48,13 @@ def plan(
         bool, typer.Option("--overwrite", help="Replace FILE if it exists.")
     ] = False,
     every: options.Every = False,
-    as_json: options.AsJson = False,
-    verbose: options.Verbose = False,
     **words: Any,
 ) -> None:
     """Choose ranks for a size from a survey.
 
     Prints ranks, bytes and predicted loss, and what is kept along depth.
     """
-    from spectrim.cli.session import session
-
-    with session(verbose=verbose, quiet=as_json, output=output):
+    with terminal.working(output=output):
         # Not through the interface module: that one imports torch, which takes longer than a plan.
         from spectrim.run.survey.replanning import check_plan_file, plan_record, replan
         from spectrim.storage.survey_file import load_survey
@@ -62,13 +63,15 @@ def plan(
         if output is not None:
             check_plan_file(output, survey, overwrite=overwrite)
         surveyed = load_survey(survey)
-        made = replan(
-            surveyed,
-            **options.given(rule=rule, score=score, floor=floor, multiple=multiple, **words),
-        )
+        chosen = options.given(rule=rule, score=score, floor=floor, multiple=multiple, **words)
+        made = replan(surveyed, **chosen)
         if output is not None:
             write_text(output, json.dumps(plan_record(made, surveyed), indent=2) + "\n")
-    from spectrim.cli.render import print_json
+    terminal.show(made.to_json(), lambda _: print_plan(made, output, every=every))
+
+
+def print_plan(made: Plan, output: Path | None, *, every: bool) -> None:
+    """Print ranks along the depth, by projection or all of them, and what they come to."""
     from spectrim.cli.summary import print_plan_summary
     from spectrim.cli.target_tables import (
         print_heat_map,
@@ -77,9 +80,6 @@ def plan(
         rows_of_plan,
     )
 
-    if as_json:
-        print_json(made.to_json())
-        return
     rows = rows_of_plan(made)
     (print_targets if every else print_projections)(rows)
     print_heat_map(rows)

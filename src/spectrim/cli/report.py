@@ -8,13 +8,18 @@ from typing import Annotated, Any
 import typer
 
 from spectrim.cli import options
+from spectrim.cli.terminal import Terminal
 from spectrim.cli.words import takes
 
 __all__ = ["report"]
 
 
-@takes("window_length", "max_tokens", "device", "dtype", "trust_remote_code")
+@takes(
+    *("window_length", "max_tokens", "device", "dtype", "trust_remote_code"),
+    told=("verbose", "quiet"),
+)
 def report(
+    terminal: Terminal,
     folder: Annotated[
         Path, typer.Argument(metavar="OUT", help="A folder that `spectrim compress` wrote.")
     ],
@@ -45,8 +50,6 @@ def report(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace FILE if it exists.")
     ] = False,
-    verbose: options.Verbose = False,
-    quiet: options.Quiet = False,
     **words: Any,
 ) -> None:
     """Write a page with figures, tables, protocol and recipe of OUT.
@@ -54,9 +57,7 @@ def report(
     With --against, the dense model is measured beside it, both are followed along depth, and both
     continue a prompt. The page needs no network and no other file.
     """
-    from spectrim.cli.session import session
-
-    with session(verbose=verbose, quiet=quiet, output=output):
+    with terminal.working(output=output):
         from spectrim import studies
         from spectrim.run.options import RunOptions
 

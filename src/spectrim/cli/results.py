@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from spectrim.cli.progress import format_seconds
@@ -28,12 +27,11 @@ __all__ = [
 REPORT_FILE = "spectrim_report.json"
 
 
-def print_compression(report: dict[str, Any], output: Path) -> None:
+def print_compression(report: dict[str, Any]) -> None:
     """Print what was asked for and reached, what it cost, and where the result lies.
 
     Args:
-        report: as in `spectrim_report.json`.
-        output: the folder written.
+        report: as in `spectrim_report.json`, with the folder written as `output`.
     """
     keep = report["keep"]
     targets = report["targets"]
@@ -57,7 +55,7 @@ def print_compression(report: dict[str, Any], output: Path) -> None:
             "peak memory": format_bytes(report["peak_memory_bytes"]),
             "outside the budget": (report["outside_budget"] or {}).get("words"),
             "notes": "; ".join(report["notes"]) or None,
-            "output": output,
+            "output": report["output"],
         }
     )
 
@@ -129,7 +127,7 @@ def print_training(record: dict[str, Any]) -> None:
     )
 
 
-def print_inspection(record: dict[str, Any], *, every: bool = False) -> None:
+def print_inspection(record: dict[str, Any], every: bool = False) -> None:
     """Print the targets of a folder and its totals, as counted from the files.
 
     Args:

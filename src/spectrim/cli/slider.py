@@ -7,14 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from spectrim.cli import options, study
+from spectrim.cli import study
+from spectrim.cli.terminal import Terminal
 from spectrim.cli.words import MEASURING, takes
 
 __all__ = ["slider"]
 
 
-@takes(*MEASURING)
+@takes(*MEASURING, told=("verbose",))
 def slider(
+    terminal: Terminal,
     artifact: Annotated[
         Path,
         typer.Argument(
@@ -31,7 +33,6 @@ def slider(
         str, typer.Option("--host", help="Address to listen on; others than this one are exposed.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", help="0 takes any free one.")] = 7860,
-    verbose: options.Verbose = False,
     **words: Any,
 ) -> None:
     """Serve a page with one slider for the size.
@@ -39,9 +40,7 @@ def slider(
     Dense and compressed model continue your prompt side by side. With --evaluation-text the page
     measures perplexity too. Ctrl-C ends it.
     """
-    from spectrim.cli.session import session
-
-    with session(verbose=verbose) as progress:
+    with terminal.working() as progress:
         from spectrim import studies
         from spectrim.cli.render import print_facts, print_note
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from spectrim.cli import options
+from spectrim.cli.terminal import Terminal
 from spectrim.cli.words import CALIBRATING, takes
 
 __all__ = ["survey"]
@@ -17,6 +18,7 @@ __all__ = ["survey"]
     *("trust_remote_code", "dequantize", "overwrite"),
 )
 def survey(
+    terminal: Terminal,
     model: options.Model,
     output: options.Output,
     scores: Annotated[
@@ -27,9 +29,6 @@ def survey(
             help="first_order, second_order, kfac, measured, table; default the first two.",
         ),
     ] = None,
-    as_json: options.AsJson = False,
-    verbose: options.Verbose = False,
-    quiet: options.Quiet = False,
     **words: Any,
 ) -> None:
     """Measure MODEL once, for any number of plans.
@@ -37,10 +36,9 @@ def survey(
     OUT holds moments, spectra and scores of every target; `spectrim plan OUT` reads it.
     """
     from spectrim.cli.crew import crew
-    from spectrim.cli.session import session
 
     with (
-        session(verbose=verbose, quiet=quiet or as_json, output=output, resumes=True) as progress,
+        terminal.working(output=output, resumes=True) as progress,
         crew(words["device"], progress) as team,
     ):
         from spectrim import api
@@ -56,9 +54,6 @@ def survey(
         )
     if not team.leads:
         return
-    from spectrim.cli.progress import format_seconds
-    from spectrim.cli.render import print_facts, print_json
-
     record = {
         "model": made.model_name,
         "targets": len(made.curves),
@@ -67,16 +62,21 @@ def survey(
         "notes": list(made.notes),
         "output": str(output),
     }
-    if as_json:
-        print_json(record)
-        return
+    terminal.show(record, print_survey)
+
+
+def print_survey(record: dict[str, Any]) -> None:
+    """Print what was measured, and what to do with it."""
+    from spectrim.cli.progress import format_seconds
+    from spectrim.cli.render import print_facts
+
     print_facts(
         {
             **record,
-            "scores": ", ".join(made.scores),
+            "scores": ", ".join(record["scores"]),
             "seconds": None,
             "time": format_seconds(record["seconds"]),
-            "notes": "; ".join(made.notes) or None,
-            "next": f"spectrim plan {output} --keep 0.6",
+            "notes": "; ".join(record["notes"]) or None,
+            "next": f"spectrim plan {record['output']} --keep 0.6",
         }
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import wraps
 from typing import Annotated, Any, TypeVar
 
@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 from spectrim.cli.options import check_keep, check_size
+from spectrim.cli.terminal import OPTIONS, Terminal
 from spectrim.run.reading_words import StudyWords
 from spectrim.run.word import CALIBRATION, MAKE, MEASURE, OUTPUT, WHERE, Word, declared
 from spectrim.run.words import WORDS
@@ -38,28 +39,35 @@ GROUPS = ("Arguments", MAKE, CALIBRATION, MEASURE, WHERE, OUTPUT, "Options")
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def takes(*names: str, of: type | None = None) -> Callable[[Command], Command]:
+def takes(
+    *names: str, of: type | None = None, told: Collection[str] = tuple(OPTIONS)
+) -> Callable[[Command], Command]:
     """A command whose `**words` are the options of these names; those not given are None.
+
+    Its first argument is the terminal, which gets the options in `told`.
 
     Args:
         names: of `WORDS` and `StudyWords`.
         of: the function whose words they are, where it has a meaning of its own for them.
+        told: of `terminal.OPTIONS`.
     """
     words = WORDS | declared(StudyWords) if of is None else declared(of)
 
     def wrap(function: Command) -> Command:
         signature = inspect.signature(function, eval_str=True)
-        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD][1:]
         added = [_parameter(words[name]) for name in names]
+        spoken = [_option(name, OPTIONS[name], False) for name in told]
 
         @wraps(function)
         def command(*args: Any, **kwargs: Any) -> Any:
-            return function(*args, **{**{p.name: p.default for p in added}, **kwargs})
+            terminal = Terminal(**{name: kwargs.pop(name) for name in told if name in kwargs})
+            return function(terminal, *args, **{**{p.name: p.default for p in added}, **kwargs})
 
-        told: Any = command
-        told.__signature__ = signature.replace(parameters=[*own, *added])
-        told.__annotations__ = {p.name: p.annotation for p in (*own, *added)}
-        return told
+        shown: Any = command
+        shown.__signature__ = signature.replace(parameters=[*own, *spoken, *added])
+        shown.__annotations__ = {p.name: p.annotation for p in (*own, *spoken, *added)}
+        return shown
 
     return wrap
 
@@ -75,12 +83,13 @@ def _parameter(word: Word) -> inspect.Parameter:
         rich_help_panel=word.group,
         show_default=False,
     )
-    return inspect.Parameter(
-        word.name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=False if is_switch else None,
-        annotation=Annotated[word.kind if is_switch else word.kind | None, option],
-    )
+    kind = word.kind if is_switch else word.kind | None
+    return _option(word.name, Annotated[kind, option], False if is_switch else None)
+
+
+def _option(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, kind, default=default, annotation=annotation)
 
 
 class GroupedCommand(TyperCommand):

@@ -17,10 +17,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from spectrim.devices import on_host
 from spectrim.distributed.pool import Pool
-from spectrim.distributed.team import Team
 from spectrim.layers.quantized import trained_scales
-from spectrim.refine.fitting import FitResult, FitSettings, fit, hold_out
+from spectrim.refine.course import Course, hold_out
+from spectrim.refine.fitting import FitResult, FitSettings, fit
 from spectrim.refine.masters import master_weights
 
 __all__ = ["BlockTraining", "HiddenStates", "Run", "refine_block"]
@@ -85,28 +86,25 @@ def refine_block(
     name: str,
     module: nn.Module,
     run: Run,
-    inputs: HiddenStates,
-    targets: HiddenStates,
+    pool: Pool,
     training: BlockTraining,
     *,
     device: torch.device,
-    autocast: bool = False,
     on_judged: Callable[[int, float], None] = lambda step, loss: None,
-    pool: Pool | None = None,
 ) -> FitResult:
     """Train `module` in place so that `run(inputs)` approaches `targets`; keep the best epoch.
+
+    Where the device is no host, products are in bf16 beside fp32 master weights.
 
     Args:
         name: the block's path, for messages.
         module: the compressed block; every parameter is trained, and the scales of integers.
         run: runs it with its recorded arguments (and through further blocks for look-ahead).
-        inputs: shifted stream at the block, (N, T, d).
-        targets: original stream after the block (or after the look-ahead), (N, T, d).
+        pool: of two `HiddenStates` (N, T, d): the shifted stream at the block, and the original
+            stream after it (or after the look-ahead).
         training: hyper-parameters.
         device: where to train.
-        autocast: bf16 products with fp32 master weights, for devices that have them.
         on_judged: called with (step, held-out loss) after every epoch.
-        pool: of `inputs` and `targets`, where several processes share the windows.
 
     Returns:
         Mean squared errors per element of the held-out windows, before and after.
@@ -115,9 +113,10 @@ def refine_block(
         NonFiniteError: the loss diverged; the block is back in its unrefined state.
         InputError: too few windows for the held-out share.
     """
+    inputs, targets = pool.states
     windows, tokens, _ = inputs.shape
     train, held = hold_out(windows, training.held_out)
-    pool = pool or Pool(Team(), windows, ())
+    course = Course(train, held, tokens, on_judged, pool)
     with ExitStack() as stack:
         stack.enter_context(trained_scales([module]))
         parameters = list(module.parameters())
@@ -126,26 +125,9 @@ def refine_block(
         wide = parameters[0].dtype
 
         def loss_of(rows: Tensor) -> Tensor:
-            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            with torch.autocast(device.type, torch.bfloat16, enabled=not on_host(device)):
                 prediction = run(inputs.read(rows, device).to(wide))
             return (prediction.to(wide) - targets.read(rows, device).to(wide)).square().mean()
 
-        @torch.no_grad()
-        def judge() -> float:
-            parts = [p for p in pool.here(held).split(training.micro_batch) if len(p)]
-            with as_stored():
-                return pool.team.total(
-                    lambda: sum(float(loss_of(rows)) * len(rows) for rows in parts)
-                ) / len(held)
-
-        return fit(
-            name,
-            parameters,
-            loss_of,
-            judge if len(held) else None,
-            train,
-            training.settings(len(train)),
-            tokens_per_window=tokens,
-            on_judged=on_judged,
-            pool=pool,
-        )
+        settings = training.settings(len(train))
+        return fit(name, parameters, loss_of, course, settings, judging=as_stored)

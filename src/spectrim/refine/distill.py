@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from spectrim.distributed.pool import Pool
-from spectrim.distributed.team import Team
+from spectrim.devices import on_host
 from spectrim.model.losses import divergence
 from spectrim.model.tail import Tail
 from spectrim.refine.block import HiddenStates
+from spectrim.refine.course import Course
 from spectrim.refine.fitting import FitResult, FitSettings, fit
 from spectrim.refine.masters import master_weights
 
@@ -33,37 +33,31 @@ class Teaching:
             last block, (len, T, d).
         teacher: the original network's hidden states there, (N, T, d).
         tail: such hidden states -> logits, (B, T, vocabulary); shared and untouched.
-        train: indices of the windows to train on.
-        held: indices of the windows that choose the step; empty keeps the last step.
     """
 
     student: Callable[[Tensor], Tensor]
     teacher: HiddenStates
     tail: Tail
-    train: Tensor
-    held: Tensor
 
 
 def distill(
     parameters: list[nn.Parameter],
     teaching: Teaching,
+    course: Course,
     settings: FitSettings,
     *,
     device: torch.device,
-    autocast: bool = False,
-    on_judged: Callable[[int, float], None] = lambda step, loss: None,
-    pool: Pool | None = None,
 ) -> FitResult:
     """Train block parameters in place so that the model's distribution approaches the original's.
 
+    Where the device is no host, products are in bf16 beside fp32 master weights.
+
     Args:
         parameters: of the compressed blocks; norm and head behind them stay untouched.
-        teaching: both networks and the windows.
+        teaching: both networks.
+        course: the windows; judged is the KL in nats per token.
         settings: hyper-parameters.
         device: where to train.
-        autocast: bf16 products with fp32 masters.
-        on_judged: called with (step, held-out KL in nats per token).
-        pool: of the hidden states, where several processes share the windows.
 
     Returns:
         KL in nats per token on the held-out windows, before and after.
@@ -71,34 +65,14 @@ def distill(
     Raises:
         NonFiniteError: the loss diverged; the parameters are as they were.
     """
-    held = teaching.held
-    pool = pool or Pool(Team(), teaching.teacher.shape[0], ())
 
     def loss_of(rows: Tensor) -> Tensor:
         expected = teaching.teacher.read(rows, device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        with torch.autocast(device.type, torch.bfloat16, enabled=not on_host(device)):
             hidden = teaching.student(rows)
             total = teaching.tail.total(hidden, divergence(teaching.tail, expected))
         return total / (hidden.shape[0] * hidden.shape[1])
 
     with master_weights(parameters) as as_stored:
-
-        @torch.no_grad()
-        def judge() -> float:
-            parts = [p for p in pool.here(held).split(settings.micro_batch) if len(p)]
-            with as_stored():
-                return pool.team.total(
-                    lambda: sum(float(loss_of(rows)) * len(rows) for rows in parts)
-                ) / len(held)
-
-        return fit(
-            "the whole network",
-            parameters,
-            loss_of,
-            judge if len(held) else None,
-            teaching.train,
-            settings,
-            tokens_per_window=teaching.teacher.shape[1],
-            on_judged=on_judged,
-            pool=pool,
-        )
+        name = "the whole network"
+        return fit(name, parameters, loss_of, course, settings, judging=as_stored)

@@ -1,8 +1,8 @@
 """The one training loop of all refinements: AdamW, warm-up, cosine, the best state is kept.
 
-Whoever trains says what the loss of a batch of windows is and how a state is judged; the loop keeps
-the state that was judged best, the untouched one included, so that training never leaves a model
-worse than it was on what it is judged by. Several processes share every batch: each adds the
+Whoever trains says what the loss of a batch of windows is and which windows judge a state; the loop
+keeps the state that was judged best, the untouched one included, so that training never leaves a
+model worse than it was on what it is judged by. Several processes share every batch: each adds the
 gradients of its windows, and all of them take the same step.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -18,9 +19,13 @@ from torch import Tensor, nn
 
 from spectrim.distributed.pool import Pool
 from spectrim.distributed.team import Team
-from spectrim.errors import InputError, NonFiniteError
+from spectrim.errors import NonFiniteError
+from spectrim.refine.course import Course
 
-__all__ = ["FitResult", "FitSettings", "fit", "hold_out", "warmup_cosine"]
+__all__ = ["FitResult", "FitSettings", "LossOf", "fit", "warmup_cosine"]
+
+LossOf = Callable[[Tensor], Tensor]
+"""Indices of windows (len,) -> differentiable scalar, the mean over these windows."""
 
 
 @dataclass(frozen=True)
@@ -93,26 +98,6 @@ def warmup_cosine(step: int, total: int, *, warmup: float, final: float) -> floa
     return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
 
 
-def hold_out(windows: int, share: float) -> tuple[Tensor, Tensor]:
-    """Indices `(train, held_out)`; the held-out windows are spread evenly over all.
-
-    Raises:
-        InputError: a share was asked for and there are fewer than two windows to split.
-    """
-    everything = torch.arange(windows)
-    if share == 0:
-        return everything, everything[:0]
-    count = max(1, round(windows * share))
-    if windows - count < 1:
-        raise InputError(
-            f"{windows} calibration window(s) cannot be split into a training and a held-out "
-            "part; use more windows, or held_out: 0 to train without selection"
-        )
-    mask = torch.ones(windows, dtype=torch.bool)
-    mask[(torch.arange(count) * windows) // count] = False
-    return everything[mask], everything[~mask]
-
-
 def _units(parameters: list[nn.Parameter], relative: bool) -> list[float]:
     """What a learning rate of one means for each tensor."""
     if not relative:
@@ -145,9 +130,18 @@ def _finite(loss: Tensor | float, what: str) -> float:
     return value
 
 
+def _judged(loss_of: LossOf, course: Course, micro_batch: int) -> float:
+    """Mean loss of the held-out windows as things are, the same on all processes."""
+    held, team = course.held, course.pool.team
+    parts = [rows for rows in course.pool.here(held).split(micro_batch) if len(rows)]
+    with torch.no_grad():
+        total = team.total(lambda: sum(float(loss_of(rows)) * len(rows) for rows in parts))
+    return _finite(total / len(held), "the held-out loss")
+
+
 def _gradients(
     parameters: list[nn.Parameter],
-    loss_of: Callable[[Tensor], Tensor],
+    loss_of: LossOf,
     chunk: Tensor,
     settings: FitSettings,
     pool: Pool,
@@ -188,56 +182,39 @@ def _add_gradients(parameters: list[nn.Parameter], team: Team) -> None:
 def fit(
     name: str,
     parameters: list[nn.Parameter],
-    loss_of: Callable[[Tensor], Tensor],
-    judge: Callable[[], float] | None,
-    train: Tensor,
+    loss_of: LossOf,
+    course: Course,
     settings: FitSettings,
     *,
-    tokens_per_window: int,
-    on_judged: Callable[[int, float], None] = lambda step, loss: None,
-    pool: Pool | None = None,
+    judging: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> FitResult:
     """Train `parameters`, which are fp32 masters already; leave the best-judged state in them.
 
     Args:
         name: what is trained, for messages.
         parameters: changed in place.
-        loss_of: indices of windows (len,) -> differentiable scalar, the mean over these windows.
-        judge: loss of the current state on what is held out; None keeps the last state.
-        train: indices of the windows to train on.
+        loss_of: what is to become small.
+        course: windows, and who is told.
         settings: hyper-parameters.
-        tokens_per_window: for the throughput.
-        on_judged: called with (step, loss) after every judgement.
-        pool: the windows where several processes share them; `judge` then gives all of them the
-            same value.
+        judging: a context in which parameters and layers are as they will be used.
 
     Raises:
         NonFiniteError: a loss left the finite range; the untouched state is restored first, so
             that the caller may keep it.
     """
-    pool = pool or Pool(Team(), len(train), ())
     untouched = _copies(parameters)
     progress = _Progress(name, settings.steps)
     try:
-        result, kept = _train(
-            parameters,
-            loss_of,
-            judge,
-            train,
-            settings,
-            progress=progress,
-            on_judged=on_judged,
-            pool=pool,
-        )
+        result, kept = _train(parameters, loss_of, course, settings, judging, progress)
     except NonFiniteError as error:
         _restore(parameters, untouched)
         raise NonFiniteError(f"{progress}: {error}") from error
     _restore(parameters, kept)
     # The same gradients gave all processes the same values; should a device round otherwise, this
     # keeps the difference from growing.
-    pool.team.broadcast_([p.data for p in parameters], 0)
+    course.pool.team.broadcast_([p.data for p in parameters], 0)
     result.seconds = time.perf_counter() - progress.started
-    result.tokens_per_second = progress.windows * tokens_per_window / result.seconds
+    result.tokens_per_second = progress.windows * course.tokens / result.seconds
     return result
 
 
@@ -262,20 +239,23 @@ class _Progress:
 
 def _train(
     parameters: list[nn.Parameter],
-    loss_of: Callable[[Tensor], Tensor],
-    judge: Callable[[], float] | None,
-    train: Tensor,
+    loss_of: LossOf,
+    course: Course,
     settings: FitSettings,
-    *,
+    judging: Callable[[], AbstractContextManager[None]],
     progress: _Progress,
-    on_judged: Callable[[int, float], None],
-    pool: Pool,
 ) -> tuple[FitResult, list[Tensor]]:
     """The loop itself; returns the result and the values to keep."""
-    before = math.nan if judge is None else _finite(judge(), "the held-out loss")
+
+    def judge() -> float:
+        with judging():
+            return _judged(loss_of, course, settings.micro_batch)
+
+    selects = len(course.held) > 0
+    before = judge() if selects else math.nan
     kept = _copies(parameters)
-    result = FitResult(before, before, 0, [], selected=judge is not None)
-    if judge is not None:
+    result = FitResult(before, before, 0, [], selected=selects)
+    if selects:
         result.history.append((0, before))
     units = _units(parameters, settings.relative)
     optimizer = torch.optim.AdamW(
@@ -284,11 +264,11 @@ def _train(
         weight_decay=settings.weight_decay,
     )
     worse = 0
-    batches = _batches(train, settings.batch, torch.Generator().manual_seed(settings.seed))
+    batches = _batches(course.train, settings.batch, torch.Generator().manual_seed(settings.seed))
     for step in range(1, settings.steps + 1):
         chunk = next(batches)
         progress.step, progress.windows = step, progress.windows + len(chunk)
-        loss = _gradients(parameters, loss_of, chunk, settings, pool)
+        loss = _gradients(parameters, loss_of, chunk, settings, course.pool)
         factor = warmup_cosine(
             step - 1, settings.steps, warmup=settings.warmup, final=settings.final_learning_rate
         )
@@ -296,14 +276,14 @@ def _train(
             group["lr"] = settings.learning_rate * factor * group["unit"]
         optimizer.step()
         last = step == settings.steps
-        if judge is None:
+        if not selects:
             result.before = loss if step == 1 else result.before
             if last:
                 result.step, result.after, kept = step, loss, _copies(parameters)
         elif last or step % settings.judge_every == 0:
-            judged = _finite(judge(), "the held-out loss")
+            judged = judge()
             result.history.append((step, judged))
-            on_judged(step, judged)
+            course.on_judged(step, judged)
             if judged < result.after:
                 result.step, result.after, kept = step, judged, _copies(parameters)
                 worse = 0

@@ -10,7 +10,7 @@ instead of a line, and the warm-up takes at most a tenth of the steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from spectrim.devices import keeps_own_random_state
 from spectrim.errors import MissingExtraError
 from spectrim.model.tail import Tail
+from spectrim.refine.course import Course
 from spectrim.refine.fitting import FitResult, FitSettings, fit
 from spectrim.refine.masters import frozen
 from spectrim.refine.tuning import loss_on
@@ -110,12 +111,10 @@ def recover(
     tail: Tail,
     parts: Sequence[Part],
     ids: Tensor,
-    train: Tensor,
-    held: Tensor,
+    course: Course,
     training: LoraTraining,
     *,
     teacher: Tail | None = None,
-    on_judged: Callable[[int, float], None] = lambda step, loss: None,
 ) -> FitResult:
     """One stage: train adapters on one part of each layer and merge them, in place.
 
@@ -123,11 +122,9 @@ def recover(
         tail: of the model that holds the layers.
         parts: layers of native numbers, and which of their parts gets an adapter.
         ids: windows, (N, T).
-        train: indices of the windows to train on.
-        held: indices of the windows that choose the epoch; empty keeps the last one.
+        course: which of them are trained on and judged by, in nats per token.
         training: hyper-parameters.
         teacher: of the model to learn from; None learns the text.
-        on_judged: called with (step, held-out loss in nats per token).
 
     Returns:
         Loss in nats per token on the held-out windows, before and after.
@@ -146,25 +143,15 @@ def recover(
         with _adapted(parts, training) as adapters:
             trained = [p for a in adapters for p in a.parameters() if p.requires_grad]
 
-            @torch.no_grad()
-            def judge() -> float:
+            @contextmanager
+            def without_dropout() -> Iterator[None]:
                 for adapter in adapters:
                     adapter.eval()
-                parts = held.split(training.micro_batch)
-                loss = sum(float(loss_of(rows)) * len(rows) for rows in parts) / len(held)
+                yield
                 for adapter in adapters:
                     adapter.train()
-                return loss
 
             for adapter in adapters:
                 adapter.train()
-            return fit(
-                f"the factors {name!r} by LoRA",
-                trained,
-                loss_of,
-                judge if len(held) else None,
-                train,
-                training.settings(len(train)),
-                tokens_per_window=ids.shape[1],
-                on_judged=on_judged,
-            )
+            called, settings = f"the factors {name!r} by LoRA", training.settings(len(course.train))
+            return fit(called, trained, loss_of, course, settings, judging=without_dropout)

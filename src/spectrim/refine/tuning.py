@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from spectrim.devices import on_host
 from spectrim.model.losses import divergence, next_token
 from spectrim.model.tail import Tail
-from spectrim.refine.fitting import FitResult, FitSettings, fit
+from spectrim.refine.course import Course
+from spectrim.refine.fitting import FitResult, FitSettings, LossOf, fit
 from spectrim.refine.masters import frozen, master_weights
 
 __all__ = ["loss_on", "tune"]
@@ -23,7 +22,7 @@ def loss_on(
     teacher: Tail | None = None,
     *,
     autocast: bool = False,
-) -> Callable[[Tensor], Tensor]:
+) -> LossOf:
     """Indices of windows (len,) -> their mean loss in nats per token, differentiable.
 
     Args:
@@ -53,12 +52,10 @@ def tune(
     tail: Tail,
     parameters: list[nn.Parameter],
     ids: Tensor,
-    train: Tensor,
-    held: Tensor,
+    course: Course,
     settings: FitSettings,
     *,
     teacher: Tail | None = None,
-    on_judged: Callable[[int, float], None] = lambda step, loss: None,
 ) -> FitResult:
     """Train some parameters of a model in place; norm and head behind its blocks stay.
 
@@ -66,11 +63,9 @@ def tune(
         tail: of the model.
         parameters: to train; everything else is held fixed.
         ids: windows, (N, T).
-        train: indices of the windows to train on.
-        held: indices of the windows that choose the step; empty keeps the last one.
+        course: which of them are trained on and judged by, in nats per token.
         settings: hyper-parameters.
         teacher: of the model to learn from; None learns the text.
-        on_judged: called with (step, held-out loss in nats per token).
 
     Raises:
         NonFiniteError: the loss diverged; the parameters are as they were.
@@ -80,20 +75,5 @@ def tune(
     chosen = {id(p) for p in parameters}
     others = [p for p in tail.model.parameters() if id(p) not in chosen]
     with frozen(others), master_weights(parameters) as as_stored:
-
-        @torch.no_grad()
-        def judge() -> float:
-            with as_stored():
-                parts = held.split(settings.micro_batch)
-                return sum(float(loss_of(rows)) * len(rows) for rows in parts) / len(held)
-
-        return fit(
-            "the compressed layers",
-            parameters,
-            loss_of,
-            judge if len(held) else None,
-            train,
-            settings,
-            tokens_per_window=ids.shape[1],
-            on_judged=on_judged,
-        )
+        name = "the compressed layers"
+        return fit(name, parameters, loss_of, course, settings, judging=as_stored)

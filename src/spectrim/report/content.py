@@ -13,8 +13,8 @@ from spectrim.evaluate.distortion import Distortion
 from spectrim.evaluate.points import CurvePoint
 from spectrim.evaluate.samples import Sample
 from spectrim.report.record import FORMAT_VERSION, ReportRecord
-from spectrim.storage.json_file import read_json
-from spectrim.storage.strict import check_version, checked
+from spectrim.storage.json_file import read_json, read_record
+from spectrim.storage.strict import check_version
 
 __all__ = ["PageContent", "block_and_projection", "read_curve_file", "read_result"]
 
@@ -57,9 +57,7 @@ def read_result(folder: str | Path) -> PageContent:
         ArtifactError: a file or a value is missing or of another kind; names it.
     """
     path = Path(folder) / REPORT_FILE
-    data = read_json(path)
-    check_version(data, FORMAT_VERSION, absent=1, source=path)
-    report = checked(ReportRecord, data, source=path).model_dump()
+    report = read_record(path, ReportRecord, FORMAT_VERSION, absent=1).model_dump()
     recipe = Path(folder) / RECIPE_FILE
     text = ""
     if recipe.is_file():

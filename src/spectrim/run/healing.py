@@ -14,7 +14,8 @@ from spectrim.layers.swap import compressed_layers
 from spectrim.model.tail import Tail, blocks_in_sequence
 from spectrim.model.weights import cast_parameters
 from spectrim.recipe import Calibration
-from spectrim.refine.fitting import FitSettings, hold_out
+from spectrim.refine.course import Course, hold_out
+from spectrim.refine.fitting import FitSettings
 from spectrim.refine.lora import LoraTraining, recover, require_peft
 from spectrim.refine.tuning import tune
 from spectrim.run.loading import LoadedModel
@@ -151,17 +152,18 @@ def heal_model(
     def judged(step: int, loss: float) -> None:
         progress.advance(STAGE, f"step {step}: {loss:.4f} nats per token")
 
+    course = Course(train, held, windows.ids.shape[1], judged)
     fits = []
     with log.timed(STAGE):
         for number, chosen in enumerate(stages):
-            more: dict[str, Any] = {"teacher": tails[1], "on_judged": judged}
             if healing.parts == "lora":
                 training = healing.adapters(len(train), number)
-                fits.append(recover(tails[0], chosen, windows.ids, train, held, training, **more))
+                made = recover(tails[0], chosen, windows.ids, course, training, teacher=tails[1])
             else:
                 parameters = [p for layer in layers.values() for p in layer.parameters()]
                 settings = healing.settings()
-                fits.append(tune(tails[0], parameters, windows.ids, train, held, settings, **more))
+                made = tune(tails[0], parameters, windows.ids, course, settings, teacher=tails[1])
+            fits.append(made)
     progress.finish(STAGE)
     cast_parameters(loaded.model, loaded.stored_dtype)
     entry = {

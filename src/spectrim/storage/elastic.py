@@ -25,8 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spectrim.allocate.budget import Shape, components
-from spectrim.allocate.curve import Curve
+from spectrim.allocate.budget import components
 from spectrim.allocate.elastic import ElasticOrder
 from spectrim.allocate.ladder import Limits
 from spectrim.devices import HOST
@@ -34,17 +33,9 @@ from spectrim.errors import ArtifactError
 from spectrim.storage.atomic import new_folder
 from spectrim.storage.folder import RECIPE_FILE, REPORT_FILE
 from spectrim.storage.headers import read_header
-from spectrim.storage.json_file import read_json
-from spectrim.storage.strict import (
-    LARGEST_SIDE,
-    MOST_TARGETS,
-    Name,
-    Side,
-    Strict,
-    Text,
-    check_version,
-    checked,
-)
+from spectrim.storage.json_file import check_unique, read_record
+from spectrim.storage.strict import LARGEST_SIDE, MOST_TARGETS, Side, Strict, Text
+from spectrim.storage.target_record import TargetRecord
 
 __all__ = ["BASE_FOLDER", "Base", "Elastic", "is_elastic", "load_elastic", "save_elastic"]
 
@@ -72,13 +63,7 @@ class Base(Strict):
     self_contained: bool = False
 
 
-class _Target(Strict):
-    name: Name
-    block: Annotated[int, Field(ge=0)]
-    projection: Name
-    out_features: Side
-    in_features: Side
-    bias: bool
+class _Target(TargetRecord):
     held: Side
     adapters: Annotated[int, Field(ge=0, le=LARGEST_SIDE)]
     least: Side
@@ -182,7 +167,7 @@ def load_elastic(folder: str | Path) -> Elastic:
         ArtifactError: it is damaged, contradictory or from a newer version; names what.
     """
     folder = Path(folder)
-    record = _read_record(folder)
+    record = read_record(folder / JSON_FILE, _Record, FORMAT_VERSION)
     limits = Limits(
         dtype_bytes=getattr(torch, record.base.dtype).itemsize,
         floor=record.limits.floor,
@@ -209,7 +194,7 @@ def load_elastic(folder: str | Path) -> Elastic:
     index = str(_index(len(record.targets))).removeprefix("torch.")
     removals = sum(t.held + 1 for t in record.targets)
     order = ElasticOrder(
-        curves=tuple(_curve(t) for t in record.targets),
+        curves=tuple(t.curve(energy=np.ones(t.held + 1)) for t in record.targets),
         target=_take(tensors, "order.target", (removals,), index, folder).int().numpy(),
         score=_take(tensors, "order.score", (removals,), "bfloat16", folder).float().numpy(),
         adapters=tuple(t.adapters for t in record.targets),
@@ -233,26 +218,10 @@ def _record(elastic: Elastic, *, self_contained: bool) -> _Record:
         base=elastic.base.model_copy(update={"self_contained": self_contained}),
         limits=_Limits(floor=order.limits.floor, multiple=order.limits.multiple),
         targets=tuple(
-            _Target(
-                name=curve.name,
-                block=curve.block,
-                projection=curve.projection,
-                out_features=curve.shape.out_features,
-                in_features=curve.shape.in_features,
-                bias=curve.shape.bias,
-                held=held,
-                adapters=adapters,
-                least=least,
-            )
+            _Target.of(curve, held=held, adapters=adapters, least=least)
             for curve, held, adapters, least in rows
         ),
     )
-
-
-def _read_record(folder: Path) -> _Record:
-    data = read_json(folder / JSON_FILE)
-    check_version(data, FORMAT_VERSION, source=folder / JSON_FILE)
-    return checked(_Record, data, source=folder / JSON_FILE)
 
 
 def _read_tensors(path: Path, wanted: set[str]) -> dict[str, Tensor]:
@@ -275,23 +244,11 @@ def _take(
     return found
 
 
-def _curve(target: _Target) -> Curve:
-    return Curve(
-        target.name,
-        target.block,
-        target.projection,
-        Shape(target.out_features, target.in_features, target.bias),
-        energy=np.ones(target.held + 1),
-    )
-
-
 def _check(order: ElasticOrder, record: _Record, folder: Path) -> None:
     """What the schema cannot say: counts that have to agree with one another."""
-    names = [t.name for t in record.targets]
-    if len(set(names)) != len(names):
-        raise ArtifactError(f"{folder / JSON_FILE}: a target is named twice")
-    inside = (order.target >= 0) & (order.target < len(names))
-    counts = np.bincount(order.target[inside], minlength=len(names))
+    check_unique((t.name for t in record.targets), folder / JSON_FILE)
+    inside = (order.target >= 0) & (order.target < len(record.targets))
+    counts = np.bincount(order.target[inside], minlength=len(record.targets))
     for target, curve, count in zip(record.targets, order.curves, counts, strict=True):
         most = components(curve.shape)
         ranks = max(target.least, target.adapters)

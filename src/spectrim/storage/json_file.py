@@ -1,15 +1,16 @@
-"""Read JSON that a stranger wrote: bounded in size, and damaged files give one clear error."""
+"""JSON that a stranger wrote: bounded in size, and damaged files give one clear error."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from spectrim.errors import ArtifactError
-from spectrim.storage.strict import check_nesting
+from spectrim.storage.strict import Record, check_nesting, check_version, checked
 
-__all__ = ["JSON_LIMIT", "read_json"]
+__all__ = ["JSON_LIMIT", "check_unique", "read_json", "read_record"]
 
 JSON_LIMIT = 64 * 2**20
 """Largest JSON file that is read, in bytes."""
@@ -41,3 +42,33 @@ def read_json(path: str | Path) -> dict[str, Any]:
         raise ArtifactError(f"{path} holds a {type(data).__name__}, expected a JSON object")
     check_nesting(data, source=path)
     return data
+
+
+def read_record(
+    path: Path, record: type[Record], newest: int, *, absent: int | None = None
+) -> Record:
+    """A file's record.
+
+    Args:
+        path: the file.
+        record: what it holds.
+        newest: the format version that is written now.
+        absent: version of files that state none; None refuses them.
+
+    Raises:
+        ArtifactError: no such file, damaged, or of a newer version; names what.
+    """
+    data = read_json(path)
+    check_version(data, newest, source=path, absent=absent)
+    return checked(record, data, source=path)
+
+
+def check_unique(names: Iterable[str], path: str | Path) -> None:
+    """Refuse a file that names a target twice.
+
+    Raises:
+        ArtifactError: it does.
+    """
+    listed = list(names)
+    if len(set(listed)) != len(listed):
+        raise ArtifactError(f"{path}: a target is named twice")

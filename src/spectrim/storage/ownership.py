@@ -17,8 +17,8 @@ from typing import Annotated
 from pydantic import Field
 
 from spectrim.errors import OutputError
-from spectrim.storage.json_file import read_json
-from spectrim.storage.strict import Strict, check_version, checked
+from spectrim.storage.json_file import read_record
+from spectrim.storage.strict import Strict
 from spectrim.storage.whole_file import file_hash
 
 __all__ = ["MANIFEST_FILE", "Source", "check_apart", "check_ours", "seal"]
@@ -75,9 +75,7 @@ def check_ours(folder: Path) -> None:
     names = {path.name for path in folder.iterdir()}
     listed: dict[str, _File] | None = None
     if MANIFEST_FILE in names:
-        data = read_json(folder / MANIFEST_FILE)
-        check_version(data, FORMAT_VERSION, source=folder / MANIFEST_FILE)
-        listed = checked(_Manifest, data, source=folder / MANIFEST_FILE).files
+        listed = read_record(folder / MANIFEST_FILE, _Manifest, FORMAT_VERSION).files
     elif "spectrim_report.json" not in names and "survey.json" not in names:
         raise OutputError(
             f"{folder} holds {len(names)} entries ({min(names)!r}, ...) and no {MANIFEST_FILE}: "

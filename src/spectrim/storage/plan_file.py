@@ -10,7 +10,7 @@ from pydantic import Field, StringConstraints
 from spectrim.allocate.plan import Plan, PlanEntry, Storage, Weights
 from spectrim.errors import ArtifactError
 from spectrim.layers.layout import layout_of
-from spectrim.storage.json_file import read_json
+from spectrim.storage.json_file import check_unique, read_json
 from spectrim.storage.strict import (
     MOST_TARGETS,
     Finite,
@@ -99,8 +99,7 @@ def _load(path: str | Path) -> _Record:
     source = f"{path}, which is not a plan written by `spectrim plan`:"
     check_version(data, FORMAT_VERSION, absent=1, source=source)
     record = checked(_Record, data, source=source)
-    if len({entry.name for entry in record.entries}) != len(record.entries):
-        raise ArtifactError(f"{path}: a target is named twice")
+    check_unique((entry.name for entry in record.entries), path)
     for entry in record.entries:
         try:
             layout = layout_of(entry.storage, entry.weights)

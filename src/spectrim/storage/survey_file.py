@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -22,23 +22,15 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 
-from spectrim.allocate.budget import Shape, components
+from spectrim.allocate.budget import components
 from spectrim.allocate.curve import Curve, as_numpy
 from spectrim.errors import ArtifactError
 from spectrim.storage.atomic import new_folder
 from spectrim.storage.headers import read_header
-from spectrim.storage.json_file import read_json
-from spectrim.storage.strict import (
-    MOST_TARGETS,
-    Finite,
-    Name,
-    Side,
-    Strict,
-    Text,
-    check_version,
-    checked,
-)
+from spectrim.storage.json_file import check_unique, read_record
+from spectrim.storage.strict import MOST_TARGETS, Finite, Name, Strict, Text
 from spectrim.storage.survey_record import Factors, Survey, SurveyKey
+from spectrim.storage.target_record import TargetRecord
 
 if TYPE_CHECKING:
     from spectrim.storage.tensor_file import Slot
@@ -50,21 +42,20 @@ CURVES_FILE = "curves.safetensors"
 FACTORS_FILE = "factors.safetensors"
 FORMAT_VERSION = 1
 
-LossScore = Literal["second_order", "kfac"]
+ALIKE = ("key", "model_name", "dtype_bytes", "other_bytes", "recipe", "notes")
+"""What `survey.json` says of a survey as it is."""
 
+BESIDE = ("total", "irreducible", "reference", "lossless", "group")
+"""What it says of a target beside its shape; the vectors lie apart."""
+
+LossScore = Literal["second_order", "kfac"]
 
 Loss = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class TargetRecord(Strict):
+class SurveyedTarget(TargetRecord):
     """One target's entry in `survey.json`."""
 
-    name: Name
-    block: int = Field(ge=0, lt=MOST_TARGETS)
-    projection: Name
-    out_features: Side
-    in_features: Side
-    bias: bool
     total: Loss
     irreducible: Loss
     reference: tuple[Annotated[int, Field(ge=0)], Finite] | None = None
@@ -92,7 +83,7 @@ class SurveyRecord(Strict):
     facts: Facts
     table: tuple[tuple[Name, Finite, Finite], ...] = Field(max_length=64 * MOST_TARGETS)
     notes: tuple[Text, ...] = Field(max_length=1000)
-    targets: tuple[TargetRecord, ...] = Field(min_length=1, max_length=MOST_TARGETS)
+    targets: tuple[SurveyedTarget, ...] = Field(min_length=1, max_length=MOST_TARGETS)
 
 
 def is_survey(folder: str | Path) -> bool:
@@ -113,17 +104,12 @@ def save_survey(survey: Survey, output: str | Path, *, overwrite: bool = False) 
     if survey.key is None or survey.factors is None:
         raise ArtifactError("only a survey with its key and factors can be saved")
     record = SurveyRecord(
+        **_values(survey, ALIKE),
         format_version=FORMAT_VERSION,
-        key=survey.key,
-        model_name=survey.model_name,
-        dtype_bytes=survey.dtype_bytes,
-        other_bytes=survey.other_bytes,
         scores=tuple(survey.losses),  # type: ignore[arg-type]
-        recipe=survey.recipe,
         facts=Facts.model_validate(survey.facts),
         table=tuple((name, keep, value) for (name, keep), value in survey.table.items()),
-        notes=survey.notes,
-        targets=tuple(_target_record(c) for c in survey.curves),
+        targets=tuple(SurveyedTarget.of(c, **_values(c, BESIDE)) for c in survey.curves),
     )
     with new_folder(output, overwrite=overwrite) as folder:
         save_arrays(_arrays(survey), folder / CURVES_FILE)
@@ -159,11 +145,8 @@ def load_survey(folder: str | Path) -> Survey:
     folder = Path(folder)
     if not is_survey(folder):
         raise ArtifactError(f"{folder} is no survey: it has no {SURVEY_FILE}")
-    data = read_json(folder / SURVEY_FILE)
-    check_version(data, FORMAT_VERSION, source=folder / SURVEY_FILE)
-    record = checked(SurveyRecord, data, source=folder / SURVEY_FILE)
-    if len({target.name for target in record.targets}) != len(record.targets):
-        raise ArtifactError(f"{folder / SURVEY_FILE}: a target is named twice")
+    record = read_record(folder / SURVEY_FILE, SurveyRecord, FORMAT_VERSION)
+    check_unique((target.name for target in record.targets), folder / SURVEY_FILE)
     try:
         odd = [e.name for e in read_header(folder / CURVES_FILE).values() if e.dtype != "F64"]
         if odd:
@@ -177,16 +160,11 @@ def load_survey(folder: str | Path) -> Survey:
         for score in record.scores
     }
     return Survey(
-        key=record.key,
-        model_name=record.model_name,
+        **_values(record, ALIKE),
         curves=curves,
         losses=losses,
-        dtype_bytes=record.dtype_bytes,
-        other_bytes=record.other_bytes,
-        recipe=record.recipe,
         facts=record.facts.model_dump(mode="json", exclude_unset=True),
         table={(name, keep): value for name, keep, value in record.table},
-        notes=record.notes,
         folder=folder,
     )
 
@@ -245,20 +223,8 @@ def load_factors(survey: Survey, name: str) -> Factors:
     return factors
 
 
-def _target_record(curve: Curve) -> TargetRecord:
-    return TargetRecord(
-        name=curve.name,
-        block=curve.block,
-        projection=curve.projection,
-        out_features=curve.shape.out_features,
-        in_features=curve.shape.in_features,
-        bias=curve.shape.bias,
-        total=curve.total,
-        irreducible=curve.irreducible,
-        reference=curve.reference,
-        lossless=curve.lossless,
-        group=curve.group,
-    )
+def _values(of: Any, names: Iterable[str]) -> dict[str, Any]:
+    return {name: getattr(of, name) for name in names}
 
 
 def _arrays(survey: Survey) -> dict[str, np.ndarray]:
@@ -274,29 +240,16 @@ def _arrays(survey: Survey) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _curve(target: TargetRecord, arrays: dict[str, np.ndarray], folder: Path) -> Curve:
-    shape = Shape(target.out_features, target.in_features, target.bias)
+def _curve(target: SurveyedTarget, arrays: dict[str, np.ndarray], folder: Path) -> Curve:
     energy = _array(arrays, f"{target.name}.energy", None, folder)
-    if not 1 <= energy.size <= components(shape):
+    most = min(target.out_features, target.in_features)
+    if not 1 <= energy.size <= most:
         raise ArtifactError(
-            f"{folder}: {target.name} has {energy.size} energies for at most {components(shape)} "
-            "components"
+            f"{folder}: {target.name} has {energy.size} energies for at most {most} components"
         )
     scored = f"{target.name}.score" in arrays
     score = _array(arrays, f"{target.name}.score", energy.size, folder) if scored else None
-    return Curve(
-        name=target.name,
-        block=target.block,
-        projection=target.projection,
-        shape=shape,
-        energy=energy,
-        total=target.total,
-        irreducible=target.irreducible,
-        score=score,
-        reference=target.reference,
-        lossless=target.lossless,
-        group=target.group,
-    )
+    return target.curve(energy=energy, score=score, **_values(target, BESIDE))
 
 
 def _array(

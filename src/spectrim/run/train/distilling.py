@@ -10,15 +10,15 @@ from torch import Tensor
 
 from spectrim.data.mixing import interleave
 from spectrim.data.self_text import sample_windows
-from spectrim.devices import on_host
 from spectrim.distributed.pool import Pool
 from spectrim.layers.quantized import trained_scales
 from spectrim.model.replay import Replay
 from spectrim.model.stream import Stream
 from spectrim.model.weights import get_module
 from spectrim.recipe import DistillRefinement
+from spectrim.refine.course import Course, hold_out
 from spectrim.refine.distill import Teaching, distill
-from spectrim.refine.fitting import FitSettings, hold_out
+from spectrim.refine.fitting import FitSettings
 from spectrim.refine.masters import frozen
 from spectrim.run.job import Job
 from spectrim.run.recorded import recorded
@@ -117,20 +117,18 @@ def distill_network(job: Job, step: DistillRefinement, teacher: Teacher) -> str:
         relative=step.relative,
         seed=job.recipe.seed,
     )
+
+    def judged(at: int, kl: float) -> None:
+        job.progress.advance("distill", f"step {at}: KL {kl:.4g}")
+
+    course = Course(teacher.train, teacher.held, teacher.hidden.shape[1], judged, pool)
+    teaching = Teaching(student, leaving, replay.tail)
     with ExitStack() as stack:
         stack.enter_context(trained_scales(modules))
         parameters = [p for module in modules for p in module.parameters()]
         trained = {id(p) for p in parameters}
         others = [p for p in job.model.parameters() if id(p) not in trained]
         stack.enter_context(frozen(others))
-        loss = distill(
-            parameters,
-            Teaching(student, leaving, replay.tail, teacher.train, teacher.held),
-            settings,
-            device=job.device,
-            autocast=not on_host(job.device),
-            on_judged=lambda at, kl: job.progress.advance("distill", f"step {at}: KL {kl:.4g}"),
-            pool=pool,
-        )
+        loss = distill(parameters, teaching, course, settings, device=job.device)
     job.log.network["distill"] = asdict(loss)
     return f"KL {loss.before:.4g} -> {loss.after:.4g}"

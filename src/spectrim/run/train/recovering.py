@@ -8,7 +8,7 @@ from spectrim.layers.lowrank import LowRankLinear
 from spectrim.layers.swap import compressed_layers
 from spectrim.model.tail import Tail
 from spectrim.recipe import LoraRefinement
-from spectrim.refine.fitting import hold_out
+from spectrim.refine.course import Course, hold_out
 from spectrim.refine.lora import LoraTraining, recover
 from spectrim.run.job import Job
 
@@ -47,16 +47,11 @@ def _train(job: Job, step: LoraRefinement, layers: list[LowRankLinear]) -> float
             micro_batch=job.batch,
             **step.model_dump(exclude={"step", "order", "held_out"}),
         )
-        loss = recover(
-            tail,
-            [(layer, factor) for layer in layers],
-            job.ids,
-            train,
-            held,
-            training,
-            on_judged=lambda at, nll, factor=factor: job.progress.advance(
-                "lora", f"{factor}, step {at}: loss {nll:.4g}"
-            ),
-        )
+
+        def judged(at: int, nll: float, factor: str = factor) -> None:
+            job.progress.advance("lora", f"{factor}, step {at}: loss {nll:.4g}")
+
+        course = Course(train, held, job.ids.shape[1], judged)
+        loss = recover(tail, [(layer, factor) for layer in layers], job.ids, course, training)
         job.log.network[f"lora {number + 1} {factor}"] = asdict(loss)
     return 0.0

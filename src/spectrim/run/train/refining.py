@@ -8,7 +8,6 @@ from dataclasses import asdict
 
 from torch import Tensor, nn
 
-from spectrim.devices import on_host
 from spectrim.distributed.pool import Pool
 from spectrim.errors import NonFiniteError, RecipeError
 from spectrim.model.anatomy import Block
@@ -117,18 +116,8 @@ def _refine(
     job.progress.start(stage, step.epochs)
     try:
         with frozen([p for _, module in following for p in module.parameters()]):
-            loss = refine_block(
-                block.name,
-                compressed,
-                run,
-                pool.states[0],
-                pool.states[1],
-                training,
-                device=job.device,
-                autocast=not on_host(job.device),
-                on_judged=judged,
-                pool=pool,
-            )
+            about = {"device": job.device, "on_judged": judged}
+            loss = refine_block(block.name, compressed, run, pool, training, **about)
     except NonFiniteError as error:
         if job.options.on_failure != "keep-unrefined":
             raise
