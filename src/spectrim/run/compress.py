@@ -24,7 +24,7 @@ from spectrim.run.opening import open_job, other_bytes, protected_bytes
 from spectrim.run.options import RunOptions
 from spectrim.run.planning import check_own
 from spectrim.run.quality import measure_after, measure_before
-from spectrim.run.reporting import build_report
+from spectrim.run.reporting import Original, build_report
 from spectrim.run.room import said
 from spectrim.run.store.storing import check_storage, store
 from spectrim.run.survey.survey_key import survey_key
@@ -105,18 +105,12 @@ def run_recipe(
     check_own(recipe)
     team = options.team
     _check_shareable(recipe, team)
-    job = open_job(
-        loaded,
-        recipe,
-        options,
-        text=text,
-        calibrate=_needs_windows(recipe, survey) or text is not None,
-        size=size,
-        work=work,
-        brought={"plan": plan, "survey": survey},
-    )
-    model, log = job.model, job.log
-    outside = count_outside(model, job.anatomy)
+    calibrate = _needs_windows(recipe, survey) or text is not None
+    brought = {"plan": plan, "survey": survey}
+    more = {"text": text, "size": size, "work": work, "brought": brought}
+    job = open_job(loaded, recipe, options, calibrate=calibrate, **more)
+    model, log, dtype = job.model, job.log, loaded.stored_dtype
+    original = _original(loaded, job)
     if survey is not None:
         _check_survey(loaded, job, survey)
     before = None
@@ -127,38 +121,36 @@ def run_recipe(
     if recipe.flow == "learned":
         if plan is not None or survey is not None:
             raise InputError(f"recipe {recipe.name!r} learns its ranks: it takes no plan or survey")
-        steps = prepare(job)
-        chosen, elastic = learn(
-            job, base=_base(loaded, job), work=None if work is None else work.path
-        )
-        carry_out(job, steps)
+        chosen, elastic = _learn(job, loaded, original, work)
     else:
         chosen = _decide_and_cut(job, plan, survey)
-    chosen = store(job, chosen, loaded.stored_dtype)
-    other = other_bytes(model, job.anatomy, loaded.stored_dtype)
-    cast_parameters(model, loaded.stored_dtype)
+    chosen = store(job, chosen, dtype)
+    cast_parameters(model, dtype)
     measured = None
     if before is not None:
         with log.timed("measure"):
-            measured = measure_after(job, before, loaded.stored_dtype)
-    report = build_report(
-        model_name=loaded.name,
-        recipe=job.recipe,
-        plan=chosen,
-        windows=job.windows,
-        log=log,
-        shapes={t.name: (t.out_features, t.in_features) for t in job.anatomy.targets},
-        other_bytes=other,
-        left_alone=job.anatomy.left_alone,
-        outside=outside.record(),
-        measured=measured,
-        protected_bytes=protected_bytes(model, job.anatomy, loaded.stored_dtype),
-    )
+            measured = measure_after(job, before, dtype)
+    calibration = None if job.windows is None else job.windows.record()
     if job.windows is None and survey is not None:
-        report["calibration"] = survey.facts.get("calibration")
+        calibration = survey.facts.get("calibration")
+    known = {"calibration": calibration, "measured": measured}
+    report = build_report(original, job.recipe, chosen, log, **known)
     report["environment"] |= {"processes": team.size, "passes": said(job.room)}
     report["predicted_memory_bytes"] = log.predicted
     return Outcome(model, loaded.tokenizer, chosen, job.recipe, report, elastic, loaded.onloader)
+
+
+def _original(loaded: LoadedModel, job: Job) -> Original:
+    """What the report says of the model, which has not been cut."""
+    model, anatomy, dtype = job.model, job.anatomy, loaded.stored_dtype
+    return Original(
+        loaded.name,
+        {t.name: (t.out_features, t.in_features) for t in anatomy.targets},
+        other_bytes(model, anatomy, dtype),
+        anatomy.left_alone,
+        count_outside(model, anatomy).record(),
+        protected_bytes(model, anatomy, dtype),
+    )
 
 
 def _check_shareable(recipe: Recipe, team: Team) -> None:
@@ -188,14 +180,20 @@ def _decide_and_cut(job: Job, plan: Plan | None, survey: Survey | None) -> Plan:
     return chosen
 
 
-def _base(loaded: LoadedModel, job: Job) -> Base:
-    """What an elastic artifact has to know of the original."""
-    return Base(
+def _learn(
+    job: Job, loaded: LoadedModel, original: Original, work: Work | None
+) -> tuple[Plan, Elastic | None]:
+    """The learned flow: a training decides the ranks, and may give every size."""
+    steps = prepare(job)
+    base = Base(
         name=loaded.name,
         identity=loaded.identity(),
         dtype=str(loaded.stored_dtype).removeprefix("torch."),  # type: ignore[arg-type]
-        other_bytes=other_bytes(loaded.model, job.anatomy, loaded.stored_dtype),
+        other_bytes=original.other_bytes,
     )
+    chosen, elastic = learn(job, base=base, work=None if work is None else work.path)
+    carry_out(job, steps)
+    return chosen, elastic
 
 
 def _check_survey(loaded: LoadedModel, job: Job, survey: Survey) -> None:

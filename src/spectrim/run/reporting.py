@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import resource
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -11,11 +12,10 @@ import torch
 
 from spectrim import __version__
 from spectrim.allocate.plan import Plan
-from spectrim.data.windows import Windows
 from spectrim.recipe import Recipe
 from spectrim.run.job import RunLog
 
-__all__ = ["build_report", "environment"]
+__all__ = ["Original", "build_report", "environment"]
 
 _LIBRARIES = ("torch", "transformers", "safetensors", "pydantic")
 
@@ -37,41 +37,53 @@ def peak_memory_bytes() -> int:
     return peak if platform.system() == "Darwin" else peak * 1024
 
 
+@dataclass(frozen=True)
+class Original:
+    """What a report says of the model before.
+
+    Attributes:
+        name: what the user called it.
+        shapes: target -> (out, in).
+        other_bytes: of everything that is not a target, as stored.
+        left_alone: what is not compressed, and why.
+        outside: how much lies outside the budget, as `Outside.record` counts it; None if unknown.
+        protected_bytes: of linear layers that the user protects; they are no targets.
+    """
+
+    name: str
+    shapes: dict[str, tuple[int, int]]
+    other_bytes: int
+    left_alone: dict[str, str]
+    outside: dict[str, Any] | None
+    protected_bytes: int = 0
+
+
 def build_report(
-    *,
-    model_name: str,
+    original: Original,
     recipe: Recipe,
     plan: Plan,
-    windows: Windows | None,
     log: RunLog,
-    shapes: dict[str, tuple[int, int]],
-    other_bytes: int,
-    left_alone: dict[str, str],
-    outside: dict[str, Any] | None,
+    *,
+    calibration: dict[str, Any] | None,
     measured: dict[str, Any] | None = None,
-    protected_bytes: int = 0,
 ) -> dict[str, Any]:
     """Everything as JSON-ready values.
 
     Args:
-        model_name: what the user called the model.
+        original: the model before.
         recipe: resolved.
         plan: as carried out.
-        windows: calibration windows, None for a data-free recipe.
         log: of the run.
-        shapes: target -> (out, in).
-        other_bytes: bytes of everything that is not a target, as stored.
-        left_alone: what was not compressed, and why.
-        outside: how much lies outside the budget, as `Outside.record` counts it; None if unknown.
+        calibration: record of the windows, None for a data-free recipe.
         measured: perplexity before and after, where it was measured.
-        protected_bytes: of linear layers that the user protects; they are no targets.
     """
     dense = sum(e.dense_bytes for e in plan.entries)
     kept = sum(e.bytes for e in plan.entries)
+    other, protected = original.other_bytes, original.protected_bytes
     targets = [
         {
             "name": e.name,
-            "shape": list(shapes[e.name]),
+            "shape": list(original.shapes[e.name]),
             "rank": e.rank,
             "storage": e.storage,
             "weights": e.weights,
@@ -85,15 +97,15 @@ def build_report(
     ]
     return {
         "format_version": 1,
-        "model": model_name,
+        "model": original.name,
         "recipe": {"name": recipe.name, "hash": recipe.hash()},
         "keep": {
             "asked": plan.keep,
             "achieved": plan.achieved_keep,
-            "with_protected": (kept + protected_bytes) / (dense + protected_bytes),
+            "with_protected": (kept + protected) / (dense + protected),
             "target_bytes": {"dense": dense, "stored": kept},
-            "model_bytes": {"dense": dense + other_bytes, "stored": kept + other_bytes},
-            "whole_model": (kept + other_bytes) / (dense + other_bytes),
+            "model_bytes": {"dense": dense + other, "stored": kept + other},
+            "whole_model": (kept + other) / (dense + other),
         },
         "rule": plan.rule,
         "predicted_loss": plan.predicted_loss,
@@ -102,9 +114,9 @@ def build_report(
         "targets": targets,
         "blocks": log.blocks,
         "network": log.network,
-        "left_alone": left_alone,
-        "outside_budget": outside,
-        "calibration": windows.record() if windows is not None else None,
+        "left_alone": original.left_alone,
+        "outside_budget": original.outside,
+        "calibration": calibration,
         "seconds": log.stages,
         "peak_memory_bytes": peak_memory_bytes(),
         "notes": [*plan.notes, *log.notes],

@@ -10,7 +10,7 @@ from spectrim.report.record import LeftAlone
 from spectrim.run.compress import Outcome
 from spectrim.run.job import RunLog
 from spectrim.run.learned.elastic import ElasticModel
-from spectrim.run.reporting import build_report
+from spectrim.run.reporting import Original, build_report
 from spectrim.storage.folder import RECIPE_FILE, REPORT_FILE
 from spectrim.storage.json_file import read_json
 from spectrim.storage.strict import checked
@@ -37,16 +37,12 @@ def settle_outcome(
     found = checked(LeftAlone, origin, source=folder / REPORT_FILE)
     order = opened.elastic.order
     log.notes.append(f"cut from {folder.name} without data")
-    report = build_report(
-        model_name=opened.elastic.base.name,
-        recipe=recipe,
-        plan=plan,
-        windows=None,
-        log=log,
-        shapes={c.name: (c.shape.out_features, c.shape.in_features) for c in order.curves},
-        other_bytes=opened.elastic.base.other_bytes,
-        left_alone=found.left_alone,
-        outside=found.outside_budget and found.outside_budget.model_dump(),
+    original = Original(
+        opened.elastic.base.name,
+        {c.name: (c.shape.out_features, c.shape.in_features) for c in order.curves},
+        opened.elastic.base.other_bytes,
+        found.left_alone,
+        found.outside_budget and found.outside_budget.model_dump(),
     )
-    report["calibration"] = origin.get("calibration")
+    report = build_report(original, recipe, plan, log, calibration=origin.get("calibration"))
     return Outcome(model, opened.tokenizer, plan, recipe, report)
