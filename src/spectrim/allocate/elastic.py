@@ -148,7 +148,6 @@ def elastic_order(
         kept.append(order.components(i)[:count].astype(np.int64))
     index = np.sort(np.concatenate(stays))
     ranks = [adapters + max(1 - min(adapters, 1), k) for k in (least or [1] * len(bare))]
-    lowest = [min(h, k) for h, k in zip(held, ranks, strict=True)]
     shortened = ElasticOrder(
         curves=tuple(
             Curve(c.name, c.block, c.projection, c.shape, energy=_ones(h + 1))
@@ -157,7 +156,7 @@ def elastic_order(
         target=_with_adapters(order.target[index], adapters, len(bare)),
         score=_scores(order, importance, index, adapters * len(bare)),
         adapters=(adapters,) * len(bare),
-        least=tuple(lowest),
+        least=tuple(min(h, k) for h, k in zip(held, ranks, strict=True)),
         limits=limits,
     )
     return shortened, kept

@@ -13,7 +13,7 @@ evaluation per entry and is done elsewhere; this is a pure function of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -113,19 +113,22 @@ def sensitivity(
             f"take {smallest} of {dense} bytes; reachable are {smallest / dense:.6f} to 1 "
             f"(add smaller candidates to the table)"
         )
-    low, high, evaluations = 0, len(targets), 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        evaluations += 1
-        if total_bytes(ladders, chosen(middle)) <= budget:
-            low = middle
-        else:
-            high = middle - 1
-    result = chosen(low)
+    most, evaluations = _most(len(targets), lambda cut: total_bytes(ladders, chosen(cut)) <= budget)
+    result = chosen(most)
     if fill:
         result = spend(ladders, result, budget, _claims(ladders, result, targets, levels, losses))
     notes = (f"{len(table)} sensitivities, {evaluations} sizes evaluated",)
     return plan_from_levels(ladders, result, keep=keep, rule="sensitivity", notes=notes)
+
+
+def _most(count: int, fits: Callable[[int], bool]) -> tuple[int, int]:
+    """The largest number up to `count` that fits, where 0 does, and how many were looked at."""
+    low, high, looked_at = 0, count, 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        looked_at += 1
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low, looked_at
 
 
 def _sorted_entries(

@@ -101,17 +101,10 @@ def compress(model: str | Path | nn.Module, **words: Unpack[CompressWords]) -> R
         refuse_unused("no elastic artifact is written", alone)
     read = sources_of(model=model, survey=surveyed, plan=planned, text=asked["text"])
     with places(output, options, sources=read) as folder:
-        lazily = goes_out_of_core(
-            model,
-            options,
-            check=partial(
-                check_out_of_core,
-                resolved,
-                planned=planned is not None,
-                own_text=given is not None,
-            ),
-            kept=folder is not None and output is not None,
-        )
+        known = {"planned": planned is not None, "own_text": given is not None}
+        check = partial(check_out_of_core, resolved, **known)
+        kept = folder is not None and output is not None
+        lazily = goes_out_of_core(model, options, check=check, kept=kept)
         loaded = load_model(model, replace(options, out_of_core=lazily), whole=True)
         resolved = for_size(resolved, asked, loaded)
         chosen, found = bring_plan(planned, loaded)
@@ -119,17 +112,9 @@ def compress(model: str | Path | nn.Module, **words: Unpack[CompressWords]) -> R
             resolved = resolved.with_changes(keep=chosen.keep)
         if surveyed is not None:
             found = surveyed if isinstance(surveyed, Survey) else load_survey(surveyed)
-        outcome = run_recipe(
-            loaded,
-            resolved,
-            options,
-            text=given,
-            size=None if asked["size"] is None else parse_size(asked["size"]),
-            plan=chosen,
-            survey=found,
-            work=folder,
-        )
-        result = Result(**vars(outcome))
+        size = None if asked["size"] is None else parse_size(asked["size"])
+        more = {"text": given, "size": size, "plan": chosen, "survey": found, "work": folder}
+        result = Result(**vars(run_recipe(loaded, resolved, options, **more)))
         if output is None:
             describe_outcome(result)
         else:

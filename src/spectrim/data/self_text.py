@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from spectrim.data.sampling import sampled_tokens, uniforms
 from spectrim.data.text import DOCUMENT_SEPARATOR, SELF
@@ -60,30 +61,19 @@ def sample_windows(
         TextError: sizes or a temperature that cannot be, or windows longer than the model's.
         NonFiniteError: the model's logits are not finite.
     """
-    batch = _side_by_side(model, window_length) if batch is None else batch
+    batch = batch if batch is not None else _side_by_side(model, window_length)
     _check_sizes(model, windows, window_length, batch)
     generator = torch.Generator().manual_seed(seed)
-    bos = _bos_of(model)
-    if bos is None:
-        vocabulary = model.get_input_embeddings().weight.shape[0]
-        first = torch.randint(0, vocabulary, (windows, 1), generator=generator)
-    else:
-        first = torch.full((windows, 1), bos)
+    bos, first = _first_tokens(model, windows, generator)
     chances = uniforms(windows, window_length - 1, generator=generator)
-    team = team or Team()
-    ids = torch.zeros(windows, window_length, dtype=torch.int64)
+    ids, team = torch.zeros(windows, window_length, dtype=torch.int64), team or Team()
+    how = {"steps": window_length - 1, "temperature": temperature}
     with _evaluation_mode(model):
         for number, start in enumerate(range(0, windows, batch)):
             if number % team.size != team.rank:
                 continue
             part = slice(start, start + batch)
-            drawn = sampled_tokens(
-                model,
-                first[part],
-                steps=window_length - 1,
-                chances=chances[part],
-                temperature=temperature,
-            )
+            drawn = sampled_tokens(model, first[part], chances=chances[part], **how)
             ids[part, 0] = first[part, 0]
             ids[part, 1:] = torch.stack(list(drawn), dim=1)
     team.sum_([ids])  # (N, T); zeros wherever another process sampled
@@ -100,33 +90,34 @@ def sample_windows(
     )
 
 
+def _first_tokens(
+    model: Any, windows: int, generator: torch.Generator
+) -> tuple[int | None, Tensor]:
+    """BOS if the model has it, and the first token of every window, (N, 1)."""
+    bos = _bos_of(model)
+    if bos is not None:
+        return bos, torch.full((windows, 1), bos)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    return None, torch.randint(0, vocabulary, (windows, 1), generator=generator)
+
+
 def write_self_text(
     model: Any,
     tokenizer: Any,
     path: str | Path,
     *,
-    windows: int,
-    window_length: int,
-    seed: int = 0,
-    batch: int | None = None,
-    temperature: float = 1.0,
     separator: str = DOCUMENT_SEPARATOR,
+    **sampling: Any,
 ) -> str:
     """Sample windows and write them to a text file, with `separator` between them.
 
-    Special tokens are left out and white space at the ends of a window is trimmed.
+    Special tokens are left out and white space at the ends of a window is trimmed; `sampling` is
+    what `sample_windows` takes.
 
     Returns:
         The text that was written, UTF-8 in the file.
     """
-    sampled = sample_windows(
-        model,
-        windows=windows,
-        window_length=window_length,
-        seed=seed,
-        batch=batch,
-        temperature=temperature,
-    )
+    sampled = sample_windows(model, **sampling)
     decoded = tokenizer.batch_decode(sampled.ids.tolist(), skip_special_tokens=True)
     content = separator.join(d.strip() for d in decoded) + "\n"
     # A window may end inside a multi-byte character, which decodes to the replacement character.

@@ -80,35 +80,42 @@ def calibration_windows(
     if shortest is not None:
         fits = min(len(tokens) for tokens in tokenized) - 2
         window_length = max(min(window_length, fits), min(window_length, shortest))
-    generator = torch.Generator().manual_seed(seed)
+    how = {"length": window_length, "generator": torch.Generator().manual_seed(seed)}
     drawn = [
-        _drawn(source.name, tokens, count=count, length=window_length, generator=generator)
+        _drawn(source.name, tokens, count=count, **how)
         for source, tokens, count in zip(texts, tokenized, counts, strict=True)
     ]
+    facts: dict[str, Any] = {
+        "sources": tuple(t.name for t in texts),
+        "text_sha256": tuple(t.sha256 for t in texts),
+        "text_tokens": tuple(d.total for d in drawn),
+        "tokenizer_sha256": tokenizer_hash(tokenizer),
+        "seed": seed,
+        "bos": bos,
+    }
 
     def together(rows: list[tuple[Tensor, Tensor]], spare: Windows | None) -> Windows:
         """One set of windows from (starts, tokens) of every text."""
-        # Position within its text, spread over [0, 1): texts alternate in proportion, so that a
-        # prefix of the windows is a fair sample too.
-        place = torch.cat([(torch.arange(len(s)) + 0.5) / max(1, len(s)) for s, _ in rows])
-        owner = torch.cat([torch.full((len(s),), i) for i, (s, _) in enumerate(rows)])
-        order = torch.argsort(place, stable=True)
-        return Windows(
-            ids=torch.cat([_with_bos(ids, tokenizer, bos) for _, ids in rows])[order],
-            starts=torch.cat([starts for starts, _ in rows])[order],
-            source_index=owner[order],
-            sources=tuple(t.name for t in texts),
-            text_sha256=tuple(t.sha256 for t in texts),
-            text_tokens=tuple(d.total for d in drawn),
-            tokenizer_sha256=tokenizer_hash(tokenizer),
-            seed=seed,
-            bos=bos,
-            spare=spare,
-        )
+        order, owner = _alternating([len(starts) for starts, _ in rows])
+        ids = torch.cat([_with_bos(ids, tokenizer, bos) for _, ids in rows])[order]
+        starts = torch.cat([starts for starts, _ in rows])[order]
+        return Windows(ids, starts, owner, **facts, spare=spare)
 
     left = [d.spare for d in drawn]
     spare = together(left, None) if sum(len(starts) for starts, _ in left) else None
     return together([d.rows for d in drawn], spare)
+
+
+def _alternating(counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The order of windows that lie text by text, and which text each is from then.
+
+    By the position within a text, spread over [0, 1): texts alternate in proportion, so that a
+    prefix of the windows is a fair sample too.
+    """
+    place = torch.cat([(torch.arange(count) + 0.5) / max(1, count) for count in counts])
+    owner = torch.cat([torch.full((count,), i) for i, count in enumerate(counts)])
+    order = torch.argsort(place, stable=True)
+    return order, owner[order]
 
 
 def share_out(count: int, shares: Sequence[float]) -> list[int]:

@@ -139,13 +139,7 @@ def recover(
         NonFiniteError: the training diverged.
     """
     scores = _cut(gated, plan, kept, theta, settings)
-    parameters: list[nn.Parameter] = deviations(gated)
-    cut = any(entry.rank is not None for entry in plan.entries)
-    groups: list[dict[str, Any]] = []
-    if parameters and cut:
-        groups.append({"params": parameters, "lr": settings.deviation_learning_rate})
-    if settings.rescale and cut:
-        groups.append({"params": [scores], "lr": settings.learning_rate})
+    groups = _groups(gated, plan, scores, settings)
     losses: list[float] = []
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0) if groups else None
     trained = [p for group in groups for p in group["params"]]
@@ -177,6 +171,21 @@ def recover(
         values = gate_values(scores.detach(), settings.score)
     values = values if settings.rescale else torch.ones_like(values)
     return list(gated.spans.split(values)), losses
+
+
+def _groups(
+    gated: Gated, plan: Plan, scores: Tensor, settings: RecoverySettings
+) -> list[dict[str, Any]]:
+    """Optimizer groups of what recovery trains; none where every target is dense."""
+    groups: list[dict[str, Any]] = []
+    if all(entry.rank is None for entry in plan.entries):
+        return groups
+    parameters: list[nn.Parameter] = deviations(gated)
+    if parameters:
+        groups.append({"params": parameters, "lr": settings.deviation_learning_rate})
+    if settings.rescale:
+        groups.append({"params": [scores], "lr": settings.learning_rate})
+    return groups
 
 
 @torch.no_grad()

@@ -85,19 +85,13 @@ def make_adapter(
         InputError: a rank that a target cannot have, or differences outside the targets.
     """
     identity = base.identity()
-    for one, dtype in ((base, torch.float32), (model, None)):
-        _multiply_out(one.model, dtype)
+    _multiply_out(base.model, torch.float32)
+    _multiply_out(model.model, None)
     _check_pair(base, model)
     objective = OBJECTIVES[recipe.decompose.objective]
     job = open_job(model, recipe, options, text=text, calibrate=bool(objective.needs))
     _check_rank(job.anatomy, rank)
-    outside = _outside(base, model, job.anatomy)
-    if outside and not allow_differences:
-        raise InputError(
-            f"{base.name} and {model.name} differ in {len(outside)} weights that no LoRA holds: "
-            f"{_listed(outside)}; --allow-differences (allow_differences=True) leaves them as "
-            f"they are in {base.name}"
-        )
+    outside = _outside(base, model, job.anatomy, allowed=allow_differences)
     before = measure_before(job, model)
     adapter = Adapter({}, rank, any(_conv(model, t.name) for t in job.anatomy.targets))
     targets = _extract(job, base.model, adapter, objective.inputs & {"C"})
@@ -108,8 +102,8 @@ def make_adapter(
         "base": base.name,
         "base_identity": identity,
         "model": model.name,
-        "objective": recipe.decompose.objective,
-        "unit": OBJECTIVES[recipe.decompose.objective].unit,
+        "objective": objective.name,
+        "unit": objective.unit,
         "difference": sum(t["difference"] for t in targets.values()),
         "left": sum(t["left"] for t in targets.values()),
         "targets": targets,
@@ -117,15 +111,17 @@ def make_adapter(
         "calibration": None if job.windows is None else job.windows.record(),
         "notes": job.log.notes,
     }
-    measured = []
-    for passage in before.passages:
-        base_loss = perplexity(base.model, passage.windows, batch=job.batch)
-        measured.append({"kind": passage.kind, "base": base_loss.record()})
+    losses = [perplexity(base.model, p.windows, batch=job.batch) for p in before.passages]
     _add(base.model, adapter)
-    for record, passage in zip(measured, before.passages, strict=True):
-        adapted = perplexity(base.model, passage.windows, batch=job.batch)
-        record |= {"adapted": adapted.record(), "model": passage.dense.record()}
-    adapter.facts["measured"] = measured
+    adapter.facts["measured"] = [
+        {
+            "kind": passage.kind,
+            "base": loss.record(),
+            "adapted": perplexity(base.model, passage.windows, batch=job.batch).record(),
+            "model": passage.dense.record(),
+        }
+        for loss, passage in zip(losses, before.passages, strict=True)
+    ]
     return adapter
 
 
@@ -214,7 +210,9 @@ def _conv(loaded: LoadedModel, name: str) -> bool:
     return is_transposed(get_module(loaded.model, name))
 
 
-def _outside(base: LoadedModel, model: LoadedModel, anatomy: Anatomy) -> dict[str, str]:
+def _outside(
+    base: LoadedModel, model: LoadedModel, anatomy: Anatomy, *, allowed: bool
+) -> dict[str, str]:
     """Weights that are no target's and differ, with what differs.
 
     Values are compared in the coarser of the two stored dtypes: to have been stored in fewer bits
@@ -222,6 +220,7 @@ def _outside(base: LoadedModel, model: LoadedModel, anatomy: Anatomy) -> dict[st
 
     Raises:
         ModelError: a target has another shape.
+        InputError: there are some, and none is allowed.
     """
     held = {f"{t.name}.weight" for t in anatomy.targets}
     coarse = max((base.stored_dtype, model.stored_dtype), key=lambda d: torch.finfo(d).eps)

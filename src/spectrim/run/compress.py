@@ -104,7 +104,7 @@ def run_recipe(
     check_storage(recipe)
     check_own(recipe)
     team = options.team
-    _check_shareable(recipe, team)
+    _check_learnable(recipe, team, brought=plan is not None or survey is not None)
     calibrate = _needs_windows(recipe, survey) or text is not None
     brought = {"plan": plan, "survey": survey}
     more = {"text": text, "size": size, "work": work, "brought": brought}
@@ -119,8 +119,6 @@ def run_recipe(
             before = measure_before(job, loaded, options.evaluation_text)
     elastic = None
     if recipe.flow == "learned":
-        if plan is not None or survey is not None:
-            raise InputError(f"recipe {recipe.name!r} learns its ranks: it takes no plan or survey")
         chosen, elastic = _learn(job, loaded, original, work)
     else:
         chosen = _decide_and_cut(job, plan, survey)
@@ -153,17 +151,22 @@ def _original(loaded: LoadedModel, job: Job) -> Original:
     )
 
 
-def _check_shareable(recipe: Recipe, team: Team) -> None:
-    """Refuse what several processes would not do as one does.
+def _check_learnable(recipe: Recipe, team: Team, *, brought: bool) -> None:
+    """Refuse what a recipe that learns its ranks cannot take up.
 
     Raises:
-        RecipeError: the recipe learns its ranks step by step on small batches.
+        RecipeError: several processes would not do as one does.
+        InputError: ranks were brought.
     """
-    if team.size > 1 and recipe.flow == "learned":
+    if recipe.flow != "learned":
+        return
+    if team.size > 1:
         raise RecipeError(
             f"the recipe {recipe.name!r} trains gates on every component, which runs in one "
             f"process only, and {team.size} were started; start spectrim without torchrun"
         )
+    if brought:
+        raise InputError(f"recipe {recipe.name!r} learns its ranks: it takes no plan or survey")
 
 
 def _decide_and_cut(job: Job, plan: Plan | None, survey: Survey | None) -> Plan:

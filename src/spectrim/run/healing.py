@@ -139,12 +139,7 @@ def heal_model(
         require_peft()
     windows = gather_windows(loaded, calibration, text, seed=healing.seed, exactly=options.exactly)
     train, held = hold_out(len(windows), healing.held_out)
-    tails = [_tail(loaded, windows.ids), None if teacher is None else _tail(teacher, windows.ids)]
-    if teacher is not None and tails[0].vocabulary != tails[1].vocabulary:
-        raise ModelError(
-            f"{teacher.name} has {tails[1].vocabulary} tokens and {loaded.name} "
-            f"{tails[0].vocabulary}; only a model of the same vocabulary can teach"
-        )
+    tails = _tails(loaded, teacher, windows.ids)
     log, progress = RunLog(), options.progress
     stages = _stages(layers) if healing.parts == "lora" else [[]]
     progress.start(STAGE, -(-healing.steps // healing.judge_every) * len(stages))
@@ -201,6 +196,23 @@ def _trainable(loaded: LoadedModel) -> dict[str, Any]:
 
 def _stages(layers: Mapping[str, Any]) -> list[list[tuple[Any, str]]]:
     return [[(layer, of[layer.storage]) for layer in layers.values()] for of in (FIRST, SECOND)]
+
+
+def _tails(
+    loaded: LoadedModel, teacher: LoadedModel | None, ids: Tensor
+) -> tuple[Tail, Tail | None]:
+    """Of the model, and of its teacher where it has one.
+
+    Raises:
+        ModelError: the teacher has another vocabulary.
+    """
+    own, other = _tail(loaded, ids), None if teacher is None else _tail(teacher, ids)
+    if teacher is not None and other is not None and own.vocabulary != other.vocabulary:
+        raise ModelError(
+            f"{teacher.name} has {other.vocabulary} tokens and {loaded.name} {own.vocabulary}; "
+            "only a model of the same vocabulary can teach"
+        )
+    return own, other
 
 
 def _tail(loaded: LoadedModel, ids: Tensor) -> Any:

@@ -104,14 +104,7 @@ def load_model(
     """
     device, dtype, tokenizer = options.device, options.dtype, options.tokenizer
     if isinstance(model, nn.Module):
-        refuse_unused("a model object is what it is", {"dequantize": options.dequantize})
-        stored = next(model.parameters()).dtype
-        if str(device) != "auto":
-            model.to(resolve_device(device))
-        if dtype != "auto":
-            model.to(resolve_dtype(dtype, stored, HOST))
-        name = getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
-        return LoadedModel(model.eval(), tokenizer, name, stored)
+        return _taken(model, options)
     place, name, trust_remote_code = resolve_device(device), str(model), options.trust_remote_code
     restoring = options.dequantize
     config = read_config(name, trust_remote_code, restoring=restoring)
@@ -139,6 +132,18 @@ def load_model(
         # The classes in use are transformers' own: a result must not ask for the code again.
         vars(loaded.config).pop("auto_map", None)
     return LoadedModel(loaded.eval(), tokenizer, name, stored, onloader, notes)
+
+
+def _taken(model: nn.Module, options: RunOptions) -> LoadedModel:
+    """A model object as it is."""
+    refuse_unused("a model object is what it is", {"dequantize": options.dequantize})
+    stored = next(model.parameters()).dtype
+    if str(options.device) != "auto":
+        model.to(resolve_device(options.device))
+    if options.dtype != "auto":
+        model.to(resolve_dtype(options.dtype, stored, HOST))
+    name = getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
+    return LoadedModel(model.eval(), options.tokenizer, name, stored)
 
 
 def _leave_blocks(

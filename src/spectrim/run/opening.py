@@ -88,18 +88,12 @@ def open_job(
         SpectrimError: an unfit model, an unknown text, a size out of reach, the work of another
             run.
     """
-    model, log, device = loaded.model, RunLog(), loaded.device
+    model, log = loaded.model, RunLog()
     log.notes.extend(loaded.notes)
     check_class(model)
     check_model(model, elsewhere=() if loaded.onloader is None else unit_names(model))
     open_experts(loaded)
-    anatomy = trace(model, short_window(loaded))
-    partial_note = check_understood(loaded, anatomy, partly=recipe.targets.partly)
-    if partial_note is not None:
-        log.notes.append(partial_note)
-    rehearse(model, anatomy)
-    anatomy = choose_targets(anatomy, recipe.targets.only, recipe.targets.skip)
-    check_patterns([own.match for own in recipe.targets.own], [t.name for t in anatomy.targets])
+    anatomy = _targets(loaded, recipe, log)
     dtype_bytes = loaded.stored_dtype.itemsize
     if size is not None:
         other = other_bytes(model, anatomy, loaded.stored_dtype)
@@ -107,24 +101,15 @@ def open_job(
         recipe = recipe.with_changes(keep=reachable)
     windows: Windows | None = None
     room: Room | None = None
+    brought = brought or {}
     if calibrate:
-        planned = (brought or {}).get("plan") is not None
+        planned = brought.get("plan") is not None
         recipe, windows, room = _calibrated(loaded, recipe, options, text, log, planned=planned)
         log.notes.extend(thin_notes(windows, anatomy, longest_window(model.config)))
     if work is not None:
-        decided = work.begin(
-            run_identity(
-                loaded,
-                recipe,
-                windows,
-                on_failure=options.on_failure,
-                # Sums over other parts of the windows round in another way.
-                processes=options.team.size,
-                **(brought or {}),
-            ),
-            {} if room is None else {"room": asdict(room)},
-        )
-        room = room and Room(**decided["room"])
+        # Sums over other parts of the windows round in another way.
+        brought = {"processes": options.team.size, "on_failure": options.on_failure, **brought}
+        room = _begun(work, run_identity(loaded, recipe, windows, **brought), room)
         if loaded.onloader is not None or (room is not None and room.backward == "by block"):
             work.keep_here()  # blocks or moments are read from there when they are needed
         if work.finished:
@@ -134,13 +119,32 @@ def open_job(
         anatomy=anatomy,
         windows=windows,
         recipe=recipe,
-        device=device,
+        device=loaded.device,
         options=options,
         log=log,
         dtype_bytes=dtype_bytes,
         room=room,  # type: ignore[arg-type]
         keeper=Keeper(model, log, work=work, onloader=loaded.onloader),
     )
+
+
+def _targets(loaded: LoadedModel, recipe: Recipe, log: RunLog) -> Anatomy:
+    """The model's blocks with the targets of this run; a twin of it was saved and loaded."""
+    targets = recipe.targets
+    anatomy = trace(loaded.model, short_window(loaded))
+    partial_note = check_understood(loaded, anatomy, partly=targets.partly)
+    if partial_note is not None:
+        log.notes.append(partial_note)
+    rehearse(loaded.model, anatomy)
+    anatomy = choose_targets(anatomy, targets.only, targets.skip)
+    check_patterns([own.match for own in targets.own], [t.name for t in anatomy.targets])
+    return anatomy
+
+
+def _begun(work: Work, identity: dict[str, Any], room: Room | None) -> Room | None:
+    """How the run fits, as decided when its work was begun: now, or by an earlier process."""
+    decided = work.begin(identity, {} if room is None else {"room": asdict(room)})
+    return room and Room(**decided["room"])
 
 
 def _calibrated(

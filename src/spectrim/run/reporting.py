@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from spectrim import __version__
-from spectrim.allocate.plan import Plan
+from spectrim.allocate.plan import Plan, PlanEntry
 from spectrim.recipe import Recipe
 from spectrim.run.job import RunLog
 
@@ -80,21 +80,8 @@ def build_report(
     dense = sum(e.dense_bytes for e in plan.entries)
     kept = sum(e.bytes for e in plan.entries)
     other, protected = original.other_bytes, original.protected_bytes
-    targets = [
-        {
-            "name": e.name,
-            "shape": list(original.shapes[e.name]),
-            "rank": e.rank,
-            "storage": e.storage,
-            "weights": e.weights,
-            "bytes": e.bytes,
-            "dense_bytes": e.dense_bytes,
-            "kept": e.kept,
-            "predicted_loss": e.loss,
-            **log.targets.get(e.name, {}),
-        }
-        for e in plan.entries
-    ]
+    shapes = original.shapes
+    targets = [_target(e, shapes[e.name], log.targets.get(e.name, {})) for e in plan.entries]
     return {
         "format_version": 1,
         "model": original.name,
@@ -121,4 +108,20 @@ def build_report(
         "peak_memory_bytes": peak_memory_bytes(),
         "notes": [*plan.notes, *log.notes],
         "environment": environment(),
+    }
+
+
+def _target(entry: PlanEntry, shape: tuple[int, int], facts: dict[str, Any]) -> dict[str, Any]:
+    """One target as it was carried out, and what the run noted of it."""
+    return {
+        "name": entry.name,
+        "shape": list(shape),
+        "rank": entry.rank,
+        "storage": entry.storage,
+        "weights": entry.weights,
+        "bytes": entry.bytes,
+        "dense_bytes": entry.dense_bytes,
+        "kept": entry.kept,
+        "predicted_loss": entry.loss,
+        **facts,
     }

@@ -107,14 +107,8 @@ def gather_windows(
         windows = given_windows(text, tokenizer=loaded.tokenizer)
         windows.check_vocabulary(vocabulary_size(loaded.model))
         return windows
-    longest = longest_window(loaded.model.config)
     assert calibration.windows is not None and calibration.window_length is not None  # settled
-    if exactly and longest is not None and longest < calibration.window_length:
-        raise TextError(
-            f"windows of {calibration.window_length} tokens are longer than the {longest} "
-            f"positions of {loaded.name}; ask for at most {longest}"
-        )
-    length = min(calibration.window_length, longest or calibration.window_length)
+    length = _possible(loaded, calibration.window_length, exactly=exactly)
     _check_room(calibration.windows, length)
     sources = _sources(calibration.text) if text is None else _user_sources(text)
     counts = share_out(calibration.windows, [share for _, share in sources])
@@ -123,32 +117,33 @@ def gather_windows(
             f"{calibration.windows} windows cannot be shared by {len(sources)} texts so that each "
             "has one; give more windows or larger shares"
         )
-    own = sum(count for (s, _), count in zip(sources, counts, strict=True) if s == SELF)
+    counted = [(source, count) for (source, _), count in zip(sources, counts, strict=True)]
+    own = sum(count for source, count in counted if source == SELF)
     parts = []
     if own:
-        parts.append(
-            sample_windows(
-                loaded.model,
-                windows=own,
-                window_length=length,
-                seed=seed,
-                tokenizer=loaded.tokenizer,
-                team=team,
-            )
-        )
-    others = [(s, count) for (s, _), count in zip(sources, counts, strict=True) if s != SELF]
+        how = {"seed": seed, "tokenizer": loaded.tokenizer, "team": team}
+        parts.append(sample_windows(loaded.model, windows=own, window_length=length, **how))
+    others = [(source, count) for source, count in counted if source != SELF]
     if others:
-        parts.append(
-            _text_windows(
-                loaded,
-                others,
-                calibration,
-                length,
-                seed,
-                shortest=None if exactly or own else SHORTEST,
-            )
-        )
+        shortest = None if exactly or own else SHORTEST
+        drawn = _text_windows(loaded, others, calibration, length, seed, shortest=shortest)
+        parts.append(drawn)
     return interleave(parts)
+
+
+def _possible(loaded: LoadedModel, asked: int, *, exactly: bool) -> int:
+    """Tokens per window, as many as were asked for or as the model has positions.
+
+    Raises:
+        TextError: exactly as many are wanted, and the model has less.
+    """
+    longest = longest_window(loaded.model.config)
+    if exactly and longest is not None and longest < asked:
+        raise TextError(
+            f"windows of {asked} tokens are longer than the {longest} positions of {loaded.name}; "
+            f"ask for at most {longest}"
+        )
+    return min(asked, longest or asked)
 
 
 def vocabulary_size(model: Any) -> int:

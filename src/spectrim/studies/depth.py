@@ -179,27 +179,17 @@ def _follow_all(
     windows = evaluation_windows_of(dense, measure.text, measure.window_length, measure.max_tokens)
     place = next(dense.model.parameters()).device
     first = torch.arange(8, device=place)[None] % vocabulary_size(dense.model)
-    anatomy = trace(dense.model, first)
+    anatomy, batch = trace(dense.model, first), measure.batch
     progress.start(STAGE, len(names))
     runs = []
     for name, result in folders.items():
         compressed = load_model(result, measure.options).model
-        runs.append(
-            follow(name, dense, compressed, reports[name], windows, anatomy, batch=measure.batch)
-        )
+        found = follow(name, dense, compressed, reports[name], windows, anatomy, batch=batch)
+        runs.append(found)
         progress.advance(STAGE, name)
+    more = {"text": own_text(calibration.get("text")), "batch": batch, "store": store}
     for recipe in resolved:
-        runs.append(
-            run_along_depth(
-                dense,
-                recipe,
-                windows,
-                anatomy,
-                text=own_text(calibration.get("text")),
-                batch=measure.batch,
-                store=store,
-            )
-        )
+        runs.append(run_along_depth(dense, recipe, windows, anatomy, **more))
         progress.advance(STAGE, recipe.name)
     progress.finish(STAGE)
     record = {

@@ -9,6 +9,7 @@ from typing import Any
 
 from spectrim.api.evaluating import evaluation_windows_of
 from spectrim.arguments import refuse_unused
+from spectrim.data.windows import Windows
 from spectrim.errors import InputError, OutputError, TextError
 from spectrim.evaluate.agreement import agreement
 from spectrim.evaluate.distortion import distortion_by_depth
@@ -79,9 +80,25 @@ def gather_page(
     if len(models) <= len(others):
         raise InputError(f"two results have the same folder name, one of {', '.join(models)}")
     windows = evaluation_windows_of(dense, text, window_length, max_tokens)
+    return replace(
+        content,
+        evaluations=_evaluations(dense, {_label(against): dense, **models}, windows),
+        depth=distortion_by_depth(
+            dense.model,
+            {name: loaded.model for name, loaded in models.items()},
+            windows.take(min(_DEPTH_WINDOWS, len(windows))),
+        ),
+        samples=_samples(dense, {"dense": dense, **models}, prompts),
+    )
+
+
+def _evaluations(
+    dense: LoadedModel, models: dict[str, LoadedModel], windows: Windows
+) -> list[dict[str, Any]]:
+    """What every model scores on the windows, and the others beside the dense one."""
     source = windows.sources[0]
     evaluations = []
-    for name, loaded in {_label(against): dense, **models}.items():
+    for name, loaded in models.items():
         record: dict[str, Any] = {
             "model": name,
             "parameters": sum(p.numel() for p in loaded.model.parameters()),
@@ -90,16 +107,7 @@ def gather_page(
         if loaded is not dense:
             record["agreement"] = {source: agreement(dense.model, loaded.model, windows).record()}
         evaluations.append(record)
-    return replace(
-        content,
-        evaluations=evaluations,
-        depth=distortion_by_depth(
-            dense.model,
-            {name: loaded.model for name, loaded in models.items()},
-            windows.take(min(_DEPTH_WINDOWS, len(windows))),
-        ),
-        samples=_samples(dense, {"dense": dense, **models}, prompts),
-    )
+    return evaluations
 
 
 def _label(name: str | Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -59,43 +59,22 @@ def learn_every_size(
         )
     adapters = Adapters(section.lora_rank, section.lora_alpha, section.lora_dropout)
     gated, replay = build_gated(job, adapters=adapters)
-    lessons = lessons_for(
-        job,
-        replay,
-        batch=section.batch,
-        accumulate=section.accumulate,
-        teacher=section.heal_objective == "kl",
-    )
+    teacher = section.heal_objective == "kl"
+    sizes = {"batch": section.batch, "accumulate": section.accumulate}
+    lessons = lessons_for(job, replay, teacher=teacher, **sizes)
     checkpoint = checkpoint_of(job, base, work, section.checkpoint_every)
-    healing = HealingSettings(
-        steps=section.heal_steps,
-        parts=_healed_parts(job, section),
-        sizes=section.heal_sizes,
-        objective=section.heal_objective,
-        learning_rate=section.heal_learning_rate,
-        factor_learning_rate=section.heal_factor_learning_rate,
-        final_learning_rate=section.heal_final_learning_rate,
-        clip=section.clip,
-        grid=section.heal_grid,
-    )
+    healing = _healing(job, section)
     report = StepReporter(job)
+    told: dict[str, Any] = {"checkpoint": checkpoint, "report": report}
     with gates_in_place(job, gated, recompute=recomputes(job, section)):
         if section.order == "fisher":
             pruned, order = _fisher_order(job, gated, lessons, section)
         else:
             with job.log.timed("prune"):
-                pruned = prune(
-                    gated,
-                    lessons,
-                    settings_of(PruningSettings, section),
-                    checkpoint=checkpoint,
-                    report=report,
-                )
+                pruned = prune(gated, lessons, settings_of(PruningSettings, section), **told)
             order = order_by_death(gated, pruned.deaths)
         with job.log.timed("heal"):
-            history = heal(
-                gated, order, pruned, lessons, healing, checkpoint=checkpoint, report=report
-            )
+            history = heal(gated, order, pruned, lessons, healing, **told)
     report.close()
     job.log.network["acip"] = {
         "steps": pruned.step,
@@ -119,11 +98,22 @@ def learn_every_size(
     return plan, Elastic(order, factors, base, "acip")
 
 
-def _healed_parts(job: Job, section: AcipLearning) -> Literal["corrections", "factors"]:
+def _healing(job: Job, section: AcipLearning) -> HealingSettings:
     """Masters and moments of all factors are four times a bf16 model: large ones go without."""
-    if section.heal_parts == "auto":
-        return "corrections" if is_large(job.model) else "factors"
-    return section.heal_parts
+    parts = section.heal_parts
+    if parts == "auto":
+        parts = "corrections" if is_large(job.model) else "factors"
+    return HealingSettings(
+        steps=section.heal_steps,
+        parts=parts,
+        sizes=section.heal_sizes,
+        objective=section.heal_objective,
+        learning_rate=section.heal_learning_rate,
+        factor_learning_rate=section.heal_factor_learning_rate,
+        final_learning_rate=section.heal_final_learning_rate,
+        clip=section.clip,
+        grid=section.heal_grid,
+    )
 
 
 def _fisher_order(

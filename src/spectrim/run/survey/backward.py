@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
 
 from spectrim.decompose import OBJECTIVES
 from spectrim.model.anatomy import Block
@@ -19,6 +22,8 @@ from spectrim.run.kept_moments import KeptMoments, flattened, restored
 from spectrim.run.recorded import recorded
 
 __all__ = ["backward_pass", "by_block", "gathered_moments", "output_moments"]
+
+STAGE = "gradients"
 
 
 def backward_pass(
@@ -47,11 +52,9 @@ def backward_pass(
     Raises:
         NonFiniteError: a gradient or the loss is not finite; names the target.
     """
-    stage = "gradients"
     ids = job.ids if windows is None else job.ids[:windows]
-    needs = OBJECTIVES[choice.objective].outputs if needs is None else needs
     options = {
-        "needs": needs,
+        "needs": OBJECTIVES[choice.objective].outputs if needs is None else needs,
         "input_needs": input_needs,
         "factors": factors,
         "clip": choice.clip,
@@ -59,7 +62,7 @@ def backward_pass(
         "team": job.team,
     }
     if by_block(job):
-        job.progress.start(stage, 2 * len(job.anatomy.blocks))
+        job.progress.start(STAGE, 2 * len(job.anatomy.blocks))
         yield from gradients_by_block(
             recorded(job, ids),
             job.anatomy,
@@ -67,32 +70,30 @@ def backward_pass(
             at_hand=job.keeper.at_hand,
             device=job.device,
             folder=job.options.streams,
-            on_block=lambda: job.progress.advance(stage),
+            on_block=lambda: job.progress.advance(STAGE),
             **options,
         )
     else:
-        mine = job.team.share(len(ids))
-        job.progress.start(stage, mine.stop - mine.start)
-
-        def advance(done: int) -> None:
-            for _ in range(done):
-                job.progress.advance(stage)
-
-        if job.room.backward == "recomputed":
-            whole = gradients_recomputed(
-                recorded(job, ids),
-                job.anatomy,
-                ids,
-                device=job.device,
-                on_batch=advance,
-                **options,
-            )
-        else:
-            whole = gradient_pass(job.model, job.anatomy, ids, on_batch=advance, **options)
+        whole = _all_blocks(job, ids, options)
         give_back()
         for block in job.anatomy.blocks:
             yield block, whole.of(block)
-    job.progress.finish(stage)
+    job.progress.finish(STAGE)
+
+
+def _all_blocks(job: Job, ids: Tensor, options: dict[str, Any]) -> GradientPass:
+    """Gradients of all blocks at once, their sums in memory."""
+    mine = job.team.share(len(ids))
+    job.progress.start(STAGE, mine.stop - mine.start)
+
+    def advance(done: int) -> None:
+        for _ in range(done):
+            job.progress.advance(STAGE)
+
+    if job.room.backward != "recomputed":
+        return gradient_pass(job.model, job.anatomy, ids, on_batch=advance, **options)
+    more = {"device": job.device, "on_batch": advance, **options}
+    return gradients_recomputed(recorded(job, ids), job.anatomy, ids, **more)
 
 
 def by_block(job: Job) -> bool:

@@ -100,28 +100,24 @@ def make_survey(
     scored = wanted & COMPONENT_SCORES - ({"kfac"} if choice.objective == "kfac" else set())
     vectors = vectors or bool(scored or wanted & {"measured", TABLE})
     found = Found(wanted, full=bool(scored), vectors=vectors)
-    if choice.objective != job.recipe.decompose.objective:
+    asked = job.recipe.decompose.objective
+    if choice.objective != asked:
         found.notes.append(
-            f"the survey used the objective {choice.objective}, which is "
-            f"{job.recipe.decompose.objective} while nothing is shifted"
+            f"the survey used the objective {choice.objective}, which is {asked} while nothing is "
+            "shifted"
         )
     stage = f"survey{job.surveys}"
     job.surveys += 1
     with job.log.timed("survey"):
         _decompose_all(job, stage, choice, found, weight_of)
-    factors: Mapping[str, Factors] = found.factors
-    if vectors and job.keeper.onloader is not None:
-        factors = KeptFactors(job.keeper, stage, job.anatomy.blocks, job.device)
+    factors = _factors(job, stage, found) if vectors else found.factors
     if scored:
         with job.log.timed("scores"):
             score_components(job, choice, found, factors)
     limits = _limits(job)
     if vectors and not complete:
         held = {c.name: min(largest_rank(c.shape, limits), c.rank) for c in found.curves}
-        if job.keeper.onloader is not None:
-            factors = KeptFactors(job.keeper, stage, job.anatomy.blocks, job.device, held)
-        for name in found.factors:
-            found.factors[name] = leading(found.factors[name], held[name])
+        factors = _cut_to(job, stage, found, held)
     if "measured" in wanted:
         found.curves = with_references(job, found)
     table: dict[tuple[str, float], float] = {}
@@ -141,6 +137,22 @@ def make_survey(
         notes=tuple(found.notes),
         factors=factors if vectors else None,
     )
+
+
+def _factors(
+    job: Job, stage: str, found: Found, held: Mapping[str, int] | None = None
+) -> Mapping[str, Factors]:
+    """What was decomposed: in memory, or in the pieces of a run out of core."""
+    if job.keeper.onloader is None:
+        return found.factors
+    return KeptFactors(job.keeper, stage, job.anatomy.blocks, job.device, held)
+
+
+def _cut_to(job: Job, stage: str, found: Found, held: Mapping[str, int]) -> Mapping[str, Factors]:
+    """Components up to the largest ranks that a plan can use."""
+    for name in found.factors:
+        found.factors[name] = leading(found.factors[name], held[name])
+    return _factors(job, stage, found, held)
 
 
 def _limits(job: Job) -> Limits:
@@ -243,21 +255,33 @@ def _decompose_all(
             targets = [target for block in waiting for target in block.targets]
             spectra = shared_spectra(job.team, targets, owned, find, job.device)
             for block in span:
-                if block in waiting:
-                    for target in block.targets:
-                        _keep(found, shapes[target.name], spectra[target.name])
-                    save_piece(job.keeper, stage, block, found)
-                else:
-                    take_piece(job.keeper, stage, block, found, shapes, job.device)
-                if job.keeper.onloader is not None:
-                    # Read again when they are cut: together they can be larger than the model.
-                    for target in block.targets:
-                        found.factors.pop(target.name, None)
+                _note_block(job, stage, block, found, shapes, spectra if block in waiting else None)
                 job.progress.advance("survey", block.name)
     job.progress.finish("survey")
     if "kfac" in found.wanted and choice.objective == "kfac":
         for curve in found.curves:
             note_loss(found, "kfac", curve.name, torch.from_numpy(np.array(curve.energy)))
+
+
+def _note_block(
+    job: Job,
+    stage: str,
+    block: Block,
+    found: Found,
+    shapes: Mapping[str, Curve],
+    spectra: Mapping[str, Spectrum] | None,
+) -> None:
+    """Note a block's spectra, or with None what an earlier run has kept of it."""
+    if spectra is None:
+        take_piece(job.keeper, stage, block, found, shapes, job.device)
+    else:
+        for target in block.targets:
+            _keep(found, shapes[target.name], spectra[target.name])
+        save_piece(job.keeper, stage, block, found)
+    if job.keeper.onloader is not None:
+        # Read again when they are cut: together they can be larger than the model.
+        for target in block.targets:
+            found.factors.pop(target.name, None)
 
 
 def _keep(found: Found, bare: Curve, whole: Spectrum) -> None:
