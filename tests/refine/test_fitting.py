@@ -9,7 +9,8 @@ from torch import nn
 
 from spectrim.errors import InputError, NonFiniteError
 from spectrim.refine.course import Course, hold_out
-from spectrim.refine.fitting import FitSettings, fit, warmup_cosine
+from spectrim.refine.fitting import FitSettings, fit
+from spectrim.refine.pace import warmup_cosine
 
 SETTINGS = {
     "steps": 40,

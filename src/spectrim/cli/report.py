@@ -57,26 +57,16 @@ def report(
     With --against, the dense model is measured beside it, both are followed along depth, and both
     continue a prompt. The page needs no network and no other file.
     """
+    words |= {"against": against, "others": others, "curve": curve, "survey": survey}
+    words |= {"text": text, "prompts": prompt}
     with terminal.working(output=output):
         from spectrim import studies
         from spectrim.run.options import RunOptions
 
         placed = {name: words.pop(name) for name in ("device", "dtype", "trust_remote_code")}
-        studies.report(
-            folder,
-            output=output,
-            overwrite=overwrite,
-            options=RunOptions(**options.given(**placed)),
-            **options.given(
-                **words,
-                against=against,
-                others=others or None,
-                curve=curve,
-                survey=survey,
-                text=text,
-                prompts=prompt or None,
-            ),
-        )
+        ways = RunOptions(**options.given(**placed))
+        given = {"overwrite": overwrite, "options": ways, **options.given(**words)}
+        studies.report(folder, output=output, **given)
     from spectrim.cli.render import print_facts
 
     print_facts({"output": output})

@@ -78,7 +78,7 @@ def calibration_windows(
     _check_length(window_length)
     tokenized = [tokenize(source.content, tokenizer) for source in texts]
     if shortest is not None:
-        fits = min(len(tokens) for tokens in tokenized) - 2
+        fits = min(map(len, tokenized)) - 2
         window_length = max(min(window_length, fits), min(window_length, shortest))
     how = {"length": window_length, "generator": torch.Generator().manual_seed(seed)}
     drawn = [
@@ -86,23 +86,20 @@ def calibration_windows(
         for source, tokens, count in zip(texts, tokenized, counts, strict=True)
     ]
     facts: dict[str, Any] = {
-        "sources": tuple(t.name for t in texts),
+        **{"sources": tuple(t.name for t in texts), "seed": seed, "bos": bos},
         "text_sha256": tuple(t.sha256 for t in texts),
         "text_tokens": tuple(d.total for d in drawn),
         "tokenizer_sha256": tokenizer_hash(tokenizer),
-        "seed": seed,
-        "bos": bos,
     }
 
     def together(rows: list[tuple[Tensor, Tensor]], spare: Windows | None) -> Windows:
         """One set of windows from (starts, tokens) of every text."""
         order, owner = _alternating([len(starts) for starts, _ in rows])
         ids = torch.cat([_with_bos(ids, tokenizer, bos) for _, ids in rows])[order]
-        starts = torch.cat([starts for starts, _ in rows])[order]
-        return Windows(ids, starts, owner, **facts, spare=spare)
+        return Windows(ids, torch.cat([s for s, _ in rows])[order], owner, **facts, spare=spare)
 
     left = [d.spare for d in drawn]
-    spare = together(left, None) if sum(len(starts) for starts, _ in left) else None
+    spare = together(left, None) if any(len(starts) for starts, _ in left) else None
     return together([d.rows for d in drawn], spare)
 
 

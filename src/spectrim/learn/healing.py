@@ -34,7 +34,7 @@ from spectrim.learn.gates import DeathMap
 from spectrim.learn.lessons import Lessons, Objective, Report, seeded
 from spectrim.learn.pruning import Gated
 from spectrim.learn.rate_line import RateLine
-from spectrim.refine.fitting import warmup_cosine
+from spectrim.refine.pace import set_pace, warmup_cosine
 
 __all__ = [
     "HealingSettings",
@@ -143,8 +143,7 @@ def heal(
         factor = warmup_cosine(
             step, settings.steps, warmup=WARMUP, final=settings.final_learning_rate
         )
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * factor
+        set_pace(optimizer, [peak * factor for peak in peaks])
         optimizer.zero_grad(set_to_none=True)
         now = pruned.step + step
         loss = lessons.backward(

@@ -47,7 +47,7 @@ from spectrim.learn.pruning import Gated
 from spectrim.learn.rate_line import RateLine
 from spectrim.learn.scores import SocoSettings, SocoState, fading, gates_of, scores_of
 from spectrim.learn.surrogate import mean_square_gradients
-from spectrim.refine.fitting import warmup_cosine
+from spectrim.refine.pace import set_pace, warmup_cosine
 
 __all__ = ["deviations", "learn_scores"]
 
@@ -93,8 +93,7 @@ def learn_scores(
     line = RateLine.over(state.history)
     while state.phase != "done":
         factor = _rate(state, settings)
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * factor
+        set_pace(optimizer, [peak * factor for peak in peaks])
         loss = _learn(gated, lessons, settings, state, optimizer, checkpoint)
         kept_mask = scores_of(state, settings) > settings.threshold
         kept = gated.kept(kept_mask)

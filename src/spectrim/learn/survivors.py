@@ -31,7 +31,7 @@ from spectrim.learn.lessons import Lessons, Report
 from spectrim.learn.pruning import Gated
 from spectrim.learn.scores import SocoSettings, SocoState, scores_of
 from spectrim.learn.soco import deviations
-from spectrim.refine.fitting import warmup_cosine
+from spectrim.refine.pace import set_pace, warmup_cosine
 
 __all__ = ["Folded", "RecoverySettings", "choose", "fixed_choice", "folded", "recover"]
 
@@ -139,11 +139,10 @@ def recover(
         NonFiniteError: the training diverged.
     """
     scores = _cut(gated, plan, kept, theta, settings)
-    groups = _groups(gated, plan, scores, settings)
-    losses: list[float] = []
+    groups, losses = _groups(gated, plan, scores, settings), list[float]()
+    guard = lessons.guard(float("nan"), "learning_rate")
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0) if groups else None
-    trained = [p for group in groups for p in group["params"]]
-    peaks = [group["lr"] for group in groups]
+    trained, peaks = [p for g in groups for p in g["params"]], [g["lr"] for g in groups]
 
     def bind() -> None:
         gated.bind(gate_values(scores, settings.score) if settings.rescale else None)
@@ -152,11 +151,9 @@ def recover(
         if optimizer is None:
             break
         factor = warmup_cosine(step, settings.steps, warmup=0.1, final=0.05)
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * factor
+        set_pace(optimizer, [peak * factor for peak in peaks])
         optimizer.zero_grad(set_to_none=True)
         loss = lessons.backward(settings.first_step + step, "kl", lambda _: bind())
-        guard = lessons.guard(float("nan"), "learning_rate")
         guard.check(loss, settings.first_step + step + 1, where_kept(checkpoint))
         nn.utils.clip_grad_norm_(trained, settings.clip)
         optimizer.step()
@@ -169,8 +166,7 @@ def recover(
     with torch.no_grad():
         bind()
         values = gate_values(scores.detach(), settings.score)
-    values = values if settings.rescale else torch.ones_like(values)
-    return list(gated.spans.split(values)), losses
+    return list(gated.spans.split(values if settings.rescale else torch.ones_like(values))), losses
 
 
 def _groups(

@@ -21,8 +21,9 @@ from spectrim.distributed.pool import Pool
 from spectrim.distributed.team import Team
 from spectrim.errors import NonFiniteError
 from spectrim.refine.course import Course
+from spectrim.refine.pace import set_pace, warmup_cosine
 
-__all__ = ["FitResult", "FitSettings", "LossOf", "fit", "warmup_cosine"]
+__all__ = ["FitResult", "FitSettings", "LossOf", "fit"]
 
 LossOf = Callable[[Tensor], Tensor]
 """Indices of windows (len,) -> differentiable scalar, the mean over these windows."""
@@ -84,18 +85,6 @@ class FitResult:
     selected: bool = True
     seconds: float = 0.0
     tokens_per_second: float = 0.0
-
-
-def warmup_cosine(step: int, total: int, *, warmup: float, final: float) -> float:
-    """Factor of the peak learning rate at `step` (0-based) of `total`.
-
-    Linear from zero over the first `warmup` share of the steps, then a cosine from 1 to `final`.
-    """
-    ramp = max(1, round(warmup * total))
-    if step < ramp:
-        return (step + 1) / ramp
-    progress = (step - ramp) / max(1, total - ramp)
-    return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
 
 
 def _units(parameters: list[nn.Parameter], relative: bool) -> list[float]:
@@ -258,11 +247,8 @@ def _train(
     if selects:
         result.history.append((0, before))
     units = _units(parameters, settings.relative)
-    optimizer = torch.optim.AdamW(
-        [{"params": [p], "unit": unit} for p, unit in zip(parameters, units, strict=True)],
-        lr=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-    )
+    how = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    optimizer = torch.optim.AdamW([{"params": [p]} for p in parameters], **how)
     worse = 0
     batches = _batches(course.train, settings.batch, torch.Generator().manual_seed(settings.seed))
     for step in range(1, settings.steps + 1):
@@ -272,8 +258,7 @@ def _train(
         factor = warmup_cosine(
             step - 1, settings.steps, warmup=settings.warmup, final=settings.final_learning_rate
         )
-        for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * factor * group["unit"]
+        set_pace(optimizer, [settings.learning_rate * factor * unit for unit in units])
         optimizer.step()
         last = step == settings.steps
         if not selects:

@@ -9,7 +9,7 @@ tuned from it is the tuning, extracted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from spectrim.decompose import OBJECTIVES
 from spectrim.decompose.balance import balanced
 from spectrim.errors import InputError, ModelError
-from spectrim.evaluate.perplexity import perplexity
+from spectrim.evaluate.perplexity import Perplexity, perplexity
 from spectrim.layers.swap import compressed_layers, restore_dense
 from spectrim.model.anatomy import Anatomy
 from spectrim.model.weights import get_module, is_transposed, read_weight, write_weight
@@ -30,7 +30,7 @@ from spectrim.run.loading import LoadedModel
 from spectrim.run.opening import open_job
 from spectrim.run.options import RunOptions
 from spectrim.run.parts.cutting import decompose_target
-from spectrim.run.quality import measure_before
+from spectrim.run.quality import Passage, measure_before
 from spectrim.run.survey.survey import moments_by_block
 from spectrim.run.texts import UserText
 
@@ -113,16 +113,23 @@ def make_adapter(
     }
     losses = [perplexity(base.model, p.windows, batch=job.batch) for p in before.passages]
     _add(base.model, adapter)
-    adapter.facts["measured"] = [
+    adapter.facts["measured"] = _measured(base.model, losses, before.passages, job.batch)
+    return adapter
+
+
+def _measured(
+    adapted: nn.Module, losses: Sequence[Perplexity], passages: Sequence[Passage], batch: int
+) -> list[dict[str, Any]]:
+    """Perplexities of the base, of the base with its adapter, and of the model to reach."""
+    return [
         {
             "kind": passage.kind,
             "base": loss.record(),
-            "adapted": perplexity(base.model, passage.windows, batch=job.batch).record(),
+            "adapted": perplexity(adapted, passage.windows, batch=batch).record(),
             "model": passage.dense.record(),
         }
-        for loss, passage in zip(losses, before.passages, strict=True)
+        for loss, passage in zip(losses, passages, strict=True)
     ]
-    return adapter
 
 
 @torch.no_grad()

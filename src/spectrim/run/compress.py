@@ -103,8 +103,7 @@ def run_recipe(
     check_steps(recipe)
     check_storage(recipe)
     check_own(recipe)
-    team = options.team
-    _check_learnable(recipe, team, brought=plan is not None or survey is not None)
+    _check_learnable(recipe, options.team, brought=plan is not None or survey is not None)
     calibrate = _needs_windows(recipe, survey) or text is not None
     brought = {"plan": plan, "survey": survey}
     more = {"text": text, "size": size, "work": work, "brought": brought}
@@ -114,7 +113,7 @@ def run_recipe(
     if survey is not None:
         _check_survey(loaded, job, survey)
     before = None
-    if options.measure and team.leads:
+    if options.measure and options.team.leads:
         with log.timed("measure"):
             before = measure_before(job, loaded, options.evaluation_text)
     elastic = None
@@ -128,13 +127,7 @@ def run_recipe(
     if before is not None:
         with log.timed("measure"):
             measured = measure_after(job, before, dtype)
-    calibration = None if job.windows is None else job.windows.record()
-    if job.windows is None and survey is not None:
-        calibration = survey.facts.get("calibration")
-    known = {"calibration": calibration, "measured": measured}
-    report = build_report(original, job.recipe, chosen, log, **known)
-    report["environment"] |= {"processes": team.size, "passes": said(job.room)}
-    report["predicted_memory_bytes"] = log.predicted
+    report = _report(original, job, chosen, measured, survey)
     return Outcome(model, loaded.tokenizer, chosen, job.recipe, report, elastic, loaded.onloader)
 
 
@@ -149,6 +142,24 @@ def _original(loaded: LoadedModel, job: Job) -> Original:
         count_outside(model, anatomy).record(),
         protected_bytes(model, anatomy, dtype),
     )
+
+
+def _report(
+    original: Original,
+    job: Job,
+    plan: Plan,
+    measured: dict[str, Any] | None,
+    survey: Survey | None,
+) -> dict[str, Any]:
+    """What was done; what was calibrated on is the survey's where this run had no windows."""
+    calibration = None if job.windows is None else job.windows.record()
+    if job.windows is None and survey is not None:
+        calibration = survey.facts.get("calibration")
+    known = {"calibration": calibration, "measured": measured}
+    report = build_report(original, job.recipe, plan, job.log, **known)
+    report["environment"] |= {"processes": job.team.size, "passes": said(job.room)}
+    report["predicted_memory_bytes"] = job.log.predicted
+    return report
 
 
 def _check_learnable(recipe: Recipe, team: Team, *, brought: bool) -> None:

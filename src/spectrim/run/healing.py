@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from spectrim.refine.tuning import tune
 from spectrim.run.loading import LoadedModel
 from spectrim.run.log import RunLog
 from spectrim.run.options import RunOptions
+from spectrim.run.progress import Progress
 from spectrim.run.texts import UserText, gather_windows
 from spectrim.storage.folder import REPORT_FILE
 from spectrim.storage.json_file import read_json
@@ -134,24 +136,20 @@ def heal_model(
         TextError, InputError: too little text.
         NonFiniteError: the training diverged.
     """
-    layers = _trainable(loaded)
-    if healing.parts == "lora":
+    layers, lora = _trainable(loaded), healing.parts == "lora"
+    if lora:
         require_peft()
     windows = gather_windows(loaded, calibration, text, seed=healing.seed, exactly=options.exactly)
     train, held = hold_out(len(windows), healing.held_out)
     tails = _tails(loaded, teacher, windows.ids)
     log, progress = RunLog(), options.progress
-    stages = _stages(layers) if healing.parts == "lora" else [[]]
+    stages = _stages(layers) if lora else [[]]
     progress.start(STAGE, -(-healing.steps // healing.judge_every) * len(stages))
-
-    def judged(step: int, loss: float) -> None:
-        progress.advance(STAGE, f"step {step}: {loss:.4f} nats per token")
-
-    course = Course(train, held, windows.ids.shape[1], judged)
+    course = Course(train, held, windows.ids.shape[1], partial(_judged, progress))
     fits = []
     with log.timed(STAGE):
         for number, chosen in enumerate(stages):
-            if healing.parts == "lora":
+            if lora:
                 training = healing.adapters(len(train), number)
                 made = recover(tails[0], chosen, windows.ids, course, training, teacher=tails[1])
             else:
@@ -172,6 +170,10 @@ def heal_model(
         "seconds": log.stages[STAGE],
     }
     return Healed(loaded.model, loaded.tokenizer, _continued(loaded.name, entry))
+
+
+def _judged(progress: Progress, step: int, loss: float) -> None:
+    progress.advance(STAGE, f"step {step}: {loss:.4f} nats per token")
 
 
 def _trainable(loaded: LoadedModel) -> dict[str, Any]:

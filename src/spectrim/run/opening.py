@@ -88,8 +88,7 @@ def open_job(
         SpectrimError: an unfit model, an unknown text, a size out of reach, the work of another
             run.
     """
-    model, log = loaded.model, RunLog()
-    log.notes.extend(loaded.notes)
+    model, log = loaded.model, RunLog(notes=list(loaded.notes))
     check_class(model)
     check_model(model, elsewhere=() if loaded.onloader is None else unit_names(model))
     open_experts(loaded)
@@ -109,11 +108,7 @@ def open_job(
     if work is not None:
         # Sums over other parts of the windows round in another way.
         brought = {"processes": options.team.size, "on_failure": options.on_failure, **brought}
-        room = _begun(work, run_identity(loaded, recipe, windows, **brought), room)
-        if loaded.onloader is not None or (room is not None and room.backward == "by block"):
-            work.keep_here()  # blocks or moments are read from there when they are needed
-        if work.finished:
-            log.notes.append(f"resumed after {len(work.finished)} finished pieces")
+        room = _begun(work, run_identity(loaded, recipe, windows, **brought), room, loaded, log)
     return Job(
         model=model,
         anatomy=anatomy,
@@ -141,10 +136,17 @@ def _targets(loaded: LoadedModel, recipe: Recipe, log: RunLog) -> Anatomy:
     return anatomy
 
 
-def _begun(work: Work, identity: dict[str, Any], room: Room | None) -> Room | None:
+def _begun(
+    work: Work, identity: dict[str, Any], room: Room | None, loaded: LoadedModel, log: RunLog
+) -> Room | None:
     """How the run fits, as decided when its work was begun: now, or by an earlier process."""
     decided = work.begin(identity, {} if room is None else {"room": asdict(room)})
-    return room and Room(**decided["room"])
+    room = room and Room(**decided["room"])
+    if loaded.onloader is not None or (room is not None and room.backward == "by block"):
+        work.keep_here()  # blocks or moments are read from there when they are needed
+    if work.finished:
+        log.notes.append(f"resumed after {len(work.finished)} finished pieces")
+    return room
 
 
 def _calibrated(

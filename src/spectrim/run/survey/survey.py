@@ -124,6 +124,15 @@ def make_survey(
     if TABLE in wanted:
         candidates = {c.name: candidate_ranks(c, limits) for c in found.curves}
         table = measured_perplexities(job, found.factors, candidates)
+    return _as_survey(job, found, table, factors if vectors else None)
+
+
+def _as_survey(
+    job: Job,
+    found: Found,
+    table: Mapping[tuple[str, float], float],
+    factors: Mapping[str, Factors] | None,
+) -> Survey:
     return Survey(
         key=None,
         model_name="",
@@ -135,7 +144,7 @@ def make_survey(
         facts=_facts(job, found),
         table=table,
         notes=tuple(found.notes),
-        factors=factors if vectors else None,
+        factors=factors,
     )
 
 
