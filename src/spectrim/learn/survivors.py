@@ -139,7 +139,8 @@ def recover(
         NonFiniteError: the training diverged.
     """
     scores = _cut(gated, plan, kept, theta, settings)
-    groups, losses = _groups(gated, plan, scores, settings), list[float]()
+    groups = _groups(gated, plan, scores, settings)
+    losses: list[float] = []
     guard = lessons.guard(float("nan"), "learning_rate")
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0) if groups else None
     trained, peaks = [p for g in groups for p in g["params"]], [g["lr"] for g in groups]
@@ -161,8 +162,7 @@ def recover(
         report("recover", step + 1, settings.steps, f"loss {loss:.4f}")
         if checkpoint is not None and (checkpoint.due(step + 1) or step + 1 == settings.steps):
             tensors = {f"trained.{i}": p for i, p in enumerate(trained)}
-            tensors |= optimizer_tensors(optimizer, "optimizer")
-            checkpoint.save(tensors, {"losses": losses})
+            checkpoint.save(tensors | optimizer_tensors(optimizer, "optimizer"), {"losses": losses})
     with torch.no_grad():
         bind()
         values = gate_values(scores.detach(), settings.score)

@@ -29,6 +29,14 @@ from spectrim.formats import known_patterns, known_weights
 from spectrim.layers.layout import known_storage
 from spectrim.plain_yaml import parse_plain, read_bounded
 from spectrim.recipe.learning import AcipLearning, SocoLearning
+from spectrim.recipe.refinement import (
+    BlockRefinement,
+    ClosedFormRefinement,
+    DistillRefinement,
+    LoraRefinement,
+    ProjectedGradientRefinement,
+    Refinement,
+)
 from spectrim.recipe.section import Section
 from spectrim.recipe.targets import OwnChoice, Targets
 
@@ -152,97 +160,6 @@ class StorageChoice(Section):
     formats: Annotated[tuple[str, ...], AfterValidator(known_patterns)] = Field(
         default=("*",), description="patterns of what weights auto may choose besides native"
     )
-
-
-class ClosedFormRefinement(Section):
-    """SVD-LLM's layer-wise update of the up factor on shifted inputs."""
-
-    step: Literal["closed_form"] = "closed_form"
-    ridge: float = Field(default=1e-6, gt=0, description="relative to the mean diagonal")
-
-
-class ProjectedGradientRefinement(Section):
-    """ZS-SVD's truncate-correct-retruncate; one stage is a plain one-shot truncation."""
-
-    step: Literal["projected_gradient"] = "projected_gradient"
-    stages: int = Field(default=6, ge=1)
-    windows: int = Field(default=1, ge=1, description="windows behind each correction gradient")
-
-
-class BlockRefinement(Section):
-    """AA-SVD stage 2: train the factors of one block against the original block's output."""
-
-    step: Literal["block"] = "block"
-    epochs: int = Field(default=25, ge=1)
-    batch: int = Field(default=32, ge=1)
-    learning_rate: float = Field(default=1e-4, gt=0)
-    weight_decay: float = Field(default=0.01, ge=0)
-    warmup: float = Field(default=0.1, ge=0, lt=1)
-    final_learning_rate: float = Field(default=0.1, ge=0, le=1, description="share of the peak")
-    clip: float = Field(default=1.0, gt=0)
-    held_out: float = Field(
-        default=0.0625, ge=0, lt=1, description="share of windows that choose the epoch"
-    )
-    relative: bool = Field(
-        default=False,
-        description="the learning rate is a share of each tensor's root mean square, which fits "
-        "layers of all widths",
-    )
-    look_ahead: int = Field(
-        default=0, ge=0, description="further original blocks the error is seen through"
-    )
-
-
-class DistillRefinement(Section):
-    """End-to-end distillation: KL to the original model's logits, factors and norms trained."""
-
-    step: Literal["distill"] = "distill"
-    steps: int = Field(default=400, ge=1)
-    batch: int = Field(default=8, ge=1)
-    learning_rate: float = Field(default=1e-4, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0)
-    warmup: float = Field(default=0.1, ge=0, lt=1)
-    clip: float = Field(default=1.0, gt=0)
-    held_out: float = Field(default=0.125, ge=0, lt=1)
-    relative: bool = Field(
-        default=False,
-        description="the learning rate is a share of each tensor's root mean square, which fits "
-        "layers of all widths",
-    )
-    evaluate_every: int = Field(default=25, ge=1)
-    windows: int | None = Field(
-        default=None,
-        ge=1,
-        description="further training windows, sampled from the original model itself; None "
-        "trains on the calibration windows alone",
-    )
-
-
-class LoraRefinement(Section):
-    """SVD-LLM's sequential recovery: LoRA on one factor, merged, then on the other."""
-
-    step: Literal["lora"] = "lora"
-    rank: int = Field(default=8, ge=1)
-    alpha: float = Field(default=16, gt=0)
-    dropout: float = Field(default=0.05, ge=0, lt=1)
-    learning_rate: float = Field(default=1e-4, gt=0)
-    epochs: int = Field(default=2, ge=1)
-    batch: int = Field(default=64, ge=1)
-    warmup_steps: int = Field(default=100, ge=0, description="never more than a tenth of all steps")
-    held_out: float = Field(
-        default=0.125, ge=0, lt=1, description="share of windows that choose the epoch"
-    )
-    order: tuple[Literal["down", "up"], ...] = Field(default=("down", "up"), min_length=1)
-
-
-Refinement = Annotated[
-    ClosedFormRefinement
-    | ProjectedGradientRefinement
-    | BlockRefinement
-    | DistillRefinement
-    | LoraRefinement,
-    Field(discriminator="step"),
-]
 
 
 Learning = Annotated[AcipLearning | SocoLearning, Field(discriminator="method")]

@@ -18,6 +18,7 @@ from pydantic import Field
 
 from spectrim.errors import OutputError
 from spectrim.storage.json_file import read_record
+from spectrim.storage.manifests import FileRecord
 from spectrim.storage.strict import Strict
 from spectrim.storage.whole_file import file_hash
 
@@ -41,14 +42,9 @@ _RESULT_NAMES = re.compile(
 )
 
 
-class _File(Strict):
-    bytes: Annotated[int, Field(ge=0)]
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-
-
 class _Manifest(Strict):
     format_version: Annotated[int, Field(ge=1)] = FORMAT_VERSION
-    files: Annotated[dict[str, _File], Field(max_length=100_000)]
+    files: Annotated[dict[str, FileRecord], Field(max_length=100_000)]
 
 
 def seal(folder: Path) -> None:
@@ -73,7 +69,7 @@ def check_ours(folder: Path) -> None:
         ArtifactError: the manifest is damaged.
     """
     names = {path.name for path in folder.iterdir()}
-    listed: dict[str, _File] | None = None
+    listed: dict[str, FileRecord] | None = None
     if MANIFEST_FILE in names:
         listed = read_record(folder / MANIFEST_FILE, _Manifest, FORMAT_VERSION).files
     elif "spectrim_report.json" not in names and "survey.json" not in names:
@@ -92,7 +88,9 @@ def check_ours(folder: Path) -> None:
             )
 
 
-def _reason(name: str, path: Path, listed: dict[str, _File] | None, *, survey: bool) -> str | None:
+def _reason(
+    name: str, path: Path, listed: dict[str, FileRecord] | None, *, survey: bool
+) -> str | None:
     """Why a file is not spectrim's to remove; None if it is."""
     if path.is_symlink() or not path.is_file():
         return "spectrim did not write"

@@ -18,13 +18,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from spectrim import __version__
 from spectrim.errors import ArtifactError, InputError, OutputError
-from spectrim.storage.json_file import read_json
 from spectrim.storage.lock import locked
+from spectrim.storage.manifests import FileRecord, WorkManifest, read_work_manifest
 from spectrim.storage.tensor_file import Slot, TensorFile, write_tensors
 from spectrim.storage.whole_file import PARTIAL, file_hash, whole_file
 
@@ -33,32 +32,11 @@ __all__ = ["MANIFEST", "WorkFolder", "discard_work", "open_work", "remove_empty"
 logger = logging.getLogger(__name__)
 
 MANIFEST = "work.json"
-FORMAT_VERSION = 1
 LOCK = "lock"
 SUFFIX = ".safetensors"
 CHECKPOINTS = ("learning.safetensors", "recovery.safetensors")
 """Of a training, beside the finished pieces: of the whole, and of its recovery phase."""
 _FACTS = "facts"
-
-
-class _File(BaseModel):
-    """A finished file."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    sha256: str = Field(pattern="^[0-9a-f]{64}$")
-    bytes: int = Field(ge=0)
-
-
-class _Manifest(BaseModel):
-    """Whose work it is, and what is finished."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    format_version: int = FORMAT_VERSION
-    spectrim: str = Field(default=__version__, max_length=64)
-    identity: dict[str, Any] = Field(default_factory=dict, max_length=4096)
-    files: dict[str, _File] = Field(default_factory=dict, max_length=1_000_000)
 
 
 class WorkFolder:
@@ -70,7 +48,7 @@ class WorkFolder:
 
     def __init__(self, path: Path):
         self.path = path
-        self._manifest: _Manifest | None = None
+        self._manifest: WorkManifest | None = None
 
     @property
     def finished(self) -> Collection[str]:
@@ -97,10 +75,10 @@ class WorkFolder:
         plain, decided = (json.loads(json.dumps(dict(x))) for x in (identity, chosen or {}))
         path = self.path / MANIFEST
         if not path.exists():
-            self._manifest = _Manifest(identity=plain | decided)
+            self._manifest = WorkManifest(identity=plain | decided)
             self._save()
             return decided
-        found = _read_manifest(path)
+        found = read_work_manifest(path)
         decided |= {key: found.identity[key] for key in decided if key in found.identity}
         self._compare(found, plain | decided)
         self._manifest = found
@@ -123,7 +101,7 @@ class WorkFolder:
         if (self.path / MANIFEST).exists():
             self.take_up()
             self.clear()
-        self._manifest = _Manifest()
+        self._manifest = WorkManifest()
         self._save()
 
     def take_up(self) -> None:
@@ -132,12 +110,12 @@ class WorkFolder:
         Raises:
             ArtifactError: the manifest is damaged.
         """
-        self._manifest = _read_manifest(self.path / MANIFEST)
+        self._manifest = read_work_manifest(self.path / MANIFEST)
 
     def keep_here(self) -> None:
         """What is finished lies here already."""
 
-    def _compare(self, found: _Manifest, identity: dict[str, Any]) -> None:
+    def _compare(self, found: WorkManifest, identity: dict[str, Any]) -> None:
         here = {"spectrim": __version__, **identity}
         there = {"spectrim": found.spectrim, **found.identity}
         names = sorted(k for k in here.keys() | there.keys() if here.get(k) != there.get(k))
@@ -148,7 +126,7 @@ class WorkFolder:
                 "Resume with the same settings, or remove the folder to start anew"
             )
 
-    def _verify(self, key: str, file: _File) -> None:
+    def _verify(self, key: str, file: FileRecord) -> None:
         path = self._path(key)
         try:
             whole = path.stat().st_size == file.bytes and file_hash(path) == file.sha256
@@ -179,7 +157,7 @@ class WorkFolder:
             size = self._path(key).stat().st_size
         except OSError as error:
             raise self._unwritten(key, error) from error
-        self._manifest.files[key] = _File(sha256=digest, bytes=size)
+        self._manifest.files[key] = FileRecord(sha256=digest, bytes=size)
         self._save()
 
     def file(self, key: str) -> TensorFile:
@@ -227,22 +205,6 @@ class WorkFolder:
             f"{self.path / what} could not be written: {error.strerror or error}; "
             f"{len(self.finished)} finished pieces are kept there: make room and run again"
         )
-
-
-def _read_manifest(path: Path) -> _Manifest:
-    try:
-        found = _Manifest.model_validate(read_json(path))
-    except ValidationError as error:
-        raise ArtifactError(
-            f"{path} is no manifest of a work folder ({error.error_count()} problems, first: "
-            f"{error.errors()[0]['loc']}); remove the folder to start anew"
-        ) from error
-    if found.format_version != FORMAT_VERSION:
-        raise ArtifactError(
-            f"{path} has format version {found.format_version}, this version of spectrim writes "
-            f"{FORMAT_VERSION}; finish the run with the version that began it ({found.spectrim})"
-        )
-    return found
 
 
 def work_beside(output: str | Path) -> Path:
