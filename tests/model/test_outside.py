@@ -136,7 +136,7 @@ def test_report_summary_card_and_page_say_it(tmp_path, capsys, out_of_core):
         tmp_path / "m", recipe="svd", keep=0.5, output=folder, out_of_core=out_of_core
     )
     assert result.report["outside_budget"] == expected.record()
-    print_compression(result.report, folder)
+    print_compression({**result.report, "output": folder})
     shown = " ".join(capsys.readouterr().out.split())
     assert "outside the budget" in shown and expected.words[:40] in shown
     card = (folder / "README.md").read_text(encoding="utf-8")

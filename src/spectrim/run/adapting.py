@@ -249,6 +249,12 @@ def _outside(
             )
             if not torch.equal(a, b):
                 found[name] = f"{float((a - b).norm() / b.norm().clamp(min=1e-30)):.2g} of its size"
+    if found and not allowed:
+        raise InputError(
+            f"{base.name} and {model.name} differ in {len(found)} weights that no LoRA holds: "
+            f"{_listed(found)}; --allow-differences (allow_differences=True) leaves them as "
+            f"they are in {base.name}"
+        )
     return found
 
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from spectrim.allocate.curve import Curve
 from spectrim.model.anatomy import Block
 from spectrim.run.keeping import Keeper
+from spectrim.run.survey.spectra import Spectrum
 from spectrim.storage.survey_record import Factors
 
-__all__ = ["Found", "KeptFactors", "leading", "note_loss", "piece_name", "save_piece", "take_piece"]
+__all__ = ["Found", "KeptFactors", "leading", "note_block", "note_loss", "piece_name"]
 
 
 @dataclass
@@ -50,7 +51,49 @@ def piece_name(stage: str, block: Block) -> str:
     return f"{stage}-{block.index:03d}"
 
 
-def save_piece(keeper: Keeper, stage: str, block: Block, found: Found) -> None:
+def note_block(
+    keeper: Keeper,
+    stage: str,
+    block: Block,
+    found: Found,
+    shapes: Mapping[str, Curve],
+    spectra: Mapping[str, Spectrum] | None,
+    device: torch.device,
+) -> None:
+    """Note a block's spectra, or with None what an earlier run has kept of it."""
+    if spectra is None:
+        _take_piece(keeper, stage, block, found, shapes, device)
+    else:
+        for target in block.targets:
+            _keep(found, shapes[target.name], spectra[target.name])
+        _save_piece(keeper, stage, block, found)
+    if keeper.onloader is not None:
+        # Read again when they are cut: together they can be larger than the model.
+        for target in block.targets:
+            found.factors.pop(target.name, None)
+
+
+def _keep(found: Found, bare: Curve, whole: Spectrum) -> None:
+    """Note one target's spectrum and as many of its components as are still needed."""
+    if found.vectors:
+        found.factors[bare.name] = Factors(whole.up, whole.down)
+    if whole.spread is not None:
+        found.spread[bare.name] = whole.spread
+    if whole.damping:
+        found.damping[bare.name] = whole.damping
+    found.curves.append(
+        replace(
+            bare,
+            energy=whole.energy.double().cpu().numpy(),
+            total=whole.total,
+            irreducible=whole.irreducible,
+            lossless=whole.lossless,
+            rounding={key: values.cpu().numpy() for key, values in whole.rounding.items()},
+        )
+    )
+
+
+def _save_piece(keeper: Keeper, stage: str, block: Block, found: Found) -> None:
     """Keep what the survey found in a block."""
     curves = {c.name: c for c in found.curves}
     tensors: dict[str, Tensor] = {}
@@ -74,7 +117,7 @@ def save_piece(keeper: Keeper, stage: str, block: Block, found: Found) -> None:
     keeper.save(piece_name(stage, block), tensors, facts)
 
 
-def take_piece(
+def _take_piece(
     keeper: Keeper,
     stage: str,
     block: Block,

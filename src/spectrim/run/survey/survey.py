@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import closing
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spectrim.allocate.curve import Curve, shape_curves
+from spectrim.allocate.curve import shape_curves
 from spectrim.allocate.ladder import Limits, largest_rank
 from spectrim.allocate.sensitivity import candidate_ranks
 from spectrim.allocate.yardstick import judged_forms
@@ -41,10 +40,9 @@ from spectrim.run.survey.pieces import (
     Found,
     KeptFactors,
     leading,
+    note_block,
     note_loss,
     piece_name,
-    save_piece,
-    take_piece,
 )
 from spectrim.run.survey.probing import measured_perplexities
 from spectrim.run.survey.rounding import rounding_losses
@@ -264,53 +262,13 @@ def _decompose_all(
             targets = [target for block in waiting for target in block.targets]
             spectra = shared_spectra(job.team, targets, owned, find, job.device)
             for block in span:
-                _note_block(job, stage, block, found, shapes, spectra if block in waiting else None)
+                known = spectra if block in waiting else None
+                note_block(job.keeper, stage, block, found, shapes, known, job.device)
                 job.progress.advance("survey", block.name)
     job.progress.finish("survey")
     if "kfac" in found.wanted and choice.objective == "kfac":
         for curve in found.curves:
             note_loss(found, "kfac", curve.name, torch.from_numpy(np.array(curve.energy)))
-
-
-def _note_block(
-    job: Job,
-    stage: str,
-    block: Block,
-    found: Found,
-    shapes: Mapping[str, Curve],
-    spectra: Mapping[str, Spectrum] | None,
-) -> None:
-    """Note a block's spectra, or with None what an earlier run has kept of it."""
-    if spectra is None:
-        take_piece(job.keeper, stage, block, found, shapes, job.device)
-    else:
-        for target in block.targets:
-            _keep(found, shapes[target.name], spectra[target.name])
-        save_piece(job.keeper, stage, block, found)
-    if job.keeper.onloader is not None:
-        # Read again when they are cut: together they can be larger than the model.
-        for target in block.targets:
-            found.factors.pop(target.name, None)
-
-
-def _keep(found: Found, bare: Curve, whole: Spectrum) -> None:
-    """Note one target's spectrum and as many of its components as are still needed."""
-    if found.vectors:
-        found.factors[bare.name] = Factors(whole.up, whole.down)
-    if whole.spread is not None:
-        found.spread[bare.name] = whole.spread
-    if whole.damping:
-        found.damping[bare.name] = whole.damping
-    found.curves.append(
-        replace(
-            bare,
-            energy=whole.energy.double().cpu().numpy(),
-            total=whole.total,
-            irreducible=whole.irreducible,
-            lossless=whole.lossless,
-            rounding={key: values.cpu().numpy() for key, values in whole.rounding.items()},
-        )
-    )
 
 
 def _facts(job: Job, found: Found) -> dict:
