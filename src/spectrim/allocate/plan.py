@@ -44,7 +44,7 @@ class PlanEntry:
     @property
     def converts(self) -> bool:
         """Whether the finished target takes another form to be stored in."""
-        return self.storage == "packed" or self.weights != "native"
+        return self.storage not in ("dense", "factored") or self.weights != "native"
 
 
 @dataclass(frozen=True)
