@@ -57,7 +57,7 @@ HEAVY = {
 DEVICES = re.compile(r"(cpu|cuda|hip|mps|xpu)(:\d*)?")
 PICKLES = {"_pickle", "cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
 PICKLING_CALLS = {("torch", "load"), ("torch", "save"), ("pd", "read_pickle")}
-LONGEST_FILE = 400
+LONGEST_FILE, LONGEST_FUNCTION = 300, 60
 
 
 @dataclass(frozen=True)
@@ -222,16 +222,27 @@ def test_help_imports_nothing_heavy():
     assert "spectrim.cli.compress" in seen
 
 
-def test_files_are_short_and_never_unpickle():
+def test_files_and_functions_are_short_and_never_unpickle():
     wrong = []
     for path in FILES:
         place = path.relative_to(SOURCE)
         if (lines := len(path.read_text(encoding="utf-8").splitlines())) > LONGEST_FILE:
             wrong.append(f"{place} has {lines} lines")
+        wrong += [
+            f"{place}:{node.lineno} {node.name} is longer than {LONGEST_FUNCTION} lines"
+            for node in ast.walk(tree(path))
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            and (node.end_lineno or 0) - node.lineno >= LONGEST_FUNCTION
+        ]
         pickles = (found for found in imports(path) if found.target.split(".")[0] in PICKLES)
         wrong += [f"{place}:{found.line} imports {found.target}" for found in pickles]
         wrong += [f"{place}:{line} unpickles" for line in unpickling_calls(tree(path))]
     assert not wrong, "\n".join(wrong)
+
+
+def test_only_packages_list_what_they_offer():
+    """Elsewhere a name is written once; what is a file's own begins with an underscore."""
+    assert [p for p in FILES if p.name != "__init__.py" and "__all__" in p.read_text()] == []
 
 
 def unpickling_calls(whole: ast.Module) -> Iterator[int]:

@@ -9,8 +9,6 @@ from typing import Any
 
 from spectrim.errors import BudgetError, InputError
 
-__all__ = ["check_fraction", "check_path", "check_whole", "refuse_unused"]
-
 
 def check_whole(*, least: int = 1, most: int | None = None, **values: Any) -> None:
     """Refuse what is no whole number of at least `least`; None stands for a default.

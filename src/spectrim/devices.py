@@ -12,23 +12,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = [
-    "HOST",
-    "accelerator",
-    "device_seconds",
-    "forget_peak_memory",
-    "free_memory",
-    "has_kernel",
-    "in_widest",
-    "keeps_own_random_state",
-    "name_of",
-    "on_host",
-    "peak_memory",
-    "runs_triton",
-    "wait_for",
-    "whole_memory",
-]
-
 _OLDEST_FOR_TRITON = (7, 0)
 
 HOST = torch.device("cpu")

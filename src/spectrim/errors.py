@@ -3,23 +3,6 @@
 The command line turns every `SpectrimError` into one line on stderr and exit code 2.
 """
 
-__all__ = [
-    "ArtifactError",
-    "BudgetError",
-    "InputError",
-    "LostRankError",
-    "MemoryShortError",
-    "MissingExtraError",
-    "ModelError",
-    "NonFiniteError",
-    "NotPositiveDefiniteError",
-    "NumericalError",
-    "OutputError",
-    "RecipeError",
-    "SpectrimError",
-    "TextError",
-]
-
 
 class SpectrimError(Exception):
     """Root of all errors that spectrim raises on purpose."""

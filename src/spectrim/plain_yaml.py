@@ -9,8 +9,6 @@ import yaml
 
 from spectrim.errors import RecipeError
 
-__all__ = ["parse_plain", "read_bounded"]
-
 LARGEST_FILE = 2**20
 
 # What yaml's constructors raise on scalars such as `2001-99-99` or `!!int ""`, and on deep nesting.

@@ -17,8 +17,6 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-__all__ = ["register"]
-
 OURS = {
     "transformers.quantizers.auto": "spectrim.storage.quantizer",
     "peft.tuners.lora.model": "spectrim.refine.peft_layers",

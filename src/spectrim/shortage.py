@@ -8,8 +8,6 @@ from typing import ParamSpec, TypeVar
 
 from spectrim.errors import MemoryShortError, SpectrimError
 
-__all__ = ["ran_short", "tells_of_shortage"]
-
 P = ParamSpec("P")
 R = TypeVar("R")
 

@@ -7,8 +7,6 @@ from fractions import Fraction
 
 from spectrim.errors import BudgetError
 
-__all__ = ["format_bytes", "parse_size"]
-
 UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
     UNITS[_letter] = UNITS[f"{_letter}B"] = 1000**_power

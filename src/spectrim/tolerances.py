@@ -4,22 +4,6 @@ A tolerance multiplies a scale taken from the data (the largest eigenvalue, the 
 the norm of a vector). Nothing in spectrim compares with an absolute epsilon.
 """
 
-__all__ = [
-    "DAMPING_FACTOR",
-    "DAMPING_LIMIT",
-    "DAMPING_START",
-    "LATENT_MATCH",
-    "LEAST_SQUARES_RIDGE",
-    "PACKED_ERROR_SHARE",
-    "PIVOT_GROWTH_LIMIT",
-    "RANK_CUTOFF_FP64",
-    "ROUNDING_DAMPING",
-    "SAME_LOGITS",
-    "SCALING",
-    "STEP_COUNT",
-    "SYMMETRY",
-]
-
 RANK_CUTOFF_FP64 = 1e-12
 """Eigenvalues of a moment matrix below this share of the largest one count as zero (fp64)."""
 

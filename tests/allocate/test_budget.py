@@ -12,10 +12,10 @@ from spectrim.allocate.budget import (
     format_bytes,
     keep_for_size,
     layer_bytes,
-    parse_size,
     rank_for,
 )
 from spectrim.errors import BudgetError
+from spectrim.sizes import parse_size
 
 SQUARE, MLP = Shape(4096, 4096, False), Shape(11008, 4096, False)
 shapes = st.builds(Shape, st.integers(1, 70), st.integers(1, 70), st.booleans())

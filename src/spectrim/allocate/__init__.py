@@ -6,7 +6,6 @@ from spectrim.allocate.budget import (
     components,
     keep_for_size,
     layer_bytes,
-    parse_size,
     rank_for,
 )
 from spectrim.allocate.curve import SCORES, Curve, Score, loss_by_rank
@@ -19,6 +18,7 @@ from spectrim.allocate.rules import RULES, allocate
 from spectrim.allocate.sensitivity import predicted_table, sensitivity
 from spectrim.allocate.uniform import uniform
 from spectrim.allocate.zero_sum import select, zero_sum
+from spectrim.sizes import parse_size
 
 __all__ = [
     "RULES",

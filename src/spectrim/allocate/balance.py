@@ -13,8 +13,6 @@ from heapq import heapify, heappop, heappush
 
 import numpy as np
 
-__all__ = ["Balance"]
-
 Offer = tuple[float, int, int]
 
 

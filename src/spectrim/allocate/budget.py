@@ -26,21 +26,7 @@ import numpy as np
 from spectrim.allocate.plan import Storage, Weights
 from spectrim.errors import BudgetError
 from spectrim.layers.layout import layout_of
-from spectrim.sizes import format_bytes, parse_size
-
-__all__ = [
-    "Shape",
-    "break_even",
-    "budget_bytes",
-    "bytes_by_rank",
-    "check_keep",
-    "components",
-    "format_bytes",
-    "keep_for_size",
-    "layer_bytes",
-    "parse_size",
-    "rank_for",
-]
+from spectrim.sizes import format_bytes
 
 Count = TypeVar("Count", int, np.ndarray)
 

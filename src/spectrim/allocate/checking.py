@@ -14,8 +14,6 @@ from spectrim.errors import BudgetError
 if TYPE_CHECKING:
     from spectrim.model.anatomy import Anatomy
 
-__all__ = ["check_plan"]
-
 
 def check_plan(
     plan: Plan, anatomy: Anatomy, *, dtype_bytes: int = 2, held: Mapping[str, int] | None = None

@@ -21,8 +21,6 @@ from heapq import heapify, heappop, heappush
 
 import numpy as np
 
-__all__ = ["Choice", "choose"]
-
 WORK = 16
 """Combinations tried per target, as a multiple of those held."""
 

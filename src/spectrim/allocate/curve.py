@@ -32,17 +32,6 @@ if TYPE_CHECKING:
 
     Values: TypeAlias = "Tensor | np.ndarray"
 
-__all__ = [
-    "SCORES",
-    "Curve",
-    "Score",
-    "as_numpy",
-    "curve_values",
-    "loss_by_rank",
-    "shape_curves",
-    "tail_energy",
-]
-
 Score = Literal["energy", "first_order", "second_order", "measured", "kfac"]
 
 SCORES: tuple[Score, ...] = ("energy", "first_order", "second_order", "measured", "kfac")

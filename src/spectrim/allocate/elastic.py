@@ -27,8 +27,6 @@ from spectrim.errors import BudgetError, InputError
 if TYPE_CHECKING:
     from spectrim.allocate.curve import Values
 
-__all__ = ["ElasticOrder", "bytes_by_components", "elastic_order", "held_ranks"]
-
 
 @dataclass(frozen=True, eq=False)
 class ElasticOrder:

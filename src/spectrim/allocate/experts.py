@@ -16,8 +16,6 @@ from spectrim.allocate.curve import Curve, as_numpy, curve_values
 from spectrim.allocate.plan import Plan
 from spectrim.errors import InputError
 
-__all__ = ["equal_in_blocks"]
-
 
 def equal_in_blocks(curves: Sequence[Curve], make: Callable[[list[Curve]], Plan]) -> Plan:
     """The plan of a rule in which experts of a block have equal ranks.

@@ -9,8 +9,6 @@ from fnmatch import fnmatchcase
 from spectrim.formats import FORMATS, JOINT, format_of
 from spectrim.layers.layout import LAYERS, layout_of
 
-__all__ = ["AUTO", "EVERY", "Form", "dense_forms", "low_rank_forms"]
-
 AUTO = "auto"
 """In place of a number format: the plan chooses one for every target."""
 

@@ -30,8 +30,6 @@ from spectrim.allocate.plan import Plan, PlanEntry
 from spectrim.allocate.ways import Ways, joined, together, undominated
 from spectrim.errors import BudgetError, InputError
 
-__all__ = ["CUTTING", "ROUNDING", "knapsack"]
-
 CUTTING, ROUNDING = "cutting", "rounding"
 """What a predicted loss can come from."""
 

@@ -19,17 +19,6 @@ from spectrim.allocate.forms import EVERY, Form, dense_forms, low_rank_forms
 from spectrim.allocate.plan import Plan, PlanEntry, Storage, Weights
 from spectrim.errors import BudgetError, InputError
 
-__all__ = [
-    "Ladder",
-    "Limits",
-    "budget_for",
-    "ladders_for",
-    "plan_from_levels",
-    "smallest_keep",
-    "spend",
-    "total_bytes",
-]
-
 
 @dataclass(frozen=True)
 class Limits:

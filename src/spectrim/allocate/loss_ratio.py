@@ -30,8 +30,6 @@ from spectrim.allocate.ladder import (
 from spectrim.allocate.plan import Plan
 from spectrim.allocate.uniform import largest_remainders, levels_for_shares
 
-__all__ = ["LARGEST_REMOVAL", "loss_ratio", "water_fill"]
-
 LARGEST_REMOVAL = 0.98
 """No target loses a larger share of its bytes."""
 

@@ -33,8 +33,6 @@ from spectrim.errors import InputError, NonFiniteError
 if TYPE_CHECKING:
     from spectrim.allocate.curve import Values
 
-__all__ = ["GlobalOrder", "global_order", "ranks_at"]
-
 
 @dataclass(frozen=True, eq=False)
 class GlobalOrder:

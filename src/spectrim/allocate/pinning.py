@@ -19,8 +19,6 @@ from spectrim.allocate.ladder import Ladder, Limits, ladders_for
 from spectrim.allocate.plan import Plan, PlanEntry
 from spectrim.errors import BudgetError
 
-__all__ = ["OwnChoice", "own_storages", "plan_around"]
-
 
 class OwnChoice(Protocol):
     """What some targets get whatever the rule says; that of a recipe has these fields."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
 
-__all__ = ["Plan", "PlanEntry", "Storage", "Weights"]
-
 Storage: TypeAlias = str
 """A storage kind of `layers.layout`."""
 

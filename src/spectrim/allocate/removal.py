@@ -13,9 +13,6 @@ from heapq import heapify, heappop, heappush, heapreplace
 
 import numpy as np
 
-__all__ = ["Pool", "by_key", "by_sign", "by_two_heaps", "make_pool", "occurrences"]
-
-
 END = -(1 << 62)
 """Stands for "no further offer"; no pool is that large."""
 

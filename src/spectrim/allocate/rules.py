@@ -21,8 +21,6 @@ from spectrim.allocate.uniform import uniform
 from spectrim.allocate.zero_sum import zero_sum
 from spectrim.errors import InputError
 
-__all__ = ["NATS", "RULES", "Rule", "allocate", "known_rule"]
-
 NATS = "nats per token"
 """Unit of predicted losses that can be held against measured ones."""
 

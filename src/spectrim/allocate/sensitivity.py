@@ -31,8 +31,6 @@ from spectrim.allocate.ladder import (
 from spectrim.allocate.plan import Plan
 from spectrim.errors import BudgetError, InputError, NonFiniteError
 
-__all__ = ["CANDIDATES", "TABLE", "Table", "candidate_ranks", "predicted_table", "sensitivity"]
-
 TABLE = "table"
 """Stands beside the scores for ASVD's measured sensitivities."""
 

@@ -24,8 +24,6 @@ from spectrim.allocate.ladder import (
 )
 from spectrim.allocate.plan import Plan
 
-__all__ = ["largest_remainders", "levels_for_shares", "uniform"]
-
 SHARE_STEPS = 60
 """Bisection steps for a common factor; a double has 53 bits."""
 

@@ -16,8 +16,6 @@ import numpy as np
 
 from spectrim.allocate.curve import Curve
 
-__all__ = ["Ways", "joined", "together", "undominated"]
-
 
 @dataclass(frozen=True, eq=False)
 class Ways:

@@ -13,15 +13,6 @@ from spectrim.allocate.ladder import Limits
 from spectrim.allocate.plan import Plan
 from spectrim.formats import FORMATS
 
-__all__ = [
-    "YARDSTICKS",
-    "Yardstick",
-    "judged_forms",
-    "sentence",
-    "yardstick",
-    "yardsticks_for",
-]
-
 YARDSTICKS = tuple(Form("dense", f"int{bits}-g128") for bits in (8, 4, 3, 2))
 """Formats in which whole models are commonly rounded, the largest first; surveys judge them
 whatever is asked for."""

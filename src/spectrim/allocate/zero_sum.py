@@ -49,8 +49,6 @@ from spectrim.allocate.removal import (
 )
 from spectrim.errors import InputError
 
-__all__ = ["KEYS", "Key", "Selection", "select", "zero_sum"]
-
 Key = Literal["zero_sum", "magnitude", "negative", "sigma"]
 
 STABLE_SIGNS = 0.75

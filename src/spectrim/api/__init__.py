@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from spectrim.allocate.budget import parse_size
 from spectrim.api.afterwards import adapter, heal
 from spectrim.api.costing import compress_at_cost
 from spectrim.api.reading import evaluate, export, inspect, plan
@@ -39,6 +38,7 @@ from spectrim.run.texts import own_text
 from spectrim.run.word import among, takes
 from spectrim.run.words import CompressWords, RecipeWords, SurveyWords
 from spectrim.shortage import tells_of_shortage
+from spectrim.sizes import parse_size
 from spectrim.storage.atomic import check_output
 from spectrim.storage.survey_file import is_survey, load_survey, save_survey
 from spectrim.storage.survey_record import Survey

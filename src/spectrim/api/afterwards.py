@@ -30,8 +30,6 @@ from spectrim.storage.adapter import save_adapter
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["adapter", "heal"]
-
 METRICS = ("kfac", "whitened", "plain")
 
 WINDOWS = 256

@@ -23,8 +23,6 @@ from spectrim.run.words import RecipeWords, SavingWords
 from spectrim.storage.survey_file import load_survey
 from spectrim.storage.survey_record import Survey
 
-__all__ = ["compress_at_cost"]
-
 LARGEST_CORRECTION = 10.0
 """Factor between predicted and measured loss that is believed."""
 

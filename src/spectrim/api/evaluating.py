@@ -38,8 +38,6 @@ from spectrim.run.word import takes
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["evaluate_models", "evaluation_windows_of"]
-
 logger = logging.getLogger(__name__)
 
 LITERATURE_WINDOW = 2048

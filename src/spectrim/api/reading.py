@@ -18,8 +18,6 @@ from spectrim.storage.survey_record import Survey
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["evaluate", "export", "inspect", "plan"]
-
 
 def plan(survey: Survey | str | Path, **options: Any) -> Plan:
     """Ranks for any size from a survey, in about a second; see `run.survey.replanning.replan`.

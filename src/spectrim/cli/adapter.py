@@ -11,8 +11,6 @@ from spectrim.cli.terminal import Terminal
 from spectrim.cli.words import takes
 from spectrim.run.reading_words import AdapterWords
 
-__all__ = ["adapter"]
-
 
 @takes(
     *("rank", "metric", "allow_differences", "text", "windows", "window_length", "seed", "batch"),

@@ -11,8 +11,7 @@ from spectrim.cli import options
 from spectrim.cli.terminal import Terminal
 from spectrim.cli.words import takes
 from spectrim.errors import InputError
-
-__all__ = ["bench"]
+from spectrim.sizes import format_bytes
 
 
 @takes("device", "dtype", "trust_remote_code")
@@ -85,7 +84,7 @@ def as_numbers(option: str, words: str | None) -> list[int] | None:
 
 def print_bench(found: dict[str, Any]) -> None:
     """Print tables that fit a terminal of 60 columns, the ideal above what was reached."""
-    from spectrim.cli.render import format_bytes, print_facts, print_table
+    from spectrim.cli.render import print_facts, print_table
 
     dense, small, ideal = found["dense"], found["compressed"], found["ideal"]
     places = [f"{cell['batch']} x {cell['prompt_length']}" for cell in dense["cells"]]
@@ -137,8 +136,6 @@ def print_bench(found: dict[str, Any]) -> None:
 
 def _prepared(found: dict[str, Any] | None) -> dict[str, str]:
     """How the compressed layers multiply, most of them first."""
-    from spectrim.cli.render import format_bytes
-
     if found is None:
         return {}
     ways = sorted(found["layers"].items(), key=lambda pair: (-pair[1], pair[0]))
@@ -149,7 +146,7 @@ def _prepared(found: dict[str, Any] | None) -> dict[str, str]:
 
 def print_latent_cache(found: dict[str, Any], places: list[str]) -> None:
     """What the latent cache saves, and what it costs in time."""
-    from spectrim.cli.render import format_bytes, print_table
+    from spectrim.cli.render import print_table
 
     latent = found["latent_cache"]
     ordinary = found["compressed"]
@@ -174,8 +171,6 @@ def print_latent_cache(found: dict[str, Any], places: list[str]) -> None:
 
 def peaks(dense: dict[str, Any], small: dict[str, Any]) -> list[str]:
     """Peak memory of both models, `-` where the platform does not tell."""
-    from spectrim.cli.render import format_bytes
-
     pairs = [
         (a["peak_memory_bytes"], b["peak_memory_bytes"])
         for a, b in zip(dense["cells"], small["cells"], strict=True)

@@ -11,8 +11,6 @@ from spectrim.cli import options, study
 from spectrim.cli.terminal import Terminal
 from spectrim.cli.words import MEASURING, takes
 
-__all__ = ["calibration_study"]
-
 
 @takes("recipes", "keep", "text", "window_length", *MEASURING)
 def calibration_study(

@@ -11,8 +11,6 @@ from spectrim.cli import options, study
 from spectrim.cli.terminal import Terminal
 from spectrim.cli.words import CALIBRATING, MEASURING, takes
 
-__all__ = ["compare"]
-
 
 @takes("recipes", *CALIBRATING, *MEASURING)
 def compare(

@@ -10,9 +10,6 @@ from spectrim.cli import options
 from spectrim.cli.terminal import Terminal
 from spectrim.cli.words import CALIBRATING, takes
 
-__all__ = ["compress"]
-
-
 CARRYING = (
     *("survey", "on_failure", "work", "resume", "self_contained", "overwrite"),
     *("measure", "evaluation_text"),

@@ -16,8 +16,6 @@ from spectrim.errors import InputError, SpectrimError
 if TYPE_CHECKING:
     from spectrim.distributed.team import Team
 
-__all__ = ["SHARED_COMMANDS", "check_alone", "crew"]
-
 SHARED_COMMANDS = ("compress", "survey")
 """Commands whose work several processes can share."""
 

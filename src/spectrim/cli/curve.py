@@ -11,8 +11,6 @@ from spectrim.cli import study
 from spectrim.cli.terminal import Terminal
 from spectrim.cli.words import CALIBRATING, MEASURING, takes
 
-__all__ = ["curve"]
-
 
 @takes("recipes", *CALIBRATING, *MEASURING)
 def curve(

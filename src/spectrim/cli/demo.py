@@ -11,8 +11,6 @@ from spectrim.cli import options
 from spectrim.cli.terminal import Terminal
 from spectrim.cli.words import takes
 
-__all__ = ["demo"]
-
 
 @takes(told=("verbose", "quiet"))
 def demo(

@@ -12,8 +12,6 @@ from spectrim.cli import options, study
 from spectrim.cli.terminal import Terminal
 from spectrim.cli.words import CALIBRATING, MEASURING, takes
 
-__all__ = ["distortion", "layer_errors"]
-
 Folder = Annotated[
     Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for table and pictures.")
 ]

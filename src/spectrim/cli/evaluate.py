@@ -13,8 +13,6 @@ from spectrim.cli.words import takes
 from spectrim.errors import InputError
 from spectrim.run.reading_words import EvaluateWords
 
-__all__ = ["evaluate"]
-
 
 @takes(
     *("text", "against", "window_length", "max_tokens", "batch", "bos"),

@@ -10,8 +10,7 @@ from spectrim.cli import options
 from spectrim.cli.terminal import Terminal
 from spectrim.cli.words import takes
 from spectrim.errors import InputError
-
-__all__ = ["export"]
+from spectrim.sizes import format_bytes
 
 
 @takes()
@@ -45,7 +44,7 @@ def export(
 
         given = options.given(to=to, overwrite=overwrite or None)
         api.export(folder, output=output, **given)
-    from spectrim.cli.render import format_bytes, print_facts
+    from spectrim.cli.render import print_facts
     from spectrim.storage.inspect import inspect_folder
 
     if to in ("gguf", "onnx"):

@@ -12,8 +12,6 @@ from spectrim.cli.terminal import Terminal
 from spectrim.cli.words import takes
 from spectrim.run.reading_words import HealWords
 
-__all__ = ["heal"]
-
 
 @takes(
     *("parts", "teacher", "steps", "batch", "rank", "learning_rate", "windows", "window_length"),

@@ -8,8 +8,6 @@ from spectrim.cli import options
 from spectrim.cli.terminal import Terminal
 from spectrim.cli.words import takes
 
-__all__ = ["inspect"]
-
 
 @takes(told=("as_json",))
 def inspect(

@@ -8,8 +8,6 @@ import typer
 
 from spectrim.errors import MissingExtraError
 
-__all__ = ["lm_eval"]
-
 
 def lm_eval(context: typer.Context) -> None:
     """Run lm-eval with compressed folders and our offline tasks known to it.

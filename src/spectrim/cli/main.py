@@ -38,8 +38,6 @@ from spectrim.cli.words import GroupedCommand
 from spectrim.errors import SpectrimError
 from spectrim.shortage import ran_short
 
-__all__ = ["app", "main"]
-
 EXIT_REFUSED = 2
 EXIT_INTERRUPTED = 130
 

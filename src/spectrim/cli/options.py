@@ -12,17 +12,6 @@ import typer
 
 from spectrim.arguments import check_fraction
 
-__all__ = [
-    "Against",
-    "Compressed",
-    "Every",
-    "Model",
-    "Output",
-    "OutputFolder",
-    "Overwrite",
-    "given",
-]
-
 
 def check_keep(keep: float | None) -> float | None:
     """Refuse an impossible keep at once, before anything heavy is imported.
@@ -41,7 +30,7 @@ def check_size(size: str | None) -> str | None:
         BudgetError: no positive number of bytes with a unit.
     """
     if size is not None:
-        from spectrim.allocate.budget import parse_size
+        from spectrim.sizes import parse_size
 
         parse_size(size)
     return size

@@ -15,8 +15,6 @@ from spectrim.cli.words import takes
 if TYPE_CHECKING:
     from spectrim.allocate.plan import Plan
 
-__all__ = ["plan"]
-
 
 @takes("keep", "size", told=("as_json", "verbose"))
 def plan(

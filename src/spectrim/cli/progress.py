@@ -19,14 +19,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import TaskID
 
-__all__ = [
-    "BarProgress",
-    "Forecast",
-    "LineProgress",
-    "Progress",
-    "format_seconds",
-]
-
 SECONDS_BETWEEN_LINES = 5.0
 WIDTH_FOR_NOTES = 70
 

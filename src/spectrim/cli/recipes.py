@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["app"]
-
 PAGE_WIDTH = 100
 
 app = typer.Typer(

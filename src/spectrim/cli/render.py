@@ -9,23 +9,10 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from spectrim.sizes import format_bytes
-
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
-
-__all__ = [
-    "format_bytes",
-    "format_count",
-    "print_facts",
-    "print_json",
-    "print_note",
-    "print_table",
-    "stdout_console",
-    "storage_words",
-]
 
 PIPED_WIDTH = 240
 PROSE_WIDTH = 100

@@ -11,8 +11,6 @@ from spectrim.cli import options
 from spectrim.cli.terminal import Terminal
 from spectrim.cli.words import takes
 
-__all__ = ["report"]
-
 
 @takes(
     *("window_length", "max_tokens", "device", "dtype", "trust_remote_code"),

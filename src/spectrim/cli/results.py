@@ -5,24 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from spectrim.cli.progress import format_seconds
-from spectrim.cli.render import (
-    format_bytes,
-    format_count,
-    print_facts,
-    print_note,
-    print_table,
-)
+from spectrim.cli.render import format_count, print_facts, print_note, print_table
 from spectrim.cli.summary import loss_words
 from spectrim.cli.target_tables import TargetRow, print_projections, print_targets
-
-__all__ = [
-    "print_compression",
-    "print_demo",
-    "print_estimate",
-    "print_evaluations",
-    "print_inspection",
-    "short_names",
-]
+from spectrim.sizes import format_bytes
 
 REPORT_FILE = "spectrim_report.json"
 

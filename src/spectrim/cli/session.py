@@ -18,8 +18,6 @@ from spectrim.run.progress import Silent
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["session"]
-
 EXIT_INTERRUPTED = 130
 
 

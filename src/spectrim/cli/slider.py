@@ -11,8 +11,6 @@ from spectrim.cli import study
 from spectrim.cli.terminal import Terminal
 from spectrim.cli.words import MEASURING, takes
 
-__all__ = ["slider"]
-
 
 @takes(*MEASURING, told=("verbose",))
 def slider(

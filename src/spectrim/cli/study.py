@@ -15,18 +15,6 @@ from spectrim.errors import InputError
 if TYPE_CHECKING:
     from spectrim.studies import Measure
 
-__all__ = [
-    "Results",
-    "as_length",
-    "calibration",
-    "measure",
-    "names",
-    "numbers",
-    "print_comparison",
-    "print_curve",
-    "print_tasks",
-]
-
 Results = Annotated[
     list[Path] | None,
     typer.Argument(metavar="OUT...", help="Folders of compressed models.", show_default=False),
@@ -80,7 +68,8 @@ def calibration(words: Mapping[str, Any]) -> dict[str, Any]:
 
 def print_curve(record: dict[str, Any], output: Path) -> None:
     """Print the points and where the pictures are."""
-    from spectrim.cli.render import format_bytes, print_facts, print_table
+    from spectrim.cli.render import print_facts, print_table
+    from spectrim.sizes import format_bytes
 
     print_table(
         ("recipe", "keep", "model", "bits", "perplexity", "nats more", "KL", "same top"),

@@ -9,8 +9,6 @@ from typing import Any
 
 from spectrim.cli.render import print_facts, print_note, print_table
 
-__all__ = ["print_calibration", "print_depth", "print_layer_errors"]
-
 
 def print_calibration(record: Mapping[str, Any], output: Path) -> None:
     """Print perplexities, numbers of windows down and recipes across."""

@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spectrim.cli.render import format_bytes, print_facts
+from spectrim.cli.render import print_facts
+from spectrim.sizes import format_bytes
 
 if TYPE_CHECKING:
     from spectrim.allocate.plan import Plan
-
-__all__ = ["loss_words", "print_plan_summary"]
 
 NATS = "nats per token"
 

@@ -10,8 +10,6 @@ from spectrim.cli import options
 from spectrim.cli.terminal import Terminal
 from spectrim.cli.words import CALIBRATING, takes
 
-__all__ = ["survey"]
-
 
 @takes(
     *("recipe", "only", "skip", *CALIBRATING, "batch", "bos", "device", "dtype", "out_of_core"),

@@ -8,14 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from spectrim.cli.render import format_bytes, print_table, storage_words
+from spectrim.cli.render import print_table, storage_words
+from spectrim.sizes import format_bytes
 
 if TYPE_CHECKING:
     from rich.text import Text
 
     from spectrim.allocate.plan import Plan
-
-__all__ = ["TargetRow", "print_heat_map", "print_projections", "print_targets", "rows_of_plan"]
 
 MOST_BANDS = 16
 """Rows of the map along depth; deeper models share a row among neighboring blocks."""

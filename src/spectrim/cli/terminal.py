@@ -12,8 +12,6 @@ import typer
 if TYPE_CHECKING:
     from spectrim.cli.progress import Progress
 
-__all__ = ["OPTIONS", "Terminal"]
-
 OPTIONS: dict[str, Any] = {
     "as_json": Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")],
     "verbose": Annotated[bool, typer.Option("-v", "--verbose", help="Log every step to stderr.")],

@@ -16,8 +16,6 @@ from spectrim.run.reading_words import StudyWords
 from spectrim.run.word import CALIBRATION, MAKE, MEASURE, OUTPUT, WHERE, Word, declared
 from spectrim.run.words import WORDS
 
-__all__ = ["CALIBRATING", "MEASURING", "GroupedCommand", "takes"]
-
 CALIBRATING = ("text", "windows", "window_length", "seed")
 """Words for the calibration of every run of a study."""
 

@@ -12,8 +12,6 @@ from typing import Any
 
 from spectrim.errors import MissingExtraError, TextError
 
-__all__ = ["is_chat", "render_chat"]
-
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 
 _QUESTIONS = ("instruction", "prompt", "question")

@@ -13,8 +13,6 @@ from typing import Any, Literal
 
 from spectrim.errors import MissingExtraError, TextError
 
-__all__ = ["CORPORA", "Corpus", "load_corpus"]
-
 
 @dataclass(frozen=True)
 class Corpus:

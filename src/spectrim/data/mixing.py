@@ -9,8 +9,6 @@ import torch
 from spectrim.data.windows import Windows
 from spectrim.errors import TextError
 
-__all__ = ["interleave"]
-
 
 def interleave(parts: Sequence[Windows]) -> Windows:
     """One set of windows in which the parts alternate, so that every prefix is a fair sample.

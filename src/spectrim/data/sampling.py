@@ -15,8 +15,6 @@ from torch import Tensor
 
 from spectrim.errors import NonFiniteError, TextError
 
-__all__ = ["pick", "sampled_tokens", "uniforms"]
-
 
 def uniforms(sequences: int, steps: int, *, generator: torch.Generator) -> Tensor:
     """Uniform numbers in [0, 1), (sequences, steps) fp64, drawn on the CPU."""

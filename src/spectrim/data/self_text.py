@@ -22,8 +22,6 @@ from spectrim.data.windows import Windows, longest_window
 from spectrim.distributed.team import Team
 from spectrim.errors import TextError
 
-__all__ = ["sample_windows", "write_self_text"]
-
 CACHE_BYTES = 2**31
 """Keys and values of windows that are sampled side by side."""
 

@@ -19,8 +19,6 @@ from spectrim.data.chat import SHAPES, is_chat, render_chat
 from spectrim.data.corpora import CORPORA, load_corpus
 from spectrim.errors import TextError
 
-__all__ = ["DOCUMENT_SEPARATOR", "SELF", "Split", "Text", "read_text", "split_sources"]
-
 DOCUMENT_SEPARATOR = "\n\n"
 SELF = "self"
 """The source name that stands for windows sampled from the model; see `data.self_text`."""

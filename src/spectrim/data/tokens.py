@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["PART_CHARACTERS", "tokenize", "tokenizer_hash"]
-
 PART_CHARACTERS = 1_000_000
 """Texts are tokenised in parts of this many characters, so that memory stays bounded."""
 

@@ -14,8 +14,6 @@ from spectrim.data.tokens import tokenizer_hash
 from spectrim.devices import HOST
 from spectrim.errors import TextError
 
-__all__ = ["Windows", "given_windows", "longest_window"]
-
 
 @dataclass(frozen=True, eq=False)
 class Windows:

@@ -21,17 +21,6 @@ from spectrim.data.tokens import tokenize, tokenizer_hash
 from spectrim.data.window_record import Windows, given_windows, longest_window
 from spectrim.errors import TextError
 
-__all__ = [
-    "BosPolicy",
-    "EvaluationBos",
-    "Windows",
-    "calibration_windows",
-    "evaluation_windows",
-    "given_windows",
-    "longest_window",
-    "share_out",
-]
-
 logger = logging.getLogger(__name__)
 
 MOST_SPARE = 64

@@ -15,8 +15,6 @@ from spectrim.decompose.statistics import statistic, tokens_of, weight
 from spectrim.errors import InputError
 from spectrim.moments.moments import Moments, OutputMoments
 
-__all__ = ["activation"]
-
 
 def activation(
     W: Tensor,

@@ -34,8 +34,6 @@ from spectrim.linalg.psd import shrunk
 from spectrim.linalg.truncated import column_space
 from spectrim.moments.moments import Moments, OutputMoments
 
-__all__ = ["anchored", "anchored_map"]
-
 
 def anchored(
     W: Tensor,

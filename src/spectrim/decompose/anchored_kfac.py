@@ -22,8 +22,6 @@ from spectrim.decompose.statistics import tokens_of, weight
 from spectrim.linalg.scaling import row_and_column_sizes
 from spectrim.moments.moments import Moments, OutputMoments
 
-__all__ = ["anchored_kfac"]
-
 
 def anchored_kfac(
     W: Tensor,

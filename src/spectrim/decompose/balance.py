@@ -10,8 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["balanced"]
-
 
 def balanced(up: Tensor, down: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor]:
     """`(U s^½, s^½ Vh)` of the product `up · down`, from two thin QRs and one small SVD.

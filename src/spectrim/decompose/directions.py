@@ -24,8 +24,6 @@ from spectrim.linalg.psd import symmetric_eigh, symmetric_eigvals
 from spectrim.linalg.truncated import column_space, core_of
 from spectrim.tolerances import RANK_CUTOFF_FP64
 
-__all__ = ["checked_rank", "projected", "weighed"]
-
 
 def weighed(rows: Tensor, C: Tensor | None) -> Tensor:
     """`rows · C` where `C` is a matrix, a diagonal given as a vector, or None for the identity."""

@@ -21,8 +21,6 @@ from spectrim.decompose.statistics import statistic, weight
 from spectrim.errors import InputError
 from spectrim.moments.moments import Moments, OutputMoments
 
-__all__ = ["fisher"]
-
 
 def fisher(
     W: Tensor,

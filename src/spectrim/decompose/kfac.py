@@ -31,8 +31,6 @@ from spectrim.linalg.psd import cholesky_damped, shrunk
 from spectrim.linalg.scaling import row_and_column_sizes
 from spectrim.moments.moments import Moments, OutputMoments
 
-__all__ = ["kfac", "output_root"]
-
 
 def kfac(
     W: Tensor,

@@ -13,8 +13,6 @@ from spectrim.decompose.directions import projected
 from spectrim.decompose.statistics import weight
 from spectrim.moments.moments import Moments, OutputMoments
 
-__all__ = ["plain"]
-
 
 def plain(
     W: Tensor,

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from spectrim.decompose.decomposition import Decomposition
     from spectrim.moments.moments import Moments, OutputMoments
 
-__all__ = ["OBJECTIVES", "Objective", "decompose", "known_objective"]
-
 Input = Literal["C", "shifted", "cross", "absolute"]
 """Sums over the inputs of a target: fields of `Moments`."""
 

@@ -14,8 +14,6 @@ from spectrim.decompose.statistics import statistic, weight
 from spectrim.linalg.psd import shrunk
 from spectrim.moments.moments import Moments, OutputMoments
 
-__all__ = ["shifted"]
-
 
 def shifted(
     W: Tensor,

@@ -8,8 +8,6 @@ from spectrim.errors import InputError
 from spectrim.linalg.psd import finite, symmetrized
 from spectrim.moments.moments import Moments, OutputMoments
 
-__all__ = ["statistic", "tokens_of", "weight"]
-
 _SYMMETRIC = frozenset({"C", "shifted", "G"})
 
 

@@ -16,8 +16,6 @@ from spectrim.decompose.statistics import statistic, weight
 from spectrim.linalg.psd import shrunk
 from spectrim.moments.moments import Moments, OutputMoments
 
-__all__ = ["whitened"]
-
 
 def whitened(
     W: Tensor,

@@ -15,8 +15,6 @@ from spectrim.run.loading import LoadedModel, load_model
 from spectrim.run.progress import Progress, Silent
 from spectrim.serve.speed import speed
 
-__all__ = ["CALIBRATION", "HELD_OUT", "MODEL", "run_demo"]
-
 _HERE = Path(__file__).parent
 MODEL = _HERE / "llama-books"
 CALIBRATION = _HERE / "calibration.txt"

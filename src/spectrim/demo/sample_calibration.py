@@ -13,16 +13,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-__all__ = [
-    "BATCH",
-    "SEED",
-    "SEPARATOR",
-    "SHA256",
-    "WINDOWS",
-    "WINDOW_LENGTH",
-    "sample_calibration",
-]
-
 WINDOWS = 512
 WINDOW_LENGTH = 256
 SEED = 0

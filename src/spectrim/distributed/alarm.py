@@ -15,8 +15,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["EXIT_FAILED", "Alarm"]
-
 EXIT_FAILED = 2
 """How a process ends because another one has failed; the command line's code for a refusal."""
 

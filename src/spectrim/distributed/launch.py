@@ -23,8 +23,6 @@ from spectrim.distributed.placement import Placement, placement
 from spectrim.distributed.team import Team
 from spectrim.errors import InputError, LostRankError, SpectrimError
 
-__all__ = ["Membership", "device_for", "membership"]
-
 LONGEST_WAIT = timedelta(days=7)
 """One rank may compute for hours while the others wait; failures are told by the alarm instead."""
 

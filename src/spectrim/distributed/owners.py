@@ -9,8 +9,6 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
-__all__ = ["factorisation_cost", "loads", "owners", "share"]
-
 
 def factorisation_cost(m: int, n: int) -> int:
     """Cost of decomposing an (m, n) matrix up to a constant: `m n min(m, n)`."""

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 from spectrim.errors import InputError
 
-__all__ = ["Placement", "placement"]
-
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 

@@ -17,8 +17,6 @@ from spectrim.devices import HOST
 from spectrim.distributed.owners import share
 from spectrim.distributed.team import Team
 
-__all__ = ["Pool", "assignment"]
-
 
 def assignment(holders: Sequence[int], ranks: int) -> list[int]:
     """Who works on each window of a batch, given who holds it: equal parts, few windows moved.

@@ -19,8 +19,6 @@ from spectrim.devices import HOST
 from spectrim.distributed.owners import owners, share
 from spectrim.errors import LostRankError, NonFiniteError, NumericalError
 
-__all__ = ["Team"]
-
 BUCKET_BYTES = 32 * 2**20
 """Smaller tensors travel together, up to this size; larger ones without a copy."""
 

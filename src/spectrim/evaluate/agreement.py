@@ -30,8 +30,6 @@ from spectrim.evaluate.routing import is_mixture, routing_agreement
 from spectrim.model.pinning import Pins
 from spectrim.model.tail import pieces
 
-__all__ = ["Agreement", "agreement"]
-
 
 @dataclass(frozen=True, eq=False)
 class Agreement:

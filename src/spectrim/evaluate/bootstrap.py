@@ -16,8 +16,6 @@ from torch import Tensor
 from spectrim.errors import InputError
 from spectrim.evaluate.perplexity import Perplexity
 
-__all__ = ["Difference", "perplexity_difference"]
-
 _DRAWS_AT_A_TIME = 256
 
 

@@ -29,8 +29,6 @@ from spectrim.model.replay import Replay, record
 from spectrim.model.tracing import trace
 from spectrim.model.weights import get_module
 
-__all__ = ["BLOCK", "Distortion", "distortion_by_depth", "distortion_rows"]
-
 BLOCK = "block"
 """Stands for the output of a whole block where others have a projection's path."""
 

@@ -13,14 +13,6 @@ from spectrim.data.windows import Windows, given_windows, longest_window
 from spectrim.errors import TextError
 from spectrim.model.tail import LOGITS_AT_ONCE, PROBED_TOKENS, Tail, blocks_in_sequence
 
-__all__ = [
-    "Predictions",
-    "as_windows",
-    "check_fits",
-    "evaluation_mode",
-    "window_batches",
-]
-
 WHOLE_LOGITS = 4 * LOGITS_AT_ONCE
 """A batch with fewer logits gives them at once."""
 

@@ -28,9 +28,6 @@ from spectrim.evaluate.forward import (
 from spectrim.model.losses import token_losses
 from spectrim.model.tail import pieces
 
-__all__ = ["Perplexity", "perplexity"]
-
-
 _LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 

@@ -20,8 +20,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from spectrim.errors import ArtifactError, InputError
 from spectrim.tolerances import STEP_COUNT
 
-__all__ = ["CurvePoint", "curve_csv", "dense_name", "is_dense_format", "lower_hull", "parse_keeps"]
-
 _DENSE = "dense "
 
 

@@ -16,8 +16,6 @@ from spectrim.model.experts.unfold import expert_stacks
 from spectrim.model.experts.watching import candidates
 from spectrim.model.pinning import same_choices
 
-__all__ = ["is_mixture", "routing_agreement"]
-
 
 def is_mixture(model: nn.Module) -> bool:
     """Whether the model keeps experts, in one parameter or in single layers of one."""

@@ -17,8 +17,6 @@ from spectrim.data.windows import longest_window
 from spectrim.errors import TextError
 from spectrim.evaluate.forward import evaluation_mode
 
-__all__ = ["Sample", "continuations"]
-
 
 @dataclass(frozen=True)
 class Sample:

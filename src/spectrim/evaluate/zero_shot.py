@@ -17,15 +17,6 @@ from typing import Any
 
 from spectrim.errors import InputError, MissingExtraError
 
-__all__ = [
-    "LITERATURE_TASKS",
-    "OFFLINE_TASKS",
-    "TASK_FOLDER",
-    "ZeroShot",
-    "task_difference",
-    "zero_shot",
-]
-
 LITERATURE_TASKS = (
     "openbookqa",
     "arc_easy",

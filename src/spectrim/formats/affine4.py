@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from spectrim.linalg.rounding import Grid
 
-__all__ = ["GROUP", "Affine4"]
-
 GROUP = 32
 TOP, MIDDLE = 15, 8
 

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     from spectrim.linalg.rounding import Grid
 
-__all__ = ["Grouped"]
-
 CLIPS = tuple(0.44 + 0.07 * i for i in range(9))
 """Shares of the range's scale that are tried; below four bits with either sign, since there the
 range is noticeably longer on one side."""

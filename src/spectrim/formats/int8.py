@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from spectrim.linalg.rounding import Grid
 
-__all__ = ["KERNEL_MULTIPLE", "Int8"]
-
 TOP = 127
 
 KERNEL_MULTIPLE = 16

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["Int4Kernel"]
-
 OUT_MULTIPLE = 16
 """The kernels' rows come in blocks of this many, or of half as many."""
 

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
     from spectrim.linalg.rounding import Metric
 
-__all__ = ["Native"]
-
 
 class Native(NumberFormat):
     """bf16, fp16 or fp32, whatever the checkpoint has."""

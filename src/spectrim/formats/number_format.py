@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 
     from spectrim.linalg.rounding import Grid, Metric
 
-__all__ = ["Integers", "Kernel", "NumberFormat", "Shape"]
-
 Shape: TypeAlias = tuple[int, ...]
 
 BYTES = {"int8": 1, "uint8": 1, "fp32": 4, "bf16": 2}

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["TOGETHER", "packed_codes", "unpacked_codes"]
-
 TOGETHER = 8
 """Codes that are packed together, into as many bytes as a code has bits."""
 

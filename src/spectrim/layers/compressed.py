@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CompressedLayer"]
-
 
 class CompressedLayer(nn.Module):
     """A layer that stands for a linear layer.

@@ -10,8 +10,6 @@ from spectrim.layers.quantized import part_of, wide_weight
 from spectrim.layers.source import Source
 from spectrim.model.weights import new_linear
 
-__all__ = ["QuantizedDense"]
-
 
 class QuantizedDense(CompressedLayer):
     """A target that was not cut, with integer weights.

@@ -23,8 +23,6 @@ from typing import Any
 from spectrim.errors import ArtifactError
 from spectrim.formats import NumberFormat, formats_of
 
-__all__ = ["LAYERS", "Layout", "Shape", "known_kind", "known_storage", "layout_of"]
-
 Shape = tuple[int, ...]
 
 Parts = Callable[[Any, Any, Any], dict[str, tuple[Any, Any]]]
@@ -73,8 +71,13 @@ class Layout:
 
     @property
     def integer(self) -> bool:
-        """Whether any part holds codes: their shapes do not tell those of the layer."""
+        """Whether any part holds codes."""
         return any(one.integer for one in self.formats.values())
+
+    @property
+    def states_shape(self) -> bool:
+        """Whether a table says (out, in), since the shapes of the tensors do not."""
+        return self.sides is None or self.integer
 
     @property
     def weight_key(self) -> str:
@@ -131,7 +134,7 @@ class Layout:
             ValueError: a shape has the wrong number of axes.
         """
         memory = {disk: key for key, disk in self.renames().items()}
-        if self.sides is None or self.integer:
+        if self.sides is None or self.states_shape:
             raise KeyError("shape")
         return self.sides({memory.get(key, key): shape for key, shape in disk_shapes.items()})
 

@@ -21,8 +21,6 @@ from spectrim.linalg.least_squares import solve_damped
 from spectrim.model.weights import new_linear
 from spectrim.tolerances import LEAST_SQUARES_RIDGE
 
-__all__ = ["LowRankLinear"]
-
 
 class LowRankLinear(CompressedLayer):
     """`up(down(x))`, the factored storage of a rank-k matrix.

@@ -28,8 +28,6 @@ from spectrim.layers.source import Source
 from spectrim.linalg.pivot import Packed, Side, pack, packed_side
 from spectrim.model.weights import new_linear
 
-__all__ = ["PackedLinear", "packed_error"]
-
 
 class PackedLinear(CompressedLayer):
     """The packed storage of a rank-k matrix.

@@ -19,18 +19,6 @@ from spectrim.layers.layout import layout_of
 from spectrim.linalg.rounding import Metric
 from spectrim.model.weights import new_linear
 
-__all__ = [
-    "QuantizedLinear",
-    "built",
-    "described",
-    "part_of",
-    "quantize_layer",
-    "rounded",
-    "skeleton",
-    "trained_scales",
-    "wide_weight",
-]
-
 _DTYPES = {"int8": torch.int8, "uint8": torch.uint8, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 

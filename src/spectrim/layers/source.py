@@ -13,8 +13,6 @@ from spectrim.linalg.psd import cholesky_damped
 from spectrim.linalg.rounding import Metric
 from spectrim.tolerances import LEAST_SQUARES_RIDGE
 
-__all__ = ["Source"]
-
 
 @dataclass(frozen=True, eq=False)
 class Source:

@@ -16,16 +16,6 @@ from transformers.pytorch_utils import Conv1D
 from spectrim.errors import ModelError
 from spectrim.model.weights import get_module, new_linear, replace_module
 
-__all__ = [
-    "compressed_layers",
-    "dense_of",
-    "dense_shape",
-    "is_compressed",
-    "is_dense_linear",
-    "restore_dense",
-    "swap_in",
-]
-
 
 def is_compressed(module: nn.Module) -> bool:
     """Whether the module is one of spectrim's layers."""

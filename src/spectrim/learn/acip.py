@@ -32,8 +32,6 @@ from spectrim.learn.lessons import Lessons, Report
 from spectrim.learn.pruning import Gated
 from spectrim.learn.rate_line import RateLine
 
-__all__ = ["AcipPruning", "PruningSettings", "prune"]
-
 COMPACT_EVERY = 25
 """Steps between two removals of dead components from the products."""
 

@@ -24,15 +24,6 @@ from spectrim.storage.strict import check_nesting, checked
 from spectrim.storage.tensor_file import Slot, write_tensors
 from spectrim.storage.work import CHECKPOINTS
 
-__all__ = [
-    "FILE",
-    "RECOVERY_FILE",
-    "Checkpoint",
-    "load_optimizer",
-    "optimizer_tensors",
-    "where_kept",
-]
-
 FILE, RECOVERY_FILE = CHECKPOINTS
 """The checkpoint of a training, and that of its recovery beside the one of the phases before."""
 

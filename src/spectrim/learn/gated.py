@@ -18,8 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["GatedLinear", "Lora"]
-
 
 class Lora(nn.Module):
     """A low-rank correction `s · E F`, trained in fp32; zero at the start.

@@ -26,8 +26,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-__all__ = ["ALIVE", "DeathMap", "GateFunction", "Spans", "gate_values", "start_value"]
-
 GateFunction = Literal["straight_through", "relu", "sigmoid", "softplus"]
 
 ALIVE = -1

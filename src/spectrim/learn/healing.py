@@ -36,15 +36,6 @@ from spectrim.learn.pruning import Gated
 from spectrim.learn.rate_line import RateLine
 from spectrim.refine.pace import set_pace, warmup_cosine
 
-__all__ = [
-    "HealingSettings",
-    "apply_plan",
-    "fold_correction",
-    "heal",
-    "order_by_death",
-    "order_by_fisher",
-]
-
 WARMUP = 0.02
 """Share of the steps in which the learning rate grows."""
 

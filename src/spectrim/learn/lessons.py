@@ -19,8 +19,6 @@ from spectrim.errors import NonFiniteError
 from spectrim.model.losses import divergence, next_token
 from spectrim.model.tail import Tail
 
-__all__ = ["Guard", "Lessons", "Objective", "Report", "mixed_seed", "seeded"]
-
 Report = Callable[[str, int, int, str], None]
 """Told (stage, step, total, note)."""
 

@@ -20,8 +20,6 @@ from spectrim.learn.gated import GatedLinear
 from spectrim.learn.gates import GateFunction, Spans, gate_values, start_value
 from spectrim.learn.lessons import mixed_seed
 
-__all__ = ["Gated"]
-
 
 @dataclass
 class Gated:

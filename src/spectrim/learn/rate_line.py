@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-__all__ = ["RateLine"]
-
 MEMORY = 0.9
 """Decay of the running means, once there are enough losses."""
 

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from spectrim.learn.gates import GateFunction, gate_values
 from spectrim.learn.pruning import Gated
 
-__all__ = ["SocoSettings", "SocoState", "fading", "gates_of", "scores_of"]
-
 FADE_SHARE = 0.7
 """Share of the last phase over which components below the threshold fade."""
 

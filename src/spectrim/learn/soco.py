@@ -49,8 +49,6 @@ from spectrim.learn.scores import SocoSettings, SocoState, fading, gates_of, sco
 from spectrim.learn.surrogate import mean_square_gradients
 from spectrim.refine.pace import set_pace, warmup_cosine
 
-__all__ = ["deviations", "learn_scores"]
-
 MEMORY = 0.98
 """Decay of the running mean of scores."""
 

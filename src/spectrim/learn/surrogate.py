@@ -13,8 +13,6 @@ from torch import Tensor
 from spectrim.learn.lessons import Lessons
 from spectrim.learn.pruning import Gated
 
-__all__ = ["mean_square_gradients"]
-
 
 def mean_square_gradients(gated: Gated, lessons: Lessons, *, steps: int) -> Tensor:
     """Mean over `steps` batches of the squared gate gradients, fp32 (N,), per unit gate.

@@ -33,8 +33,6 @@ from spectrim.learn.scores import SocoSettings, SocoState, scores_of
 from spectrim.learn.soco import deviations
 from spectrim.refine.pace import set_pace, warmup_cosine
 
-__all__ = ["Folded", "RecoverySettings", "choose", "fixed_choice", "folded", "recover"]
-
 
 @dataclass(frozen=True)
 class RecoverySettings:

@@ -13,8 +13,6 @@ from torch import Tensor
 from spectrim.linalg.psd import finite, pivots_hold
 from spectrim.tolerances import RANK_CUTOFF_FP64
 
-__all__ = ["exact_rank"]
-
 
 def exact_rank(W: Tensor, *, name: str) -> int | None:
     """The rank of `W` (out, in) where it is less than min(out, in), else None.

@@ -18,8 +18,6 @@ from torch import Tensor
 from spectrim.linalg.psd import cholesky_damped, finite
 from spectrim.tolerances import LEAST_SQUARES_RIDGE, RANK_CUTOFF_FP64
 
-__all__ = ["evident_ridge", "least_squares_map", "solve_damped"]
-
 RIDGES = tuple(10 ** (-exponent / 2) for exponent in range(13))
 """What `evident_ridge` chooses from, the strongest first: 1, where the prior counts as much as the
 data, down to 1e-6 in half decades."""

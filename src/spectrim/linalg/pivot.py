@@ -27,8 +27,6 @@ from torch import Tensor
 from spectrim.errors import NumericalError
 from spectrim.tolerances import PIVOT_GROWTH_LIMIT, RANK_CUTOFF_FP64
 
-__all__ = ["Method", "Packed", "Side", "pack", "packed_side", "pivot_rows"]
-
 Side = Literal["out", "in"]
 Method = Literal["qr", "lu"]
 

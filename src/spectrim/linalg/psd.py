@@ -22,17 +22,6 @@ from spectrim.tolerances import (
     SYMMETRY,
 )
 
-__all__ = [
-    "channel_prior",
-    "cholesky_damped",
-    "finite",
-    "pivots_hold",
-    "shrunk",
-    "symmetric_eigh",
-    "symmetric_eigvals",
-    "symmetrized",
-]
-
 
 def finite(matrix: Tensor, *, name: str, what: str) -> Tensor:
     """The matrix in fp64.

@@ -23,8 +23,6 @@ from torch import Tensor
 from spectrim.linalg.psd import cholesky_damped, symmetrized
 from spectrim.tolerances import ROUNDING_DAMPING
 
-__all__ = ["Grid", "Metric", "by_column"]
-
 COLUMNS = 64
 """Columns whose corrections are added one at a time; those of all others come in one product."""
 

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from spectrim.tolerances import SCALING
 
-__all__ = ["row_and_column_sizes"]
-
 STEPS = 100
 """A dense matrix needs about ten; one with a pattern of zeros may never come to rest."""
 

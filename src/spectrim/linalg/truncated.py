@@ -7,8 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["ColumnSpace", "column_space", "core_of"]
-
 
 @dataclass(frozen=True)
 class ColumnSpace:

@@ -11,15 +11,6 @@ from torch import Tensor
 
 from spectrim.errors import ModelError
 
-__all__ = [
-    "BlockCall",
-    "arguments_broadcast",
-    "arguments_differ",
-    "dressed",
-    "move_arguments",
-    "split_hidden",
-]
-
 
 @dataclass(frozen=True)
 class BlockCall:

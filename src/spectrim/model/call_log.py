@@ -13,8 +13,6 @@ from transformers.pytorch_utils import Conv1D
 from spectrim.model.routing import Choices
 from spectrim.tolerances import SAME_FUNCTION
 
-__all__ = ["Call", "CallLog", "grouped", "odd_class", "watching"]
-
 
 @dataclass(frozen=True)
 class Call:

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from spectrim.model.anatomy import Group
 from spectrim.model.weights import get_module
 
-__all__ = ["capture_inputs", "first_tensor"]
-
 
 def first_tensor(args: tuple, kwargs: dict) -> Tensor:
     """The one tensor a linear was called with."""

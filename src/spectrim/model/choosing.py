@@ -14,8 +14,6 @@ from fnmatch import fnmatchcase
 from spectrim.errors import InputError
 from spectrim.model.anatomy import Anatomy, Block, Group, Target
 
-__all__ = ["PROTECTED", "check_patterns", "choose_targets", "matches"]
-
 PROTECTED = "protected"
 """How the reason of every protected target begins."""
 

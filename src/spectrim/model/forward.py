@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["evaluating", "forwards_replaced", "hidden_of", "home_device", "run_window"]
-
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:

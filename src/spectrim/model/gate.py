@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from spectrim.devices import HOST, accelerator
 from spectrim.model.capture import first_tensor
 
-__all__ = ["Gate", "Switches"]
-
 
 def _autocast_devices() -> tuple[str, ...]:
     other = accelerator()

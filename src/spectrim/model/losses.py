@@ -11,8 +11,6 @@ from torch import Tensor
 
 from spectrim.model.tail import Loss, Tail
 
-__all__ = ["divergence", "kl_per_token", "next_token", "token_losses"]
-
 
 def _wide(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

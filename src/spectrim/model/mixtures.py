@@ -16,8 +16,6 @@ from spectrim.model.call_log import CallLog, grouped, odd_class
 from spectrim.model.experts.stack import ExpertStack
 from spectrim.model.weights import is_linear
 
-__all__ = ["ExpertGroup", "Mixture", "mixtures"]
-
 
 @dataclass(frozen=True)
 class ExpertGroup:

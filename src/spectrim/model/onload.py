@@ -30,8 +30,6 @@ from spectrim.errors import ModelError
 from spectrim.model.tracing import block_lists
 from spectrim.model.weights import check_finite, get_module, sampled
 
-__all__ = ["Onloader", "Source", "give_back", "unit_names"]
-
 Source = Callable[[], Mapping[str, Tensor]]
 """Reads a block: name inside the block -> tensor on the CPU, in memory of its own."""
 

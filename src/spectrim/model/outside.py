@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from spectrim.model.anatomy import Anatomy
 from spectrim.model.weights import get_module
 
-__all__ = ["Outside", "count_outside"]
-
 MOST_REASONS = 4
 """Reasons that a sentence names; the rest is summed up."""
 

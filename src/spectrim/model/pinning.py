@@ -16,8 +16,6 @@ from torch.overrides import TorchFunctionMode
 
 from spectrim.errors import ModelError
 
-__all__ = ["Pins", "same_choices"]
-
 
 class Pins(TorchFunctionMode):
     """Choices by rank (`topk`, `max` along a dimension), written down or repeated in their order.

@@ -19,8 +19,6 @@ from torch.utils.checkpoint import checkpoint
 
 from spectrim.model.forward import forwards_replaced
 
-__all__ = ["LARGE", "is_large", "recomputed"]
-
 LARGE = 1_000_000_000
 """Models with more parameters recompute their activations unless told otherwise."""
 

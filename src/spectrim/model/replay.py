@@ -22,7 +22,6 @@ from spectrim.devices import HOST
 from spectrim.errors import ModelError
 from spectrim.model.anatomy import Anatomy
 from spectrim.model.blockcall import BlockCall, split_hidden
-from spectrim.model.capture import capture_inputs
 from spectrim.model.forward import (
     evaluating,
     hidden_of,
@@ -40,8 +39,6 @@ from spectrim.model.visits import (
     observe,
 )
 from spectrim.model.weights import get_module
-
-__all__ = ["BlockCall", "Replay", "Stream", "capture_inputs", "record"]
 
 
 class _EnteredFirstBlock(Exception):

@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["Choices"]
-
 _aten = torch.ops.aten
 _CHOOSING = {_aten.topk, _aten.sort, _aten.argsort, _aten.argmax, _aten.multinomial}
 _KEEPING = {_aten.clone, _aten._to_copy, _aten._unsafe_view, _aten._softmax, _aten._log_softmax}

@@ -30,8 +30,6 @@ from spectrim.model.anatomy import Group, Target
 from spectrim.model.gate import Gate, Switches
 from spectrim.model.weights import get_module, replace_module
 
-__all__ = ["Staged"]
-
 
 @dataclass
 class _Pause:

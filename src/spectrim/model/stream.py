@@ -14,8 +14,6 @@ from torch import Tensor
 from spectrim.devices import HOST
 from spectrim.errors import OutputError
 
-__all__ = ["Stream"]
-
 
 def _remove(path: Path) -> None:
     path.unlink(missing_ok=True)

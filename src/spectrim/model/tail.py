@@ -26,16 +26,6 @@ from spectrim.model.forward import (
 from spectrim.model.weights import get_module
 from spectrim.tolerances import SAME_LOGITS
 
-__all__ = [
-    "LOGITS_AT_ONCE",
-    "PROBED_TOKENS",
-    "Loss",
-    "Tail",
-    "blocks_in_sequence",
-    "last_states",
-    "pieces",
-]
-
 LOGITS_AT_ONCE = 2**24
 """Logits of a piece: 64 MiB in fp32, a few times over while a loss is taken."""
 

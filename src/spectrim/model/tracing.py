@@ -19,8 +19,6 @@ from spectrim.model.forward import evaluating, run_window
 from spectrim.model.mixtures import Mixture, mixtures
 from spectrim.model.weights import get_module, is_linear, is_transposed, read_weight
 
-__all__ = ["ROUTER", "block_lists", "trace"]
-
 ROUTER = "router: something is chosen by the rank of its outputs (top-k)"
 """Why a router is no target: the choice of experts is not approximated."""
 

@@ -21,16 +21,6 @@ from spectrim.model.forward import forwards_replaced, hidden_of, run_window
 from spectrim.model.tail import PROBED_TOKENS, Tail
 from spectrim.model.weights import get_module
 
-__all__ = [
-    "Visit",
-    "bypassed",
-    "calls_of",
-    "check_finite_states",
-    "check_token_independent",
-    "need_own_batch",
-    "observe",
-]
-
 
 def check_finite_states(hidden: Tensor, where: str) -> None:
     """Refuse NaN and infinity; names the windows."""

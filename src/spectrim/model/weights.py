@@ -11,22 +11,6 @@ from transformers.pytorch_utils import Conv1D
 from spectrim.devices import HOST
 from spectrim.errors import ModelError, NonFiniteError
 
-__all__ = [
-    "cast_parameters",
-    "check_finite",
-    "check_finite_weights",
-    "check_model",
-    "get_module",
-    "is_linear",
-    "is_transposed",
-    "new_linear",
-    "read_bias",
-    "read_weight",
-    "replace_module",
-    "sampled",
-    "write_weight",
-]
-
 
 def is_linear(module: nn.Module) -> bool:
     """Whether the module is `nn.Linear` or the `Conv1D` of transformers."""

@@ -14,8 +14,6 @@ from spectrim.model.anatomy import Group
 from spectrim.moments.moments import Moments
 from spectrim.moments.symmetric import ROWS_PER_PRODUCT, SymmetricSum
 
-__all__ = ["MomentAccumulator", "accumulator_of", "reduction_dtype"]
-
 
 def reduction_dtype(x: Tensor) -> torch.dtype:
     """fp64 inputs stay fp64; everything else is multiplied in fp32 and summed in fp64.

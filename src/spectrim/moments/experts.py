@@ -25,8 +25,6 @@ from spectrim.model.anatomy import Group
 from spectrim.moments.accumulate import MomentAccumulator
 from spectrim.moments.moments import Moments
 
-__all__ = ["WORTH", "BlockMoments", "Pool", "pooled_share"]
-
 WORTH = 0.25
 """Tokens per input dimension that the target of the shrinkage counts for."""
 

@@ -17,8 +17,6 @@ from torch import Tensor
 from spectrim.moments.moments import Record
 from spectrim.moments.symmetric import SymmetricSum
 
-__all__ = ["Folded"]
-
 _SYMMETRIC = ("C", "shifted", "G")
 
 

@@ -11,8 +11,6 @@ from spectrim.model.anatomy import Block
 from spectrim.moments.folded import Folded
 from spectrim.moments.moments import Moments, OutputMoments
 
-__all__ = ["ComponentScores", "ComponentsOf", "GradientPass"]
-
 ComponentsOf = Callable[[str], tuple[Tensor, Tensor] | None]
 """Target name -> up (out, r) and down (r, in), or None where there is nothing to score."""
 

@@ -21,8 +21,6 @@ from spectrim.model.tail import Tail
 from spectrim.moments.gradient_record import ComponentsOf, GradientPass
 from spectrim.moments.target_sums import PassSums
 
-__all__ = ["folded_dtype", "gradient_pass", "summed_loss", "windows_at_once"]
-
 
 @contextmanager
 def _only_activations_need_gradients(model: Any) -> Iterator[None]:

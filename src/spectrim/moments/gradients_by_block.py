@@ -29,8 +29,6 @@ from spectrim.moments.gradients import folded_dtype, summed_loss, windows_at_onc
 from spectrim.moments.gradients_recomputed import pulled_back
 from spectrim.moments.target_sums import PassSums
 
-__all__ = ["gradients_by_block", "spacing", "streams_held"]
-
 
 def spacing(blocks: int) -> int:
     """Every how many blocks the states are kept."""
@@ -92,16 +90,8 @@ def gradients_by_block(
             with at_hand(block):
                 replay.advance(block.index, states[-1], batch, device)
         for block, entered in zip(reversed(segment), reversed(states), strict=True):
-            sums = PassSums(
-                block.groups,
-                needs,
-                input_needs,
-                factors,
-                clip,
-                device,
-                mine.start,
-                folded_dtype(replay.model),
-            )
+            wanted = (needs, input_needs, factors, clip)
+            sums = PassSums(block.groups, *wanted, device, mine.start, folded_dtype(replay.model))
             with at_hand(block) as module:
                 _step_back(replay, block, module, entered, gradients, sums, batch, device)
             entered.close()

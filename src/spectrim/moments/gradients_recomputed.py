@@ -21,8 +21,6 @@ from spectrim.moments.gradient_record import ComponentsOf, GradientPass
 from spectrim.moments.gradients import folded_dtype, summed_loss, windows_at_once
 from spectrim.moments.target_sums import PassSums
 
-__all__ = ["gradients_recomputed", "pulled_back"]
-
 
 def pulled_back(
     replay: Replay, index: int, module: nn.Module, entered: Tensor, gradient: Tensor

@@ -7,8 +7,6 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-__all__ = ["Moments", "OutputMoments", "Record"]
-
 
 def _add(left: Any, right: Any) -> Any:
     if (left is None) != (right is None):

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from spectrim.devices import HOST
 
-__all__ = ["ROWS_PER_PRODUCT", "SymmetricSum", "panel_numbers"]
-
 ROWS_PER_PRODUCT = 4096
 """Tokens per fp32 product; longer sums of products are taken in the sum's own dtype."""
 

@@ -25,8 +25,6 @@ from spectrim.moments.gradient_record import ComponentScores, ComponentsOf, Grad
 from spectrim.moments.moments import Moments, OutputMoments
 from spectrim.moments.symmetric import SymmetricSum
 
-__all__ = ["PassSums"]
-
 
 class _TargetSums:
     """Running sums of one target over windows."""

@@ -8,8 +8,6 @@ from pydantic import Field
 
 from spectrim.recipe.section import Section
 
-__all__ = ["AcipLearning", "SocoLearning"]
-
 
 class AcipLearning(Section):
     """ACIP: gates with an exponentially growing pressure; the order of deaths is the product.

@@ -8,15 +8,6 @@ from pydantic import Field
 
 from spectrim.recipe.section import Section
 
-__all__ = [
-    "BlockRefinement",
-    "ClosedFormRefinement",
-    "DistillRefinement",
-    "LoraRefinement",
-    "ProjectedGradientRefinement",
-    "Refinement",
-]
-
 Relative = Annotated[
     bool,
     Field(

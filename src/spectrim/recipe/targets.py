@@ -9,8 +9,6 @@ from pydantic import AfterValidator, Field, model_validator
 from spectrim.layers.layout import known_kind
 from spectrim.recipe.section import Section
 
-__all__ = ["OwnChoice", "Targets"]
-
 
 class OwnChoice(Section):
     """What some targets get whatever the rule says; the others share what remains."""

@@ -19,8 +19,6 @@ from spectrim.recipe import (
     StorageChoice,
 )
 
-__all__ = ["DEFAULT_RECIPE", "EFFORTS", "OURS"]
-
 DEFAULT_RECIPE = "spectrim"
 
 # Learning rates are shares of each tensor's size: what fits the bundled model's width of 256 then

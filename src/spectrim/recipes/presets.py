@@ -19,8 +19,6 @@ from spectrim.recipe import (
 )
 from spectrim.recipes.default import OURS
 
-__all__ = ["PRESETS", "get_recipe"]
-
 _PUBLISHED = Allocation(rule="uniform")
 _LITERATURE = Calibration(text="wikitext2")
 _FLOORS = (

@@ -24,8 +24,6 @@ from spectrim.refine.course import Course, hold_out
 from spectrim.refine.fitting import FitResult, FitSettings, fit
 from spectrim.refine.masters import master_weights
 
-__all__ = ["BlockTraining", "HiddenStates", "Run", "refine_block"]
-
 
 class HiddenStates(Protocol):
     """What refinement needs of a stream: the windows at some indices, on the training device."""

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from spectrim.linalg.least_squares import solve_damped
 
-__all__ = ["update_up"]
-
 
 def update_up(
     W: Tensor,

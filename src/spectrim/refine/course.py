@@ -12,8 +12,6 @@ from spectrim.distributed.pool import Pool
 from spectrim.distributed.team import Team
 from spectrim.errors import InputError
 
-__all__ = ["Course", "hold_out"]
-
 
 @dataclass(frozen=True)
 class Course:

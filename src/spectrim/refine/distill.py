@@ -21,8 +21,6 @@ from spectrim.refine.course import Course
 from spectrim.refine.fitting import FitResult, FitSettings, fit
 from spectrim.refine.masters import master_weights
 
-__all__ = ["Teaching", "distill"]
-
 
 @dataclass(frozen=True)
 class Teaching:

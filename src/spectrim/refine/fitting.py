@@ -23,8 +23,6 @@ from spectrim.errors import NonFiniteError
 from spectrim.refine.course import Course
 from spectrim.refine.pace import set_pace, warmup_cosine
 
-__all__ = ["FitResult", "FitSettings", "LossOf", "fit"]
-
 LossOf = Callable[[Tensor], Tensor]
 """Indices of windows (len,) -> differentiable scalar, the mean over these windows."""
 

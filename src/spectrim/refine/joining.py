@@ -12,8 +12,6 @@ from spectrim.errors import ModelError
 from spectrim.layers.layout import layout_of
 from spectrim.layers.swap import dense_of
 
-__all__ = ["check_joinable", "join"]
-
 
 def join(layer: Any, up: Tensor, down: Tensor, *, grow: bool = False) -> tuple[nn.Module, float]:
     """`layer + up · down` as one layer of the same kind.

@@ -26,8 +26,6 @@ from spectrim.refine.fitting import FitResult, FitSettings, fit
 from spectrim.refine.masters import frozen
 from spectrim.refine.tuning import loss_on
 
-__all__ = ["LoraTraining", "recover", "require_peft"]
-
 Part: TypeAlias = tuple[nn.Module, str]
 """A layer and the name of one of its linear parts."""
 

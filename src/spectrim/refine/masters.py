@@ -8,8 +8,6 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import nn
 
-__all__ = ["frozen", "master_weights"]
-
 
 @contextmanager
 def master_weights(

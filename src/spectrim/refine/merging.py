@@ -8,8 +8,6 @@ from typing import Any
 
 from spectrim.refine.lora import require_peft
 
-__all__ = ["merge_adapter"]
-
 logger = logging.getLogger(__name__)
 
 

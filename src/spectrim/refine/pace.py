@@ -7,8 +7,6 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["set_pace", "warmup_cosine"]
-
 
 def warmup_cosine(step: int, total: int, *, warmup: float, final: float) -> float:
     """Factor of the peak learning rate at `step` (0-based) of `total`.

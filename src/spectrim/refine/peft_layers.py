@@ -19,8 +19,6 @@ from spectrim.layers.compressed import CompressedLayer
 from spectrim.layers.swap import compressed_layers
 from spectrim.refine.joining import check_joinable, join
 
-__all__ = ["LoraCompressed"]
-
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
 """Initial values that do not look into the dense weight."""
 

@@ -27,8 +27,6 @@ from spectrim.errors import NonFiniteError
 from spectrim.linalg.least_squares import solve_damped
 from spectrim.tolerances import LEAST_SQUARES_RIDGE
 
-__all__ = ["corrected", "minimum_norm_step", "span_step"]
-
 
 def minimum_norm_step(difference: Tensor, gradient: Tensor, *, name: str) -> Tensor:
     """The smallest step with the first-order effect of `difference`, fp64, of the same shape.

@@ -12,8 +12,6 @@ from spectrim.refine.course import Course
 from spectrim.refine.fitting import FitResult, FitSettings, LossOf, fit
 from spectrim.refine.masters import frozen, master_weights
 
-__all__ = ["loss_on", "tune"]
-
 
 def loss_on(
     tail: Tail,

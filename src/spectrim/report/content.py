@@ -16,8 +16,6 @@ from spectrim.report.record import FORMAT_VERSION, ReportRecord
 from spectrim.storage.json_file import read_json, read_record
 from spectrim.storage.strict import check_version
 
-__all__ = ["PageContent", "block_and_projection", "read_curve_file", "read_result"]
-
 REPORT_FILE = "spectrim_report.json"
 RECIPE_FILE = "recipe.yaml"
 RECIPE_LIMIT = 2**20

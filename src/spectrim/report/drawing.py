@@ -20,17 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-__all__ = [
-    "INK",
-    "PAGE_WIDTH",
-    "legend_above",
-    "logarithmic",
-    "new_figure",
-    "save_figure",
-    "series_styles",
-    "svg_text",
-]
-
 INK = "#0a0b0c"
 """Stands for the text color; no other mark uses it."""
 

@@ -14,15 +14,6 @@ from spectrim.report.drawing import INK, legend_above, logarithmic, series_style
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = [
-    "draw_curve",
-    "draw_depth",
-    "draw_errors",
-    "draw_heat_map",
-    "draw_spectra",
-    "group_by_recipe",
-]
-
 _LEAST_SHOWN = 1e-5
 """Share of a spectrum below which it is not drawn."""
 

@@ -19,8 +19,6 @@ from spectrim.report.content import PageContent
 from spectrim.report.pictures import pictures_of
 from spectrim.storage.paths import last_part, without_folders
 
-__all__ = ["PAGE_MARK", "render_page"]
-
 PAGE_MARK = "Compression report by spectrim"
 """In every page that was written here; a file without it is somebody else's."""
 

@@ -17,8 +17,6 @@ from spectrim.report.figures import (
     draw_spectra,
 )
 
-__all__ = ["Picture", "pictures_of"]
-
 _SHOWN_SPECTRA = 6
 _MOST_PROJECTIONS = 64
 """Kinds of targets that a figure can still tell apart; with more it is left out."""

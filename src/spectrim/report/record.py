@@ -12,8 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from spectrim.storage.strict import LARGEST_SIDE, MOST_TARGETS, Finite, Name
 
-__all__ = ["FORMAT_VERSION", "LeftAlone", "ReportRecord"]
-
 FORMAT_VERSION = 1
 
 Line = Annotated[str, StringConstraints(max_length=1000)]

@@ -11,8 +11,6 @@ from spectrim.report.drawing import INK, logarithmic, series_styles
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["LARGEST_GRID", "draw_calibration", "draw_layer_errors", "shown_projections"]
-
 LARGEST_GRID = 11
 """Panels of the layer errors; the table has the rest of a model with more projections."""
 

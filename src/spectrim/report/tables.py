@@ -9,14 +9,6 @@ from typing import Any
 
 from spectrim.allocate.budget import format_bytes
 
-__all__ = [
-    "COMPARISON_HEADERS",
-    "comparison_csv",
-    "comparison_markdown",
-    "comparison_rows",
-    "rows_csv",
-]
-
 COMPARISON_HEADERS = (
     "recipe",
     "keep",

@@ -34,8 +34,6 @@ from spectrim.run.quality import Passage, measure_before
 from spectrim.run.survey.survey import moments_by_block
 from spectrim.run.texts import UserText
 
-__all__ = ["Adapter", "make_adapter"]
-
 STAGE = "adapter"
 
 

@@ -20,14 +20,6 @@ from spectrim.storage.json_file import read_json
 from spectrim.storage.table import QUANT_METHOD
 from spectrim.storage.weight_files import checkpoint_files
 
-__all__ = [
-    "QUANTIZATION_KEYS",
-    "check_unquantized",
-    "check_whole",
-    "one_line",
-    "quantization_of",
-]
-
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 SIDE_FILES = {"quantize_config.json": "GPTQ", "hf_quant_config.json": "ModelOpt"}
 """Files in which quantisers describe a model whose config.json does not."""

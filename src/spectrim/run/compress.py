@@ -35,8 +35,6 @@ from spectrim.storage.elastic import Base, Elastic
 from spectrim.storage.shared_work import Work
 from spectrim.storage.survey_record import Survey
 
-__all__ = ["Outcome", "run_recipe"]
-
 
 @dataclass
 class Outcome:

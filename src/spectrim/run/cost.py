@@ -21,19 +21,6 @@ from spectrim.moments.symmetric import panel_numbers
 from spectrim.recipe import BlockRefinement, DistillRefinement, LoraRefinement, Recipe
 from spectrim.run.footprint import Room, Setting, Sizes, has_gradients
 
-__all__ = [
-    "LONG",
-    "MOST_TOKENS",
-    "Cost",
-    "Settled",
-    "calibrated_on",
-    "costs",
-    "measured_rates",
-    "settle",
-    "settled",
-    "stage_seconds",
-]
-
 FORWARDS = {"whole": 1, "recomputed": 2, "by block": 3}
 """Forward passes of a gradient pass; its backward pass is worth one more."""
 

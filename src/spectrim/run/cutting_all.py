@@ -27,8 +27,6 @@ from spectrim.run.survey.survey import make_survey, surveyed_choice
 from spectrim.storage.survey_file import held_ranks
 from spectrim.storage.survey_record import Survey
 
-__all__ = ["Choice", "choose", "cut_targets"]
-
 
 @dataclass
 class Choice:

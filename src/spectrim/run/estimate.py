@@ -28,8 +28,6 @@ from spectrim.run.working import resolve_device, resolve_dtype, stored_dtype
 from spectrim.storage.admission import admit_folder
 from spectrim.storage.shards import Shards
 
-__all__ = ["Estimate", "Setting", "estimate_run"]
-
 _READ_RATE = 1e9
 """Bytes per second from a disk."""
 

@@ -18,8 +18,6 @@ from spectrim.run.job import RunLog
 from spectrim.run.loading import LoadedModel
 from spectrim.run.texts import vocabulary_size
 
-__all__ = ["check_understood", "note_experts", "open_experts", "short_window"]
-
 LEAST_UNDERSTOOD = 0.5
 """A model of which less than this share of the blocks' weights are targets is refused."""
 

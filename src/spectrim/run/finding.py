@@ -15,8 +15,6 @@ from urllib.request import getproxies
 
 from spectrim.errors import ModelError
 
-__all__ = ["look_up"]
-
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?", re.ASCII)
 PATIENCE = 5.0
 """Seconds to wait for the hub's machine to answer at all."""

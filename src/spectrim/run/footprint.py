@@ -26,19 +26,6 @@ from spectrim.moments.gradients_by_block import streams_held
 from spectrim.moments.symmetric import panel_numbers
 from spectrim.recipe import BlockRefinement, ClosedFormRefinement, Recipe
 
-__all__ = [
-    "Phase",
-    "Room",
-    "Setting",
-    "Sizes",
-    "cut_phase",
-    "gradient_phase",
-    "has_gradients",
-    "read_sizes",
-    "sizes_of",
-    "weight_parts",
-]
-
 Backward = Literal["whole", "recomputed", "by block"]
 """How a gradient pass goes: the graph of all blocks at once; the states in front of every block
 kept and a block's graph at a time; or block by block, where not even all sums fit."""

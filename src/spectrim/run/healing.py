@@ -27,8 +27,6 @@ from spectrim.run.texts import UserText, gather_windows
 from spectrim.storage.folder import REPORT_FILE
 from spectrim.storage.json_file import read_json
 
-__all__ = ["Healed", "Healing", "heal_model"]
-
 STAGE = "heal"
 
 FIRST = {"factored": "down", "packed": "basis"}

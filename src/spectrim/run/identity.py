@@ -12,8 +12,6 @@ from spectrim.recipe import Recipe
 from spectrim.run.loading import LoadedModel
 from spectrim.storage.survey_record import Survey
 
-__all__ = ["flat_recipe", "run_identity"]
-
 PROSE = {"title", "paper", "equation", "differences"}
 
 WITHOUT_EFFECT = ("learn.recompute", "learn.checkpoint_every")

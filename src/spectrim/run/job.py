@@ -20,8 +20,6 @@ from spectrim.run.log import RunLog
 from spectrim.run.options import RunOptions
 from spectrim.run.progress import Progress
 
-__all__ = ["Job", "RunLog"]
-
 
 @dataclass
 class Job:

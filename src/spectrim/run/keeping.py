@@ -24,8 +24,6 @@ from spectrim.model.weights import get_module
 from spectrim.run.log import RunLog
 from spectrim.storage.shared_work import Piece, Work
 
-__all__ = ["Keeper"]
-
 
 class Keeper:
     """What a run keeps between two blocks.

@@ -19,8 +19,6 @@ from spectrim.moments.symmetric import SymmetricSum
 from spectrim.run.keeping import Keeper
 from spectrim.storage.shared_work import Piece
 
-__all__ = ["ByGroup", "FinishedInputs", "KeptMoments", "flattened", "restored"]
-
 
 class KeptMoments(Mapping[str, Record]):
     """Moments in the work folder, by target; read when one is asked for.

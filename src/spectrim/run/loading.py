@@ -26,8 +26,6 @@ from spectrim.run.tokenizing import BAD_CONFIGURATION, load_tokenizer, refuse_re
 from spectrim.run.working import resolve_device, resolve_dtype, stored_dtype
 from spectrim.storage.admission import admit_folder, needs_remote_code
 
-__all__ = ["LoadedModel", "load_model", "read_config"]
-
 _CIRCUMSTANCES = frozenset({"_name_or_path", "dtype", "torch_dtype", "transformers_version"})
 
 

@@ -7,8 +7,6 @@ from spectrim.run.word import Word
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["LoadWords", "RestoringWords"]
-
 
 class LoadWords(TypedDict, total=False):
     """How a model is loaded."""

@@ -10,8 +10,6 @@ from typing import Any
 
 from spectrim.run.shortage import in_stage
 
-__all__ = ["RunLog"]
-
 
 @dataclass
 class RunLog:

@@ -20,12 +20,6 @@ from spectrim.run.working import resolve_device, resolve_dtype, stored_dtype
 from spectrim.storage.shards import Shards
 from spectrim.storage.weight_files import INDEX_FILE, WEIGHTS_FILE
 
-__all__ = [
-    "available_bytes",
-    "goes_out_of_core",
-    "total_bytes",
-]
-
 logger = logging.getLogger(__name__)
 
 SHARE_FOR_WEIGHTS = 0.8

@@ -39,8 +39,6 @@ from spectrim.run.texts import UserText, gather_windows
 from spectrim.run.thinness import thin_notes
 from spectrim.storage.shared_work import Work
 
-__all__ = ["open_job", "other_bytes", "protected_bytes"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from spectrim.distributed.team import Team
 
-__all__ = ["RunOptions"]
-
 ON_FAILURE = ("error", "keep-unrefined")
 
 

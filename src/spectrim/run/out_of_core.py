@@ -24,13 +24,6 @@ from spectrim.recipe import DistillRefinement, LoraRefinement, ProjectedGradient
 from spectrim.storage.conversions import Conversions
 from spectrim.storage.shards import Shards
 
-__all__ = [
-    "build_onloaded",
-    "check_out_of_core",
-    "check_survey_out_of_core",
-    "checkpoint_folder",
-]
-
 _WAY_OUT = (
     "run it in memory (--in-memory), or choose a recipe that works block by block: spectrim, "
     "aa-svd, svd-llm"

@@ -20,8 +20,6 @@ from spectrim.storage.work import (
     work_beside,
 )
 
-__all__ = ["places"]
-
 
 @contextmanager
 def places(

@@ -26,13 +26,6 @@ from spectrim.recipe import Recipe, validated
 if TYPE_CHECKING:
     from spectrim.storage.survey_record import Survey
 
-__all__ = [
-    "keep_of_size",
-    "make_plan",
-    "plan_from_survey",
-    "plan_limits",
-]
-
 
 def plan_limits(recipe: Recipe, dtype_bytes: int) -> Limits:
     """What the recipe allows a plan to contain."""

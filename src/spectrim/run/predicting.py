@@ -15,8 +15,6 @@ from spectrim.run.words import EstimateWords, RecipeWords
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["estimate"]
-
 
 @takes(EstimateWords)
 def estimate(model: str | Path, **words: Unpack[EstimateWords]) -> Estimate:

@@ -32,8 +32,6 @@ from spectrim.run.job import Job
 from spectrim.run.loading import LoadedModel
 from spectrim.run.texts import UserText, vocabulary_size
 
-__all__ = ["Before", "measure_after", "measure_before", "passes_over_windows"]
-
 STAGE = "measure"
 
 MOST_WINDOWS = 64

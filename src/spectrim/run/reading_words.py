@@ -14,15 +14,6 @@ if TYPE_CHECKING:
 
     from spectrim.run.texts import UserText
 
-__all__ = [
-    "AdapterWords",
-    "ElasticWords",
-    "EvaluateWords",
-    "HealWords",
-    "ResizeWords",
-    "StudyWords",
-]
-
 
 class ElasticWords(RestoringWords, total=False):
     """The words of `spectrim.load_elastic`."""

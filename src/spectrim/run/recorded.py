@@ -8,8 +8,6 @@ from spectrim.model.replay import Replay, record
 from spectrim.model.stream import Stream
 from spectrim.run.job import Job
 
-__all__ = ["recorded"]
-
 
 def recorded(job: Job, ids: Tensor) -> Replay:
     """The model as it is now, and the states that enter its first block.

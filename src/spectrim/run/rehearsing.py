@@ -25,8 +25,6 @@ from spectrim.storage.attach import attach
 from spectrim.storage.conversions import to_disk
 from spectrim.storage.dry_load import dry_load
 
-__all__ = ["check_class", "rehearse"]
-
 _WAY_OUT = "give the folder it was loaded from, or the model as it was loaded"
 
 

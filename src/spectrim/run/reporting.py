@@ -15,8 +15,6 @@ from spectrim.allocate.plan import Plan, PlanEntry
 from spectrim.recipe import Recipe
 from spectrim.run.job import RunLog
 
-__all__ = ["Original", "build_report", "environment"]
-
 _LIBRARIES = ("torch", "transformers", "safetensors", "pydantic")
 
 

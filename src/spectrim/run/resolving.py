@@ -21,8 +21,6 @@ from spectrim.storage.survey_record import Survey
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["check_brought", "check_size", "resolve_recipe"]
-
 WHOLE = (
     (1, None, ("windows", "multiple", "batch")),
     (2, None, ("window_length",)),

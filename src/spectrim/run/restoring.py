@@ -18,8 +18,6 @@ from spectrim.errors import InputError, ModelError
 from spectrim.run.admitting import QUANTIZATION_KEYS, one_line, quantization_of
 from spectrim.storage.table import QUANT_METHOD
 
-__all__ = ["gguf_words", "restored", "stored_after"]
-
 WIDE = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 

@@ -25,8 +25,6 @@ from spectrim.run.footprint import (
     weight_parts,
 )
 
-__all__ = ["BASE", "choose_room", "fitting_room", "limit_of", "peak_parts", "said"]
-
 BASE = 300 * 2**20
 """What interpreter and libraries take, and buffers that are loaded only when a run uses them."""
 

@@ -7,8 +7,6 @@ from pathlib import Path
 from spectrim.errors import MemoryShortError
 from spectrim.shortage import ran_short
 
-__all__ = ["anonymous_bytes", "in_stage"]
-
 
 def anonymous_bytes() -> int:
     """Resident memory of this process that no file backs, 0 where the system does not say."""

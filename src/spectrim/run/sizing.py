@@ -11,8 +11,6 @@ from spectrim.formats import format_of
 from spectrim.recipe import Recipe
 from spectrim.run.loading import LoadedModel
 
-__all__ = ["for_size"]
-
 _SAID = ("storage", "weights", "plan", "survey")
 """Words that say how targets are stored."""
 

@@ -11,8 +11,6 @@ from spectrim.errors import ArtifactError
 from spectrim.storage.json_file import read_json
 from spectrim.storage.ownership import Source
 
-__all__ = ["sources_of"]
-
 _HUB_NAME = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
 _SHARE = re.compile(r":[\d.]+$")
 """Of the windows, after a text's name."""

@@ -28,8 +28,6 @@ from spectrim.recipe import Calibration
 from spectrim.run.loading import LoadedModel
 from spectrim.run.memory import available_bytes
 
-__all__ = ["UserText", "gather_windows", "own_text"]
-
 UserText = str | Path | Sequence[str] | Tensor | None
 
 SHORTEST = 64

@@ -9,8 +9,6 @@ import torch
 from spectrim.data.windows import Windows
 from spectrim.model.anatomy import Anatomy
 
-__all__ = ["thin_notes"]
-
 SEQUENCE = 8
 """Text counts as new where so many tokens in a row have not been seen before."""
 

@@ -11,8 +11,6 @@ from spectrim.errors import ModelError
 from spectrim.run.admitting import one_line
 from spectrim.run.restoring import gguf_words
 
-__all__ = ["BAD_CONFIGURATION", "load_tokenizer", "refuse_remote_code"]
-
 # What transformers raises for a configuration of wrong types, beside what it raises on purpose.
 BAD_CONFIGURATION = (
     OSError,

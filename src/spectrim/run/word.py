@@ -12,18 +12,6 @@ from typing import Any, ParamSpec, TypeVar
 
 from spectrim.run.options import RunOptions
 
-__all__ = [
-    "CALIBRATION",
-    "MAKE",
-    "MEASURE",
-    "OUTPUT",
-    "WHERE",
-    "Word",
-    "among",
-    "declared",
-    "takes",
-]
-
 MAKE = "What to make"
 CALIBRATION = "Calibration"
 MEASURE = "Measuring"

@@ -20,16 +20,6 @@ if TYPE_CHECKING:
     from spectrim.run.texts import UserText
     from spectrim.storage.survey_record import Survey
 
-__all__ = [
-    "WORDS",
-    "CompressWords",
-    "EstimateWords",
-    "RecipeWords",
-    "SavingWords",
-    "SurveyWords",
-    "TextWords",
-]
-
 
 class TextWords(TypedDict, total=False):
     """Which text the statistics come from."""

@@ -9,8 +9,6 @@ import torch
 from spectrim.devices import HOST, accelerator, on_host
 from spectrim.errors import InputError
 
-__all__ = ["resolve_device", "resolve_dtype", "stored_dtype"]
-
 _DTYPES = {
     "float32": torch.float32,
     "float16": torch.float16,

@@ -29,8 +29,6 @@ from spectrim.serve.prepack import PrepackedLinear
 from spectrim.serve.prepack_codes import PrepackedCodes
 from spectrim.serve.speed import Speed, speed
 
-__all__ = ["Cell", "Work", "measure_cells", "paths_of", "uncut_bytes", "work_of"]
-
 # Their matrices are no parameters and no buffers.
 _PREPACKED = (PrepackedLinear, PrepackedCodes)
 

@@ -17,8 +17,6 @@ from spectrim.devices import runs_triton
 from spectrim.layers.lowrank import LowRankLinear
 from spectrim.layers.packed import PackedLinear
 
-__all__ = ["FEW", "QuickLowRank", "QuickPacked", "obstacle", "quick"]
-
 FEW = 8
 """Tokens up to which every weight is read once per token from a cache; above it products of
 matrices are better at it."""

@@ -31,8 +31,6 @@ from spectrim.errors import ModelError
 from spectrim.layers.swap import compressed_layers
 from spectrim.model.weights import new_linear
 
-__all__ = ["FusedDown", "FusedSlice", "Fusion", "fuse", "shared_inputs", "unfuse"]
-
 
 class _Key(NamedTuple):
     """Everything besides the input object that the product depends on; compared as a whole."""

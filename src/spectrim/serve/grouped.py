@@ -24,8 +24,6 @@ from spectrim.model.experts.layout import ExpertLayout
 from spectrim.model.experts.stack import GateUp
 from spectrim.model.experts.unfold import expert_stacks
 
-__all__ = ["GroupedFactors", "group_experts"]
-
 ALIGNMENT = 16
 """Bytes that rows of grouped operands are multiples of."""
 

@@ -26,8 +26,6 @@ from spectrim.errors import ModelError
 from spectrim.layers.quantized import QuantizedLinear
 from spectrim.serve.prepack_codes import PrepackedCodes, can_prepack_codes
 
-__all__ = ["PrepackedLinear", "can_prepack", "prepack"]
-
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
 TOKENS = 64

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from spectrim.errors import ModelError
 from spectrim.layers.quantized import QuantizedLinear
 
-__all__ = ["PrepackedCodes", "can_prepack_codes"]
-
 
 def can_prepack_codes(linear: QuantizedLinear) -> bool:
     """Whether a kernel multiplies with these codes and is the faster way to."""

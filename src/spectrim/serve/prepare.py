@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from spectrim.allocate.budget import format_bytes, parse_size
+from spectrim.allocate.budget import format_bytes
 from spectrim.devices import device_seconds, on_host
 from spectrim.errors import BudgetError, ModelError
 from spectrim.layers.layout import layout_of
@@ -40,8 +40,7 @@ from spectrim.serve.fusion import FusedSlice, fuse
 from spectrim.serve.grouped import group_experts
 from spectrim.serve.prepack import PrepackedLinear, prepack
 from spectrim.serve.prepack_codes import PrepackedCodes, can_prepack_codes
-
-__all__ = ["Prepared", "memory_of", "prepare"]
+from spectrim.sizes import parse_size
 
 _ORDERED = (PrepackedLinear, PrepackedCodes)
 

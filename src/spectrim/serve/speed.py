@@ -19,8 +19,6 @@ from spectrim.devices import name_of, wait_for
 from spectrim.errors import InputError
 from spectrim.evaluate.forward import evaluation_mode
 
-__all__ = ["Speed", "speed"]
-
 
 @dataclass(frozen=True)
 class Speed:

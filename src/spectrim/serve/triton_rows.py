@@ -21,8 +21,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["INSIDE", "OUTSIDE", "PLAIN", "rows"]
-
 PLAIN, INSIDE, OUTSIDE = 0, 1, 2
 
 ROWS, COLUMNS = 4, 512

@@ -16,8 +16,6 @@ from spectrim.storage.origin import HUB_ID
 from spectrim.storage.paths import last_part
 from spectrim.storage.tensor_file import Slot, write_tensors
 
-__all__ = ["RECORD_FILE", "save_adapter"]
-
 RECORD_FILE = "spectrim_adapter.json"
 PREFIX = "base_model.model."
 

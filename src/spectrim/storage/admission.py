@@ -16,8 +16,6 @@ from spectrim.storage.headers import read_header
 from spectrim.storage.json_file import read_json
 from spectrim.storage.weight_files import checkpoint_files
 
-__all__ = ["admit_folder", "needs_remote_code"]
-
 MOST_MODULES = 20_000
 """Blocks, or experts of a block, that a configuration may ask for."""
 

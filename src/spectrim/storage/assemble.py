@@ -20,8 +20,6 @@ from spectrim.storage.conversions import to_disk
 from spectrim.storage.tensor_file import Slot, write_tensors
 from spectrim.storage.weight_files import INDEX_FILE, WEIGHTS_FILE
 
-__all__ = ["save_in_parts", "saved_state"]
-
 
 def save_in_parts(
     model: Any,

@@ -18,8 +18,6 @@ from safetensors import SafetensorError
 from spectrim.errors import OutputError
 from spectrim.storage.ownership import Source, check_apart, check_ours, seal
 
-__all__ = ["check_output", "new_folder"]
-
 
 def check_output(output: str | Path, *, overwrite: bool, sources: Iterable[Source] = ()) -> Path:
     """The resolved destination, if something may be written there.

@@ -13,8 +13,6 @@ from spectrim.storage.quantizer import SpectrimQuantizer
 from spectrim.storage.resaving import take_casts
 from spectrim.storage.table import Provenance, Table
 
-__all__ = ["attach"]
-
 
 def attach(
     model: Any, *, left_dense: Iterable[str] = (), provenance: Provenance | None = None

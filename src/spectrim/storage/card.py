@@ -11,8 +11,6 @@ import yaml
 from spectrim.storage.origin import Origin
 from spectrim.storage.paths import last_part, without_folders
 
-__all__ = ["model_card"]
-
 TAGS = ["spectrim", "low-rank", "svd", "compressed"]
 
 

@@ -23,8 +23,6 @@ from spectrim.storage.inspect import FolderInspection, StoredTarget
 from spectrim.storage.tensor_file import Slot, write_tensors
 from spectrim.storage.whole_matrices import WholeMatrices, integers
 
-__all__ = ["export_compressed_tensors", "packed_int32"]
-
 
 def packed_int32(codes: Tensor, bits: int) -> Tensor:
     """Signed codes (rows, columns) -> int32 (rows, columns / (32 // bits)), padded with zeros."""

@@ -9,8 +9,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from spectrim.storage.table import QUANT_METHOD, Table, parse_table
 
-__all__ = ["SpectrimConfig"]
-
 
 class SpectrimConfig(QuantizationConfigMixin):
     """A validated `Table` behind the interface of a quantization configuration.

@@ -18,8 +18,6 @@ from torch import Tensor
 
 from spectrim.storage.renaming import SpectrimRenaming
 
-__all__ = ["Conversions", "own_conversions", "to_disk", "whole_layers"]
-
 
 @dataclass
 class _Group:

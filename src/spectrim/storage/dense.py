@@ -17,8 +17,6 @@ from spectrim.storage.inspect import inspect_folder
 from spectrim.storage.json_file import read_json
 from spectrim.storage.origin import LICENSES, read_origin
 
-__all__ = ["export_dense", "is_companion", "load_folder", "write_beside"]
-
 OWN_FILES = {"config.json", "generation_config.json", "recipe.yaml", "README.md"}
 """Written anew or explained by the card; tokenizer and templates are copied."""
 

@@ -15,15 +15,6 @@ from spectrim.model.experts.layout import ExpertLayout
 from spectrim.model.experts.unfold import expert_stacks
 from spectrim.storage.table import ExpertsEntry, LayerEntry, Table
 
-__all__ = [
-    "check_storable",
-    "expert_layouts",
-    "relative_name",
-    "resolve_name",
-    "table_of",
-    "with_disk_names",
-]
-
 
 def relative_name(model: Any, name: str) -> str:
     """A module path without the prefix of the base model: `layers.0...` for `model.layers.0...`.
@@ -122,12 +113,12 @@ _ENTRY_FIELDS = ("rank", "storage", "weights", "shape")
 
 
 def _entry(layer: Any) -> LayerEntry:
-    native = not layout_of(layer.storage, layer.weights).integer
+    stated = layout_of(layer.storage, layer.weights).states_shape
     return LayerEntry(
         rank=layer.rank,
         storage=layer.storage,
         weights=layer.weights,
-        shape=None if native else (layer.out_features, layer.in_features),
+        shape=(layer.out_features, layer.in_features) if stated else None,
     )
 
 

@@ -16,8 +16,6 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["DryLoad", "dry_load"]
-
 COMPUTED = re.compile(r"(inv_freq|position_ids|\b(attn|attention|self_attn)\.(masked_)?bias)$")
 """Buffers that older versions of transformers saved and every version computes."""
 

@@ -37,8 +37,6 @@ from spectrim.storage.json_file import check_unique, read_record
 from spectrim.storage.strict import LARGEST_SIDE, MOST_TARGETS, Side, Strict, Text
 from spectrim.storage.target_record import TargetRecord
 
-__all__ = ["BASE_FOLDER", "Base", "Elastic", "is_elastic", "load_elastic", "save_elastic"]
-
 JSON_FILE = "elastic.json"
 TENSOR_FILE = "elastic.safetensors"
 BASE_FOLDER = "base"

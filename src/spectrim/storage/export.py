@@ -10,8 +10,6 @@ from spectrim.storage.dense import export_dense
 from spectrim.storage.gguf_file import export_gguf
 from spectrim.storage.onnx_graph import export_onnx
 
-__all__ = ["EXPORTS", "export_folder"]
-
 EXPORTS = {
     "dense": export_dense,
     "compressed-tensors": export_compressed_tensors,

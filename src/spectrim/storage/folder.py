@@ -17,8 +17,6 @@ from spectrim.storage.inspect import FolderInspection, inspect_folder
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["RECIPE_FILE", "REPORT_FILE", "save_model"]
-
 RECIPE_FILE = "recipe.yaml"
 REPORT_FILE = "spectrim_report.json"
 

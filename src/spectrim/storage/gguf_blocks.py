@@ -14,8 +14,6 @@ from torch import Tensor
 
 from spectrim.errors import NumericalError
 
-__all__ = ["BLOCK", "block_type", "blocks"]
-
 BLOCK = 32
 """Numbers of a row that share a scale."""
 

@@ -30,8 +30,6 @@ from spectrim.storage.inspect import StoredTarget
 from spectrim.storage.origin import LICENSES
 from spectrim.storage.whole_matrices import WholeMatrices, integers
 
-__all__ = ["FILE", "export_gguf"]
-
 FILE = "model.gguf"
 """The file in the folder that is written."""
 

@@ -10,8 +10,6 @@ from spectrim.devices import HOST
 from spectrim.errors import InputError
 from spectrim.storage.json_file import read_json
 
-__all__ = ["ARCHITECTURES", "add_network", "add_tokenizer", "rope_factors"]
-
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """Model types that the engines of this format run without anything being added to a weight, and
 what they are called there."""

@@ -14,8 +14,6 @@ from typing import Any, TypeGuard
 
 from spectrim.errors import ArtifactError
 
-__all__ = ["DTYPE_BITS", "TensorEntry", "read_header"]
-
 HEADER_LIMIT = 100_000_000
 """The largest header that the format allows, in bytes."""
 

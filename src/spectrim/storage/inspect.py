@@ -19,8 +19,6 @@ from spectrim.storage.json_file import read_json
 from spectrim.storage.table import QUANT_METHOD, LayerEntry, Table, parse_table
 from spectrim.storage.weight_files import checkpoint_files
 
-__all__ = ["FolderInspection", "StoredTarget", "inspect_folder"]
-
 ORDER_DTYPE = "I32"
 """Of the permutations in packed layers, the only 32-bit integers of a model folder."""
 
@@ -207,7 +205,7 @@ class _Finder:
         bias = self.tensors.get(f"{path}.bias")
         weight = found[layout.weight_key]
         try:
-            m, n, rank = _stated(entry) if integers else layout.dimensions(shapes)
+            m, n, rank = _stated(entry) if layout.states_shape else layout.dimensions(shapes)
         except ValueError:
             m, n, rank = 0, 0, 0
         if rank != (entry.rank or 0) or any(

@@ -10,8 +10,6 @@ from typing import Any
 from spectrim.errors import ArtifactError
 from spectrim.storage.strict import Record, check_nesting, check_version, checked
 
-__all__ = ["JSON_LIMIT", "check_unique", "read_json", "read_record"]
-
 JSON_LIMIT = 64 * 2**20
 """Largest JSON file that is read, in bytes."""
 

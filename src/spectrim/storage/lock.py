@@ -15,8 +15,6 @@ from filelock import FileLock, Timeout
 
 from spectrim.errors import OutputError
 
-__all__ = ["locked"]
-
 
 @contextmanager
 def locked(path: Path, *, place: str | Path) -> Iterator[None]:

@@ -12,8 +12,6 @@ from spectrim.errors import ArtifactError
 from spectrim.storage.json_file import read_json
 from spectrim.storage.strict import Strict
 
-__all__ = ["FileRecord", "WorkManifest", "read_work_manifest"]
-
 FORMAT_VERSION = 1
 
 

@@ -19,8 +19,6 @@ from spectrim.storage.atomic import check_output, new_folder
 from spectrim.storage.dense import load_folder, write_beside
 from spectrim.storage.inspect import inspect_folder
 
-__all__ = ["export_onnx"]
-
 EXAMPLE = (2, 3, 5)
 """Windows, tokens and earlier tokens that the graph is traced with; all three may be any."""
 

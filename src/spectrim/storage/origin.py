@@ -11,8 +11,6 @@ from typing import Any
 from spectrim.errors import RecipeError
 from spectrim.plain_yaml import parse_plain, read_bounded
 
-__all__ = ["HUB_ID", "Origin", "read_origin"]
-
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*")
 
 CARRIED = ("license", "license_name", "license_link", "language")

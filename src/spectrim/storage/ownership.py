@@ -22,8 +22,6 @@ from spectrim.storage.manifests import FileRecord
 from spectrim.storage.strict import Strict
 from spectrim.storage.whole_file import file_hash
 
-__all__ = ["MANIFEST_FILE", "Source", "check_apart", "check_ours", "seal"]
-
 MANIFEST_FILE = "spectrim_manifest.json"
 FORMAT_VERSION = 1
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["last_part", "without_folders"]
-
 _PATH = re.compile(
     r"""(?<![\w:/.~-])              # not inside a word, an address or another path
         (?:[A-Za-z]:)?(?:~|\.\.?)?  # a drive, the home folder, or a relative start

@@ -22,8 +22,6 @@ from spectrim.storage.strict import (
     checked,
 )
 
-__all__ = ["FORMAT_VERSION", "check_model", "load_plan"]
-
 FORMAT_VERSION = 1
 
 _Path = Annotated[str, StringConstraints(max_length=4096)]

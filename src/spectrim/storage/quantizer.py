@@ -34,8 +34,6 @@ from spectrim.storage.renaming import renamings, unfolded_conversions
 from spectrim.storage.resaving import take_along, take_casts
 from spectrim.storage.table import QUANT_METHOD, LayerEntry
 
-__all__ = ["SpectrimQuantizer"]
-
 register_quantization_config(QUANT_METHOD)(SpectrimConfig)
 
 

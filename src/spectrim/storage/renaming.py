@@ -9,8 +9,6 @@ from transformers.core_model_loading import PrefixChange, WeightRenaming
 
 from spectrim.layers.layout import layout_of
 
-__all__ = ["SpectrimRenaming", "renamings", "unfolded_conversions"]
-
 END = r"(?![\w.])"
 """Nothing of the key may follow. A lookahead, since transformers drops it when it reverses a
 pattern, where it would carry a `$` over into the name."""

@@ -21,8 +21,6 @@ from spectrim.storage.inspect import inspect_folder
 from spectrim.storage.json_file import read_json
 from spectrim.storage.origin import read_origin
 
-__all__ = ["take_along", "take_casts"]
-
 CARD = "README.md"
 
 

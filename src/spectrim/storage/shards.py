@@ -11,8 +11,6 @@ from spectrim.errors import ArtifactError
 from spectrim.storage.tensor_file import TensorFile
 from spectrim.storage.weight_files import checkpoint_files
 
-__all__ = ["Shards"]
-
 
 class Shards:
     """All tensors of a checkpoint folder; headers are read and checked once, data when asked for.

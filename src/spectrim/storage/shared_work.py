@@ -22,8 +22,6 @@ from spectrim.distributed.team import Team
 from spectrim.storage.tensor_file import TensorFile
 from spectrim.storage.work import WorkFolder, open_work
 
-__all__ = ["Piece", "SharedWork", "Work"]
-
 
 class Piece(Protocol):
     """A finished piece, for reading tensors from."""

@@ -15,20 +15,6 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from spectrim.errors import ArtifactError
 
-__all__ = [
-    "DEEPEST",
-    "LARGEST_SIDE",
-    "MOST_TARGETS",
-    "Finite",
-    "Name",
-    "Side",
-    "Strict",
-    "Text",
-    "check_nesting",
-    "check_version",
-    "checked",
-]
-
 DEEPEST = 64
 """Nesting of lists and objects that is read; no file of ours needs more than ten."""
 

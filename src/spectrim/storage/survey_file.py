@@ -35,8 +35,6 @@ from spectrim.storage.target_record import TargetRecord
 if TYPE_CHECKING:
     from spectrim.storage.tensor_file import Slot
 
-__all__ = ["SURVEY_FILE", "held_ranks", "is_survey", "load_factors", "load_survey", "save_survey"]
-
 SURVEY_FILE = "survey.json"
 CURVES_FILE = "curves.safetensors"
 FACTORS_FILE = "factors.safetensors"

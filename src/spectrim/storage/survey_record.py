@@ -21,8 +21,6 @@ from spectrim.errors import ArtifactError, InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Factors", "Survey", "SurveyKey"]
-
 Sha256 = str
 Setting = str | int | float | bool | None
 

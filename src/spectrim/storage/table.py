@@ -27,16 +27,6 @@ from spectrim.storage.strict import (
     checked,
 )
 
-__all__ = [
-    "FORMAT_VERSION",
-    "QUANT_METHOD",
-    "ExpertsEntry",
-    "LayerEntry",
-    "Provenance",
-    "Table",
-    "parse_table",
-]
-
 QUANT_METHOD = "spectrim"
 FORMAT_VERSION = 1
 
@@ -157,7 +147,7 @@ def parse_table(data: Mapping[str, Any], *, source: str) -> Table:
                 f"{source}: {name} has rank {entry.rank}, which does not go with its storage "
                 f"{entry.storage!r}"
             )
-        if layout.integer and entry.shape is None:
+        if layout.states_shape and entry.shape is None:
             raise ArtifactError(
                 f"{source}: {name} has weights {entry.weights!r} and no shape (out, in)"
             )

@@ -11,8 +11,6 @@ from spectrim.allocate.budget import Shape
 from spectrim.allocate.curve import Curve
 from spectrim.storage.strict import MOST_TARGETS, Name, Side, Strict
 
-__all__ = ["TargetRecord"]
-
 OneTarget = TypeVar("OneTarget", bound="TargetRecord")
 
 

@@ -23,8 +23,6 @@ from spectrim.errors import ArtifactError
 from spectrim.storage.headers import read_header
 from spectrim.storage.whole_file import CHUNK, whole_file
 
-__all__ = ["Slot", "TensorFile", "write_tensors"]
-
 # The library orders tensors by dtype, the last of this list first, then by name.
 _DTYPES = {
     "BOOL": torch.bool,

@@ -24,8 +24,6 @@ from spectrim.model.experts.unfold import expert_stacks
 from spectrim.storage.headers import TensorEntry, read_header
 from spectrim.storage.renaming import unfolded_conversions
 
-__all__ = ["check_files", "check_orders"]
-
 
 def check_files(model: Any, quantizer: Any, files: Iterable[str]) -> None:
     """Refuse damaged files and files that do not hold every tensor of every compressed layer.

@@ -8,8 +8,6 @@ from pathlib import Path
 from spectrim.errors import ArtifactError, ModelError, SpectrimError
 from spectrim.storage.json_file import read_json
 
-__all__ = ["INDEX_FILE", "WEIGHTS_FILE", "checkpoint_files"]
-
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHT_FILE_NAME = re.compile(r"[A-Za-z0-9][\w.\-]{0,200}\.safetensors", re.ASCII)

@@ -14,8 +14,6 @@ from pathlib import Path
 
 from spectrim.errors import OutputError
 
-__all__ = ["PARTIAL", "check_file", "file_hash", "sync_folder", "whole_file", "write_text"]
-
 PARTIAL = ".partial"
 """Ends the name of a file that is being written."""
 

@@ -14,8 +14,6 @@ from spectrim.formats.number_format import Integers
 from spectrim.storage.inspect import FolderInspection, StoredTarget, inspect_folder
 from spectrim.storage.tensor_file import TensorFile
 
-__all__ = ["WholeMatrices", "integers"]
-
 
 def integers(target: StoredTarget) -> Integers:
     """The format of a rounded target."""

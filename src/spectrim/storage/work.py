@@ -27,8 +27,6 @@ from spectrim.storage.manifests import FileRecord, WorkManifest, read_work_manif
 from spectrim.storage.tensor_file import Slot, TensorFile, write_tensors
 from spectrim.storage.whole_file import PARTIAL, file_hash, whole_file
 
-__all__ = ["MANIFEST", "WorkFolder", "discard_work", "open_work", "remove_empty", "work_beside"]
-
 logger = logging.getLogger(__name__)
 
 MANIFEST = "work.json"

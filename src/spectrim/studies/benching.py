@@ -24,8 +24,6 @@ from spectrim.serve.bench import Cell, Work, measure_cells, paths_of, uncut_byte
 from spectrim.serve.latent.switch import latent_cache as switch_over
 from spectrim.serve.prepare import Prepared, prepare
 
-__all__ = ["bench"]
-
 BATCHES = (1, 8, 32)
 LENGTHS = (32, 128)
 NEW_TOKENS = 16

@@ -27,19 +27,11 @@ from spectrim.run.reporting import environment
 from spectrim.run.resolving import resolve_recipe
 from spectrim.run.sources import sources_of
 from spectrim.run.texts import UserText, own_text
-from spectrim.studies.files import open_study, save_pictures, write_text
+from spectrim.storage.whole_file import write_text
+from spectrim.studies.files import open_study, save_pictures
 from spectrim.studies.measure import Measure, different_names, measured_on
 from spectrim.studies.reference import PointStore, Reference
 from spectrim.studies.running import run_and_measure
-
-__all__ = [
-    "WINDOWS",
-    "CalibrationPoint",
-    "CalibrationStudy",
-    "calibration_study",
-    "study_calibration",
-]
-
 
 logger = logging.getLogger(__name__)
 

@@ -31,11 +31,10 @@ from spectrim.run.resolving import resolve_recipe
 from spectrim.run.sources import sources_of
 from spectrim.run.texts import own_text
 from spectrim.storage.json_file import read_json
-from spectrim.studies.files import open_study, write_text
+from spectrim.storage.whole_file import write_text
+from spectrim.studies.files import open_study
 from spectrim.studies.measure import Measure, different_names, measured_on
 from spectrim.studies.reference import Measured, PointStore, Reference, Size
-
-__all__ = ["Comparison", "Entry", "compare", "compare_recipes"]
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,12 @@ from spectrim.report.figures import draw_curve
 from spectrim.run.resolving import resolve_recipe
 from spectrim.run.sources import sources_of
 from spectrim.run.texts import own_text
-from spectrim.studies.files import open_study, save_pictures, write_text
+from spectrim.storage.whole_file import write_text
+from spectrim.studies.files import open_study, save_pictures
 from spectrim.studies.measure import Measure, different_names, measured_on
 from spectrim.studies.opening import dense_twin, has_every_size, open_sizes
 from spectrim.studies.rates import RateCurve, elastic_curve, recipe_curve
 from spectrim.studies.reference import PointStore
-
-__all__ = ["curve"]
 
 
 def curve(

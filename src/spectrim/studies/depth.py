@@ -26,12 +26,11 @@ from spectrim.run.reporting import environment
 from spectrim.run.resolving import resolve_recipe
 from spectrim.run.sources import sources_of
 from spectrim.run.texts import own_text, vocabulary_size
-from spectrim.studies.files import open_study, save_pictures, write_text
+from spectrim.storage.whole_file import write_text
+from spectrim.studies.files import open_study, save_pictures
 from spectrim.studies.following import DepthRun, LayerError, follow, run_along_depth
 from spectrim.studies.measure import Measure
 from spectrim.studies.reference import PointStore
-
-__all__ = ["PUBLISHED_OBJECTIVES", "distortion", "layer_errors", "objective_recipe"]
 
 PUBLISHED_OBJECTIVES = ("plain", "whitened", "shifted", "anchored")
 """The four objectives of AA-SVD (arXiv 2604.02119), in its order."""

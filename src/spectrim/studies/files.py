@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING
 from spectrim.errors import OutputError
 from spectrim.report.drawing import save_figure
 from spectrim.storage.ownership import Source, check_apart
-from spectrim.storage.whole_file import check_file, whole_file, write_text
+from spectrim.storage.whole_file import check_file, whole_file
 from spectrim.studies.reference import PointStore
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-__all__ = ["open_study", "save_pictures", "write_text"]
 
 POINTS_FOLDER = "points"
 """Finished points inside a study's folder; also what tells such a folder from others."""

@@ -29,8 +29,6 @@ from spectrim.run.texts import UserText
 from spectrim.studies.reference import PointStore, result_key
 from spectrim.studies.running import run_on_copy
 
-__all__ = ["DepthRun", "LayerError", "follow", "run_along_depth"]
-
 
 @dataclass(frozen=True)
 class LayerError:

@@ -19,8 +19,6 @@ from spectrim.run.options import RunOptions
 from spectrim.run.texts import UserText
 from spectrim.studies.reference import Reference, open_reference
 
-__all__ = ["Measure", "different_names", "measured_on"]
-
 logger = logging.getLogger(__name__)
 
 

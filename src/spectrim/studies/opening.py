@@ -12,8 +12,6 @@ from spectrim.storage.elastic import is_elastic
 from spectrim.storage.survey_file import is_survey
 from spectrim.studies.measure import Measure
 
-__all__ = ["dense_twin", "has_every_size", "open_sizes"]
-
 
 def has_every_size(model: str | Path | nn.Module) -> bool:
     """Whether it is a folder that needs no recipe to give every size."""

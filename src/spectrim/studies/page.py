@@ -25,9 +25,6 @@ from spectrim.storage.ownership import check_apart
 from spectrim.storage.survey_file import load_survey
 from spectrim.storage.whole_file import check_file, write_text
 
-__all__ = ["PROMPTS", "gather_page", "report"]
-
-
 PROMPTS = ("The old house stood at the end of the lane, and",)
 _DEPTH_WINDOWS = 8
 

@@ -28,8 +28,6 @@ from spectrim.recipe import Recipe, StorageChoice
 from spectrim.run.opening import open_job, other_bytes
 from spectrim.studies.reference import Measured, PointStore, Reference, Size
 
-__all__ = ["REFERENCES", "quantized_points", "round_targets"]
-
 REFERENCES = tuple(name for name, row in FORMATS.items() if row.reference)
 """The formats that every comparison shows."""
 

@@ -29,8 +29,6 @@ from spectrim.studies.quantized import quantized_points
 from spectrim.studies.reference import Measured, PointStore, Reference, Size
 from spectrim.studies.running import run_and_measure, train_every_size
 
-__all__ = ["RateCurve", "Resizable", "elastic_curve", "recipe_curve"]
-
 logger = logging.getLogger(__name__)
 
 STAGE = "curve"

@@ -29,9 +29,6 @@ from spectrim.run.texts import UserText
 from spectrim.storage.json_file import read_json
 from spectrim.storage.whole_file import write_text
 
-__all__ = ["Measured", "PointStore", "Reference", "Size", "open_reference", "result_key"]
-
-
 logger = logging.getLogger(__name__)
 
 

@@ -26,8 +26,6 @@ from spectrim.storage.survey_record import Survey
 from spectrim.storage.work import open_work
 from spectrim.studies.reference import Measured, Reference, Size
 
-__all__ = ["run_and_measure", "run_on_copy", "train_every_size"]
-
 
 def run_on_copy(
     dense: LoadedModel,

@@ -22,8 +22,6 @@ from spectrim.storage.paths import last_part
 from spectrim.studies.measure import Measure
 from spectrim.studies.opening import dense_twin, has_every_size, open_sizes
 
-__all__ = ["slider"]
-
 STAGE = "measure sizes"
 LANDMARKS = 4
 """Sizes below 1 that are measured before the page is served."""

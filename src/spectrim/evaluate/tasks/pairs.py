@@ -17,8 +17,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["KINDS", "load", "sentences"]
-
 HERE = Path(__file__).parent
 COUNT = 120
 SEED = 7

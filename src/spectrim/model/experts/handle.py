@@ -11,10 +11,8 @@ from torch import Tensor
 from spectrim.errors import ModelError
 from spectrim.model.experts.layout import ExpertLayout
 
-__all__ = ["Handle"]
 
-
-class Stack(Protocol):
+class _Stack(Protocol):
     """What a handle has to know of the module that stands for the parameter."""
 
     layout: ExpertLayout
@@ -37,7 +35,7 @@ class Handle:
         flipped: whether the last two dimensions are exchanged.
     """
 
-    def __init__(self, stack: Stack, index: int | Tensor | None = None, flipped: bool = False):
+    def __init__(self, stack: _Stack, index: int | Tensor | None = None, flipped: bool = False):
         self.stack = stack
         self.index = index
         self.flipped = flipped

@@ -8,8 +8,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["PARTS", "ExpertLayout", "Parts"]
-
 Parts = Literal["whole", "stacked", "interleaved"]
 """One matrix per expert, or two: one after the other, or row by row in turn."""
 

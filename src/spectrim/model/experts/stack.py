@@ -19,8 +19,6 @@ from spectrim.model.experts.handle import Handle
 from spectrim.model.experts.layout import ExpertLayout
 from spectrim.model.weights import new_linear
 
-__all__ = ["ExpertStack", "GateUp"]
-
 
 class GateUp(nn.Module):
     """The two matrices of one expert that the model keeps in one slice.

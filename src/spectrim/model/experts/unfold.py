@@ -13,8 +13,6 @@ from spectrim.model.experts.layout import ExpertLayout
 from spectrim.model.experts.stack import ExpertStack
 from spectrim.model.weights import get_module
 
-__all__ = ["expert_stacks", "fold", "unfold", "unfold_tensors"]
-
 
 def expert_stacks(model: nn.Module) -> dict[str, ExpertStack]:
     """Name of a parameter that was unfolded -> what stands in its place."""

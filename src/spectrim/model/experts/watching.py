@@ -20,8 +20,6 @@ from spectrim.model.experts.layout import ExpertLayout, Parts
 from spectrim.model.forward import evaluating, run_window
 from spectrim.model.weights import get_module, is_linear
 
-__all__ = ["candidates", "find_experts"]
-
 
 @dataclass
 class _Seen:

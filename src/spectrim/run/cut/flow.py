@@ -19,8 +19,6 @@ from spectrim.model.staged import Staged
 from spectrim.model.stream import Stream
 from spectrim.run.job import Job
 
-__all__ = ["Flow", "must_restart", "paused_bytes"]
-
 SHARE_FOR_PAUSED = 0.5
 """Paused forwards may take this share of an accelerator's free memory."""
 

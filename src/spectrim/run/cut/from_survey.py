@@ -17,8 +17,6 @@ from spectrim.run.parts.passing import CUT
 from spectrim.storage.survey_file import held_ranks, load_factors
 from spectrim.storage.survey_record import Survey
 
-__all__ = ["cut_from_survey", "holds"]
-
 
 def holds(survey: Survey, plan: Plan) -> bool:
     """Whether the survey has every component that the plan keeps."""

@@ -28,8 +28,6 @@ from spectrim.run.parts.passing import CUT, advance, block_moments
 from spectrim.run.parts.sharing import cut_shared, owners_of, spans
 from spectrim.run.recorded import recorded
 
-__all__ = ["cut_one_shot"]
-
 
 @torch.no_grad()
 def cut_one_shot(job: Job, plan: Plan, outputs: Mapping[str, OutputMoments] | None = None) -> None:

@@ -37,8 +37,6 @@ from spectrim.run.parts.passing import CUT
 from spectrim.run.parts.sharing import cut_shared, owners_of
 from spectrim.run.train.refining import refine
 
-__all__ = ["cut_sequentially"]
-
 
 def _updated(
     state: Streams,

@@ -28,9 +28,6 @@ from spectrim.run.cut.flow import Flow, must_restart
 from spectrim.run.job import Job
 from spectrim.run.recorded import recorded
 
-__all__ = ["Streams", "gather_experts", "gather_group"]
-
-
 RETURNS = 4
 """Times that freed memory is returned while forwards go from one group to the next. What paused
 forwards keep lies between what was freed; taking pages anew costs a few elementwise products."""
@@ -88,7 +85,7 @@ class Streams:
         """Let a finished block's moments go: while blocks are cut, what is kept of them grows."""
         for found in (self.outputs, self.seen):
             if isinstance(found, Folded):
-                found.forget(target.name for target in block.targets)
+                found.forget(t.name for t in block.targets)
 
     def batches(self) -> list[slice]:
         """Rows of the streams that go through a block together."""

@@ -29,8 +29,6 @@ from spectrim.run.survey.survey import make_survey
 from spectrim.storage.survey_file import load_factors
 from spectrim.storage.survey_record import Survey
 
-__all__ = ["cut_in_stages"]
-
 
 @torch.no_grad()
 def cut_in_stages(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from spectrim.allocate.budget import keep_for_size, parse_size
+from spectrim.allocate.budget import keep_for_size
 from spectrim.allocate.curve import loss_by_rank
 from spectrim.allocate.elastic import elastic_order
 from spectrim.allocate.ladder import Limits
@@ -28,11 +28,10 @@ from spectrim.run.experts import open_experts
 from spectrim.run.loading import LoadedModel, load_model
 from spectrim.run.options import RunOptions
 from spectrim.run.planning import best_score
+from spectrim.sizes import parse_size
 from spectrim.storage.elastic import BASE_FOLDER, Base, Elastic, load_elastic
 from spectrim.storage.survey_file import is_survey, load_factors, load_survey
 from spectrim.storage.survey_record import Survey
-
-__all__ = ["ElasticModel", "Sizes", "elastic_from_survey", "open_elastic"]
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,6 @@ from spectrim.run.learned.training import (
 )
 from spectrim.storage.elastic import Base, Elastic
 
-__all__ = ["learn_every_size"]
-
 
 def learn_every_size(
     job: Job, section: AcipLearning, base: Base | None, work: Path | None

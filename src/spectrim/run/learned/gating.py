@@ -33,8 +33,6 @@ from spectrim.run.planning import plan_limits
 from spectrim.run.recorded import recorded
 from spectrim.run.survey.backward import output_moments
 
-__all__ = ["Adapters", "build_gated", "gates_in_place", "lessons_for"]
-
 
 @dataclass(frozen=True)
 class Adapters:

@@ -14,8 +14,6 @@ from spectrim.run.learned.one_size import learn_one_size
 from spectrim.run.learned.predicting import learning_steps
 from spectrim.storage.elastic import Base, Elastic
 
-__all__ = ["learn"]
-
 logger = logging.getLogger(__name__)
 
 

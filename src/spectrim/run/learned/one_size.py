@@ -25,8 +25,6 @@ from spectrim.run.learned.training import (
 from spectrim.run.planning import plan_limits
 from spectrim.storage.elastic import Base
 
-__all__ = ["learn_one_size"]
-
 
 def learn_one_size(job: Job, section: SocoLearning, base: Base | None, work: Path | None) -> Plan:
     """Learn scores for the recipe's keep and cut the model to it, in place.

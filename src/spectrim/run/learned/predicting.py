@@ -21,8 +21,6 @@ from spectrim.run.out_of_core import checkpoint_folder
 from spectrim.run.working import resolve_device, resolve_dtype, stored_dtype
 from spectrim.storage.shards import Shards
 
-__all__ = ["estimate_learning", "learning_steps"]
-
 LITERATURE_LENGTH = 2048
 """Tokens per window where the recipe does not say."""
 

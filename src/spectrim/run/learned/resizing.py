@@ -15,8 +15,6 @@ from spectrim.storage.folder import RECIPE_FILE, REPORT_FILE
 from spectrim.storage.json_file import read_json
 from spectrim.storage.strict import checked
 
-__all__ = ["settle_outcome"]
-
 
 def settle_outcome(
     opened: ElasticModel, artifact: str | Path, *, keep: float | None, size: int | str | None

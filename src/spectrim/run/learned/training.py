@@ -19,8 +19,6 @@ from spectrim.run.identity import flat_recipe
 from spectrim.run.job import Job
 from spectrim.storage.elastic import Base
 
-__all__ = ["StepReporter", "checkpoint_of", "put_factors", "recomputes", "settings_of"]
-
 
 def recomputes(job: Job, section: AcipLearning | SocoLearning) -> bool:
     """Whether blocks recompute their activations in the backward pass."""

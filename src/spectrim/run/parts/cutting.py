@@ -29,16 +29,6 @@ from spectrim.storage.survey_record import Factors
 FEW_BITS = 4
 """Codes of more bits are so fine that numbers are better trained first and rounded then."""
 
-__all__ = [
-    "cut_layer",
-    "decompose_target",
-    "measured_error",
-    "replace_target",
-    "rounds_at_cut",
-    "source_of",
-    "stand_in",
-]
-
 
 def decompose_target(
     target: Target,

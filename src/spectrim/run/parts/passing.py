@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from spectrim.model.anatomy import Block
-from spectrim.model.replay import Replay, capture_inputs
+from spectrim.model.capture import capture_inputs
+from spectrim.model.replay import Replay
 from spectrim.model.weights import get_module
 from spectrim.moments.accumulate import accumulator_of
 from spectrim.moments.experts import BlockMoments
 from spectrim.moments.gradients import folded_dtype
 from spectrim.run.job import Job
-
-__all__ = ["CUT", "advance", "block_moments"]
 
 CUT = "cut"
 """Stage under which finished blocks are kept."""

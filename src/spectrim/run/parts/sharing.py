@@ -22,8 +22,6 @@ from spectrim.model.anatomy import Block, Target
 from spectrim.model.weights import is_transposed, read_weight
 from spectrim.run.job import Job
 
-__all__ = ["cut_shared", "owners_of", "spans"]
-
 BALANCE = 0.9
 """Blocks are taken together until a rank has on average this share of what the busiest one has."""
 

@@ -31,8 +31,6 @@ from spectrim.model.weights import read_bias, read_weight
 from spectrim.moments.moments import Moments
 from spectrim.tolerances import PACKED_ERROR_SHARE
 
-__all__ = ["Conversion", "Converter"]
-
 
 @dataclass(frozen=True)
 class Conversion:

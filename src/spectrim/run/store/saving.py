@@ -19,8 +19,6 @@ from spectrim.storage.origin import HUB_ID, Origin, read_origin
 from spectrim.storage.paths import last_part
 from spectrim.storage.table import Provenance
 
-__all__ = ["describe_outcome", "save_healed", "save_outcome"]
-
 
 def save_outcome(
     outcome: Outcome,

@@ -22,8 +22,6 @@ from spectrim.storage.paths import last_part, without_folders
 from spectrim.storage.survey_file import load_survey
 from spectrim.storage.survey_record import Survey
 
-__all__ = ["save_elastic_outcome", "save_survey_as_elastic"]
-
 
 def save_elastic_outcome(
     outcome: Outcome,

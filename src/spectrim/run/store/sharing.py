@@ -11,8 +11,6 @@ from spectrim.model.anatomy import Target
 from spectrim.run.job import Job
 from spectrim.run.store.converting import Conversion
 
-__all__ = ["shared_conversions"]
-
 
 def shared_conversions(
     job: Job,

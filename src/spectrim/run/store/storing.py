@@ -37,8 +37,6 @@ from spectrim.run.recorded import recorded
 from spectrim.run.store.converting import Conversion, Converter
 from spectrim.run.store.sharing import shared_conversions
 
-__all__ = ["check_storage", "store"]
-
 STAGE = "store"
 
 

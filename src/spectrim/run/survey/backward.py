@@ -21,8 +21,6 @@ from spectrim.run.job import Job
 from spectrim.run.kept_moments import KeptMoments, flattened, restored
 from spectrim.run.recorded import recorded
 
-__all__ = ["backward_pass", "by_block", "gathered_moments", "output_moments"]
-
 STAGE = "gradients"
 
 

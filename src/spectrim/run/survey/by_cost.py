@@ -14,8 +14,6 @@ from spectrim.run.planning import make_plan, plan_limits
 from spectrim.storage.survey_record import Survey
 from spectrim.tolerances import KEEP_STEPS
 
-__all__ = ["energy_plan", "loss_plan", "predicted_nats"]
-
 _IN_NATS: tuple[Score, ...] = ("kfac", "second_order", "measured", "first_order")
 """Scores that predict losses of the model, the best first."""
 

@@ -18,8 +18,6 @@ from spectrim.run.job import Job
 from spectrim.run.survey.probing import measured_divergences
 from spectrim.storage.survey_record import Survey
 
-__all__ = ["corrected_survey"]
-
 MOST = 30.0
 """No prediction is corrected by more than this factor, up or down: beyond it the measurement says
 that the curve is wrong, not by how much."""

@@ -32,8 +32,6 @@ from spectrim.run.recorded import recorded
 from spectrim.storage.survey_file import load_factors
 from spectrim.storage.survey_record import Survey
 
-__all__ = ["measured_scale"]
-
 WINDOWS = 16
 """Windows behind each divergence."""
 

@@ -15,8 +15,6 @@ from spectrim.run.keeping import Keeper
 from spectrim.run.survey.spectra import Spectrum
 from spectrim.storage.survey_record import Factors
 
-__all__ = ["Found", "KeptFactors", "leading", "note_block", "note_loss", "piece_name"]
-
 
 @dataclass
 class Found:

@@ -24,8 +24,6 @@ from spectrim.run.parts.cutting import cut_layer
 from spectrim.run.recorded import recorded
 from spectrim.storage.survey_record import Factors
 
-__all__ = ["measured_divergences", "measured_perplexities"]
-
 Ranks = Mapping[str, int]
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spectrim.allocate.budget import parse_size
 from spectrim.allocate.plan import Plan
 from spectrim.errors import ArtifactError, OutputError
 from spectrim.run.planning import plan_from_survey
 from spectrim.run.sources import sources_of
+from spectrim.sizes import parse_size
 from spectrim.storage.ownership import check_apart
 from spectrim.storage.plan_file import FORMAT_VERSION, check_model, load_plan
 from spectrim.storage.survey_file import is_survey, load_survey
@@ -18,8 +18,6 @@ from spectrim.storage.whole_file import check_file
 
 if TYPE_CHECKING:
     from spectrim.run.loading import LoadedModel
-
-__all__ = ["bring_plan", "check_plan_file", "plan_record", "read_plan", "replan"]
 
 
 def replan(

@@ -26,8 +26,6 @@ from spectrim.linalg.scaling import row_and_column_sizes
 from spectrim.moments.moments import Moments, OutputMoments
 from spectrim.recipe import Decompose
 
-__all__ = ["rounding_losses"]
-
 
 def rounding_losses(
     name: str,

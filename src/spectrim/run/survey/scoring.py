@@ -17,8 +17,6 @@ from spectrim.run.survey.pieces import Found, note_loss
 from spectrim.run.survey.probing import measured_divergences
 from spectrim.storage.survey_record import Factors
 
-__all__ = ["score_components", "with_references"]
-
 REFERENCE_SHARE = 0.1
 """Measured KL is taken at this share of a target's break-even rank."""
 

@@ -13,8 +13,6 @@ from spectrim.distributed.team import Team
 from spectrim.model.anatomy import Target
 from spectrim.moments.moments import Moments
 
-__all__ = ["Spectrum", "shared_spectra", "spectrum_of"]
-
 
 @dataclass(frozen=True)
 class Spectrum:

@@ -50,8 +50,6 @@ from spectrim.run.survey.scoring import score_components, with_references
 from spectrim.run.survey.spectra import Spectrum, shared_spectra, spectrum_of
 from spectrim.storage.survey_record import Factors, Survey
 
-__all__ = ["make_survey", "moments_by_block", "surveyed_choice"]
-
 COMPONENT_SCORES = frozenset({"first_order", "second_order", "kfac"})
 _UNSHIFTED = {"shifted": "whitened", "anchored": "whitened", "anchored_kfac": "kfac"}
 
@@ -249,14 +247,9 @@ def _decompose_all(
                 lost: dict[str, Tensor] = {}
                 if forms and of is not None and out is not None:
                     lost = rounding_losses(target.name, W, whole, of, out, choice, forms)
-                return spectrum_of(
-                    whole,
-                    full,
-                    of,
-                    spread="kfac" in found.wanted and choice.objective != "kfac",
-                    lossless=exact_rank(W, name=target.name),
-                    rounding=lost,
-                )
+                spread = "kfac" in found.wanted and choice.objective != "kfac"
+                facts = {"spread": spread, "lossless": exact_rank(W, name=target.name)}
+                return spectrum_of(whole, full, of, rounding=lost, **facts)
 
             waiting = [b for b in span if not job.keeper.has(piece_name(stage, b))]
             targets = [target for block in waiting for target in block.targets]

@@ -10,8 +10,6 @@ from spectrim.run.loading import LoadedModel
 from spectrim.run.survey.survey import surveyed_choice
 from spectrim.storage.survey_record import SurveyKey
 
-__all__ = ["survey_key"]
-
 
 def survey_key(loaded: LoadedModel, recipe: Recipe, windows: Windows | None) -> SurveyKey:
     """The key of a survey of this model; call it before the model is changed.

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from torch import nn
 
-from spectrim.allocate.budget import parse_size
 from spectrim.allocate.sensitivity import TABLE
 from spectrim.errors import InputError
 from spectrim.model.experts.unfold import fold
@@ -21,10 +20,9 @@ from spectrim.run.planning import plan_from_survey
 from spectrim.run.survey.survey import make_survey, surveyed_choice
 from spectrim.run.survey.survey_key import survey_key
 from spectrim.run.texts import UserText
+from spectrim.sizes import parse_size
 from spectrim.storage.shared_work import Work
 from spectrim.storage.survey_record import Survey
-
-__all__ = ["DEFAULT_SCORES", "cut_survey", "resize_survey", "survey_model"]
 
 DEFAULT_SCORES = ("first_order", "second_order")
 """One backward pass over a few windows gives both; every rule can then be planned."""

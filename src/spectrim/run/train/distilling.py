@@ -23,8 +23,6 @@ from spectrim.refine.masters import frozen
 from spectrim.run.job import Job
 from spectrim.run.recorded import recorded
 
-__all__ = ["Teacher", "distill_network", "record_teacher"]
-
 SEED_OF_FURTHER_WINDOWS = 1
 """Added to the run's seed, so that they are not the calibration windows sampled once more."""
 

@@ -12,8 +12,6 @@ from spectrim.refine.course import Course, hold_out
 from spectrim.refine.lora import LoraTraining, recover
 from spectrim.run.job import Job
 
-__all__ = ["recover_network"]
-
 
 def recover_network(job: Job, step: LoraRefinement) -> None:
     """Train and merge adapters on one factor after the other, in place.

@@ -19,8 +19,6 @@ from spectrim.refine.block import BlockTraining, refine_block
 from spectrim.refine.masters import frozen
 from spectrim.run.job import Job
 
-__all__ = ["check_steps", "refine"]
-
 
 def check_steps(recipe: Recipe) -> None:
     """Refuse refinement steps that the flow would pass over.

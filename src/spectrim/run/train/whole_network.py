@@ -12,8 +12,6 @@ from spectrim.run.job import Job
 from spectrim.run.train.distilling import distill_network, record_teacher
 from spectrim.run.train.recovering import recover_network
 
-__all__ = ["carry_out", "prepare"]
-
 Step = tuple[str, int, Callable[[], object]]
 """Name, number of judgements, and what to do."""
 

@@ -22,8 +22,6 @@ from transformers.cache_utils import Cache, DynamicLayer
 from spectrim.errors import ModelError
 from spectrim.serve.latent.sites import Projection, Site
 
-__all__ = ["Caught", "LatentCache", "LatentLayer", "Rotations"]
-
 Pair = tuple[Tensor, Tensor]
 
 

@@ -25,8 +25,6 @@ from spectrim.errors import ModelError
 from spectrim.layers.swap import compressed_layers
 from spectrim.tolerances import LATENT_MATCH
 
-__all__ = ["Projection", "Site", "find_sites"]
-
 PROBE_TOKENS = 5
 
 

@@ -16,8 +16,6 @@ from spectrim.errors import ModelError
 from spectrim.serve.latent.cache import Caught, LatentCache
 from spectrim.serve.latent.sites import Site, find_sites
 
-__all__ = ["LatentSwitch", "latent_cache"]
-
 _MARK = "spectrim_latent_switch"
 _PREPARE = "_prepare_cache_for_generation"
 

@@ -24,8 +24,6 @@ from spectrim.data.windows import Windows, longest_window
 from spectrim.errors import InputError, TextError
 from spectrim.evaluate.perplexity import perplexity
 
-__all__ = ["BusyError", "Engine", "Resizable"]
-
 MOST_TOKENS = 200
 PATIENCE = 0.5
 """Seconds that a request waits for the model before it is told that it is busy."""

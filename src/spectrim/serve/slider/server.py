@@ -18,8 +18,6 @@ from urllib.parse import urlsplit
 from spectrim.errors import InputError, OutputError, SpectrimError
 from spectrim.serve.slider.engine import BusyError, Engine
 
-__all__ = ["SliderServer"]
-
 LARGEST_REQUEST = 2**20
 """Bytes of a request's body: a prompt of any sensible length."""
 
