@@ -1,6 +1,11 @@
 """Settings of the whole suite."""
 
 import torch
+from hypothesis import settings
+
+# Drawn examples are the same in every run, and fifty of them say what a law is.
+settings.register_profile("suite", deadline=None, derandomize=True, database=None, max_examples=50)
+settings.load_profile("suite")
 
 # Tiny tensors gain nothing from threads, and two suites side by side lose a lot to them.
 torch.set_num_threads(1)
