@@ -3,14 +3,18 @@ r"""Choices that only a mixture of experts knows, one at a time, on the protocol
     python benchmarks/train_reference.py --text TRAIN --held-out HELD --family mixtral --experts 8 \
         --hidden 128 --layers 4 --inner 128 --batch 8 --window 128 --steps 3000 --dtype float32 \
         --tokenizer src/spectrim/demo/llama-books/tokenizer.json --out mixtral-books
-    python benchmarks/experts_study.py --model mixtral-books --train-text ... --eval-text ...
-    python benchmarks/experts_study.py ... --only ', 4 windows$' --keeps 0.6 --seeds 0 1 2
+    python benchmarks/experts_study.py --model mixtral-books --train-text ... --eval-text ... \
+        --eval-windows 200 --only '^[^,]*$'
+    python benchmarks/experts_study.py ... --eval-windows 200 --only ', few$' --keeps 0.6 \
+        --seeds 0 1 2
 
 Rows: published recipes, the default one at two efforts, and the default with one of its choices for
 experts taken back. `own moments` and `pooled moments` are the ends of the shrinkage (moments of few
 tokens as they are, the target alone); `equal ranks` gives the same matrix of all experts of a block
-one rank, `uniform ranks` every matrix the same share. With 128 windows an expert sees 64 tokens per
-channel, which leaves the shrinkage little to do; rows `..., 4 windows` have the first four alone.
+one rank, `uniform ranks` every matrix the same share.
+
+Calibration is on the first 64 windows of the protocol: 32 tokens per channel for an expert, which
+leaves the shrinkage little to do. Rows `..., few` have the first four alone: two per channel.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ from spectrim.recipes import get_recipe
 from spectrim.run.loading import LoadedModel
 
 RESULTS = Path(__file__).parent / "results" / "experts_study.json"
-FEW = 4
+WINDOWS, FEW = 64, 4
 WORTHS = {"own": 1e-9, "pooled": 1e9, "worth 0.06": 0.06, "worth 1": 1.0}
 """Tokens per channel that the target of the shrinkage counts for, beside the default."""
 
@@ -42,11 +46,11 @@ def worth(recipe: Recipe, tokens: float) -> Row:
     return run
 
 
-def few(row: Row) -> Row:
+def first(count: int, row: Row) -> Row:
     """The row with the first calibration windows alone."""
 
     def run(loaded: LoadedModel, calibration: Tensor, keep: float) -> dict[str, Any]:
-        return row(loaded, calibration[:FEW], keep)
+        return row(loaded, calibration[:count], keep)
 
     return run
 
@@ -63,7 +67,9 @@ def rows() -> dict[str, Row]:
         }
     )
     found |= {f"{name} moments": worth(fast, tokens) for name, tokens in WORTHS.items()}
-    return found | {f"{name}, {FEW} windows": few(row) for name, row in found.items()}
+    return {name: first(WINDOWS, row) for name, row in found.items()} | {
+        f"{name}, few": first(FEW, row) for name, row in found.items()
+    }
 
 
 if __name__ == "__main__":

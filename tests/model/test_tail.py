@@ -57,6 +57,14 @@ def test_divergence_in_pieces_is_the_whole_divergence(monkeypatch):
     torch.testing.assert_close(found, (log_p.exp() * (log_p - log_q)).sum())
 
 
+def test_the_routers_of_bypassed_blocks_are_not_asked_for_a_balance():
+    model, _ = tiny("mixtral", output_router_logits=True)
+    ids = windows(1)
+    expected = model(input_ids=ids, use_cache=False, output_router_logits=False).logits
+    tail = Tail.find(model, [f"model.layers.{i}" for i in range(3)], ids)
+    torch.testing.assert_close(tail.logits(tail.states(ids)), expected)
+
+
 def test_pieces_cover_everything_once():
     for count, length, vocabulary in [(1, 1, 10), (5, 7, 2**22), (5, 7, 2**24), (3, 4, 2**30)]:
         seen = torch.zeros(count, length)

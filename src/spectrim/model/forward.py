@@ -59,4 +59,8 @@ def hidden_of(output: Any) -> Any:
 
 def run_window(model: nn.Module, input_ids: Tensor) -> Any:
     """The model's output for token ids of shape (B, T), without a cache."""
-    return model(input_ids=input_ids.to(home_device(model)), use_cache=False)
+    options = {}
+    if getattr(getattr(model, "config", None), "output_router_logits", False):
+        # The loss that balances experts wants all routers' outputs, those of bypassed blocks too.
+        options["output_router_logits"] = False
+    return model(input_ids=input_ids.to(home_device(model)), use_cache=False, **options)
