@@ -62,7 +62,7 @@ def test_blocks_are_trained_behind_frozen_codes(tmp_path):
     plain = api.compress(source, recipe="spectrim", **options)
     recipe = get_recipe("spectrim").with_changes(
         refine=[
-            {"step": "block", "epochs": 4, "batch": 4, "learning_rate": 0.003, "relative": True}
+            {"step": "block", "epochs": 4, "batch": 4, "learning_rate": 0.0005, "relative": True}
         ]
     )
     trained = api.compress(source, recipe=recipe, output=tmp_path / "out", **options)

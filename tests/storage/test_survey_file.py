@@ -42,6 +42,8 @@ def make():
                     rng.standard_normal(r),
                     None,
                     (2, 0.125),
+                    rounding={"dense int3-g64": rng.random(1), "factored int8": rng.random(r + 1)},
+                    group=len(projection) % 3,
                 )
             )
             second[name] = np.linspace(1, 0, r + 1)
@@ -178,6 +180,15 @@ def test_damaged_numbers_are_refused(tmp_path, value, message):
     arrays["layers.0.attn.q.score"] = value
     save_file(arrays, tmp_path / "s" / "curves.safetensors")
     with pytest.raises(ArtifactError, match=message):
+        load_survey(tmp_path / "s")
+
+
+def test_losses_of_rounding_are_of_one_matrix_or_by_rank(tmp_path):
+    save_survey(make(), tmp_path / "s")
+    arrays = load_file(tmp_path / "s" / "curves.safetensors")
+    arrays["layers.0.attn.q.rounding factored int8"] = np.zeros(3)
+    save_file(arrays, tmp_path / "s" / "curves.safetensors")
+    with pytest.raises(ArtifactError, match="3 losses of rounding to 'factored int8'"):
         load_survey(tmp_path / "s")
 
 

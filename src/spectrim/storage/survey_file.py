@@ -43,6 +43,9 @@ FORMAT_VERSION = 1
 ALIKE = ("key", "model_name", "dtype_bytes", "other_bytes", "recipe", "notes")
 """What `survey.json` says of a survey as it is."""
 
+ROUNDING = ".rounding "
+"""Between a target and a form (`Form.key`) in the names of losses of rounding."""
+
 BESIDE = ("total", "irreducible", "reference", "lossless", "group")
 """What it says of a target beside its shape; the vectors lie apart."""
 
@@ -152,7 +155,12 @@ def load_survey(folder: str | Path) -> Survey:
         arrays = load_arrays(folder / CURVES_FILE)
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"{folder / CURVES_FILE} cannot be read: {error}") from error
-    curves = tuple(_curve(target, arrays, folder) for target in record.targets)
+    forms: dict[str, list[str]] = {}
+    for key in arrays:
+        name, found, form = key.partition(ROUNDING)
+        if found:
+            forms.setdefault(name, []).append(form)
+    curves = tuple(_curve(t, arrays, forms.get(t.name, ()), folder) for t in record.targets)
     losses = {
         score: {c.name: _array(arrays, f"{c.name}.{score}", c.rank + 1, folder) for c in curves}
         for score in record.scores
@@ -233,12 +241,16 @@ def _arrays(survey: Survey) -> dict[str, np.ndarray]:
             values = getattr(curve, what)
             if values is not None:
                 arrays[f"{curve.name}.{what}"] = as_numpy(values)
+        for form, values in (curve.rounding or {}).items():
+            arrays[f"{curve.name}{ROUNDING}{form}"] = as_numpy(values)
         for score, losses in survey.losses.items():
             arrays[f"{curve.name}.{score}"] = losses[curve.name]
     return arrays
 
 
-def _curve(target: SurveyedTarget, arrays: dict[str, np.ndarray], folder: Path) -> Curve:
+def _curve(
+    target: SurveyedTarget, arrays: dict[str, np.ndarray], forms: Iterable[str], folder: Path
+) -> Curve:
     energy = _array(arrays, f"{target.name}.energy", None, folder)
     most = min(target.out_features, target.in_features)
     if not 1 <= energy.size <= most:
@@ -247,7 +259,17 @@ def _curve(target: SurveyedTarget, arrays: dict[str, np.ndarray], folder: Path) 
         )
     scored = f"{target.name}.score" in arrays
     score = _array(arrays, f"{target.name}.score", energy.size, folder) if scored else None
-    return target.curve(energy=energy, score=score, **_values(target, BESIDE))
+    rounding = {
+        form: _array(arrays, f"{target.name}{ROUNDING}{form}", None, folder) for form in forms
+    }
+    for form, values in rounding.items():
+        if values.size not in (1, energy.size + 1):
+            raise ArtifactError(
+                f"{folder}: {target.name} has {values.size} losses of rounding to {form!r} for "
+                f"{energy.size} components"
+            )
+    known = _values(target, BESIDE)
+    return target.curve(energy=energy, score=score, rounding=rounding or None, **known)
 
 
 def _array(
