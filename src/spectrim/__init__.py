@@ -58,24 +58,13 @@ __all__ = [
     "survey",
 ]
 
-_API = (
-    "adapter",
-    "compress",
-    "elastic",
-    "export",
-    "heal",
-    "inspect",
-    "load_elastic",
-    "plan",
-    "resize",
-    "survey",
-)
-_HOMES = dict.fromkeys(_API, "spectrim.api") | {
+_HOMES = {
     "Recipe": "spectrim.recipe",
     "latent_cache": "spectrim.serve.latent.switch",
     "merge_adapter": "spectrim.refine.merging",
     "prepare": "spectrim.serve.prepare",
 }
+"""Of the names that do not live in `spectrim.api`."""
 
 
 class _EvaluateRoom(ModuleType):
@@ -102,9 +91,9 @@ register()
 def __getattr__(name: str) -> Any:
     if name == "evaluate":
         return import_module("spectrim.evaluate")
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_HOMES.get(name, "spectrim.api")), name)
 
 
 def __dir__() -> list[str]:

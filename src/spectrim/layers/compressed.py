@@ -8,6 +8,13 @@ import torch
 from torch import Tensor, nn
 
 
+def copied_parameter(
+    tensor: Tensor, dtype: torch.dtype, device: torch.device | str
+) -> nn.Parameter:
+    """A parameter with memory of its own."""
+    return nn.Parameter(tensor.detach().to(device=device, dtype=dtype, copy=True).contiguous())
+
+
 class CompressedLayer(nn.Module):
     """A layer that stands for a linear layer.
 
@@ -26,6 +33,20 @@ class CompressedLayer(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.transposed = False
+
+    @classmethod
+    def empty(
+        cls,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> Any:
+        """A layer on the meta device: shapes without memory, ready to be loaded into."""
+        kind: Any = cls
+        return kind(in_features, out_features, rank, bias, device="meta", dtype=dtype)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set as usual; what is derived from the parts can only be set to what it is.

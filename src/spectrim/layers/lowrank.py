@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from spectrim.layers.compressed import CompressedLayer
+from spectrim.layers.compressed import CompressedLayer, copied_parameter
 from spectrim.layers.layout import layout_of
 from spectrim.layers.quantized import QuantizedLinear, part_of, wide_weight
 from spectrim.layers.source import Source
@@ -47,19 +47,6 @@ class LowRankLinear(CompressedLayer):
         self.up = new_linear(rank, out_features, bias, device, dtype)
 
     @classmethod
-    def empty(
-        cls,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        bias: bool,
-        *,
-        dtype: torch.dtype | None = None,
-    ) -> LowRankLinear:
-        """A layer on the meta device: shapes without memory, ready to be loaded into."""
-        return cls(in_features, out_features, rank, bias, device="meta", dtype=dtype)
-
-    @classmethod
     def from_factors(
         cls,
         up: Tensor,
@@ -79,10 +66,10 @@ class LowRankLinear(CompressedLayer):
                 f"up {tuple(up.shape)} and down {tuple(down.shape)} are not (out, k) and (k, in)"
             )
         layer = cls.empty(down.shape[1], up.shape[0], up.shape[1], bias is not None, dtype=dtype)
-        layer.up.weight = _parameter(up, dtype, device)
-        layer.down.weight = _parameter(down, dtype, device)
+        layer.up.weight = copied_parameter(up, dtype, device)
+        layer.down.weight = copied_parameter(down, dtype, device)
         if bias is not None:
-            layer.up.bias = _parameter(bias, dtype, device)
+            layer.up.bias = copied_parameter(bias, dtype, device)
         return layer
 
     @classmethod
@@ -184,8 +171,3 @@ class _Pairs:
 
     def loss(self, pair: _Pair) -> float:
         return self.source.loss(wide_weight(pair.up).double() @ wide_weight(pair.down).double())
-
-
-def _parameter(tensor: Tensor, dtype: torch.dtype, device: torch.device | str) -> nn.Parameter:
-    copied = tensor.detach().to(device=device, dtype=dtype, copy=True)
-    return nn.Parameter(copied.contiguous())

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.devices import on_host
-from spectrim.layers.compressed import CompressedLayer
+from spectrim.layers.compressed import CompressedLayer, copied_parameter
 from spectrim.layers.layout import layout_of
 from spectrim.layers.quantized import part_of, wide_weight
 from spectrim.layers.source import Source
@@ -65,19 +65,6 @@ class PackedLinear(CompressedLayer):
         self.bias = nn.Parameter(torch.zeros(m, device=device, dtype=dtype)) if bias else None
 
     @classmethod
-    def empty(
-        cls,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        bias: bool,
-        *,
-        dtype: torch.dtype | None = None,
-    ) -> PackedLinear:
-        """A layer on the meta device: shapes without memory, ready to be loaded into."""
-        return cls(in_features, out_features, rank, bias, device="meta", dtype=dtype)
-
-    @classmethod
     def from_factors(
         cls,
         up: Tensor,
@@ -112,13 +99,13 @@ class PackedLinear(CompressedLayer):
                 f"these parts on side {packed.side!r}"
             )
         layer = cls.empty(n, m, packed.rank, bias is not None, dtype=dtype)
-        layer.basis.weight = _parameter(packed.basis, dtype, device)
-        layer.coefficients.weight = _parameter(packed.coefficients, dtype, device)
+        layer.basis.weight = copied_parameter(packed.basis, dtype, device)
+        layer.coefficients.weight = copied_parameter(packed.coefficients, dtype, device)
         # Outputs are gathered from their packed places, inputs into them: inverse orders.
         order = packed.order.argsort() if packed.side == "out" else packed.order
         layer.order = order.to(device=device, dtype=torch.int32, copy=True)
         if bias is not None:
-            layer.bias = _parameter(bias, dtype, device)
+            layer.bias = copied_parameter(bias, dtype, device)
         return layer
 
     @classmethod
@@ -132,7 +119,9 @@ class PackedLinear(CompressedLayer):
         if not layout_of("packed", weights).integer:
             return cls.from_packed(parts, source.bias, dtype=dtype, device=up.device)
         layer = cls.from_packed(parts, None, dtype=torch.float64, device=up.device)
-        layer.bias = None if source.bias is None else _parameter(source.bias, dtype, up.device)
+        layer.bias = (
+            None if source.bias is None else copied_parameter(source.bias, dtype, up.device)
+        )
         basis, coefficients = (one.name for one in layout_of("packed", weights).formats.values())
         layer.weights = weights
         if parts.side == "out":
@@ -271,8 +260,3 @@ def _gather(x: Tensor, order: Tensor) -> Tensor:
     else:
         y = flat.index_select(1, order)
     return y.view(x.shape)
-
-
-def _parameter(tensor: Tensor, dtype: torch.dtype, device: torch.device | str) -> nn.Parameter:
-    copied = tensor.detach().to(device=device, dtype=dtype, copy=True)
-    return nn.Parameter(copied.contiguous())
