@@ -130,6 +130,7 @@ def heal_model(
 
     Raises:
         ModelError: nothing compressed, integer weights, or a teacher with another vocabulary.
+        ArtifactError: the result has no report to continue.
         MissingExtraError: adapters without PEFT.
         TextError, InputError: too little text.
         NonFiniteError: the training diverged.
@@ -137,11 +138,11 @@ def heal_model(
     layers, lora = _trainable(loaded), healing.parts == "lora"
     if lora:
         require_peft()
+    report = read_json(Path(loaded.name) / REPORT_FILE)
     windows = gather_windows(loaded, calibration, text, seed=healing.seed, exactly=options.exactly)
     train, held = hold_out(len(windows), healing.held_out)
-    tails = _tails(loaded, teacher, windows.ids)
-    log, progress = RunLog(), options.progress
-    stages = _stages(layers) if lora else [[]]
+    own, other = _tails(loaded, teacher, windows.ids)
+    log, progress, stages = RunLog(), options.progress, _stages(layers) if lora else [[]]
     progress.start(STAGE, -(-healing.steps // healing.judge_every) * len(stages))
     course = Course(train, held, windows.ids.shape[1], partial(_judged, progress))
     fits = []
@@ -149,11 +150,11 @@ def heal_model(
         for number, chosen in enumerate(stages):
             if lora:
                 training = healing.adapters(len(train), number)
-                made = recover(tails[0], chosen, windows.ids, course, training, teacher=tails[1])
+                made = recover(own, chosen, windows.ids, course, training, teacher=other)
             else:
                 parameters = [p for layer in layers.values() for p in layer.parameters()]
                 settings = healing.settings()
-                made = tune(tails[0], parameters, windows.ids, course, settings, teacher=tails[1])
+                made = tune(own, parameters, windows.ids, course, settings, teacher=other)
             fits.append(made)
     progress.finish(STAGE)
     cast_parameters(loaded.model, loaded.stored_dtype)
@@ -167,7 +168,7 @@ def heal_model(
         "stages": [asdict(one) for one in fits],
         "seconds": log.stages[STAGE],
     }
-    return Healed(loaded.model, loaded.tokenizer, _continued(loaded.name, entry))
+    return Healed(loaded.model, loaded.tokenizer, _continued(report, entry))
 
 
 def _judged(progress: Progress, step: int, loss: float) -> None:
@@ -220,19 +221,12 @@ def _tail(loaded: LoadedModel, ids: Tensor) -> Any:
     return Tail.find(loaded.model, names, ids.to(loaded.device))
 
 
-def _continued(name: str, entry: dict[str, Any]) -> dict[str, Any]:
-    """The folder's report with the training added; what it measured before holds no longer.
-
-    Raises:
-        ArtifactError: the folder has no report.
-    """
-    report = read_json(Path(name) / REPORT_FILE)
+def _continued(report: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
+    """A result's report with the training added; what it measured before holds no longer."""
     measured = report.get("measured")
-    report["measured"] = {
-        "texts": [],
-        "why_not": "trained after it was measured; `spectrim evaluate` measures it again",
-    }
-    report["healing"] = [*report.get("healing", []), {**entry, "measured_before": measured}]
+    why_not = "trained after it was measured; `spectrim evaluate` measures it again"
+    told = [*report.get("healing", []), {**entry, "measured_before": measured}]
+    report |= {"measured": {"texts": [], "why_not": why_not}, "healing": told}
     aim = "" if entry["loss"] == "next token" else f", {entry['loss']}"
     report["notes"] = [
         *report.get("notes", []),
