@@ -18,6 +18,21 @@ from spectrim.cli.main import main
 from spectrim.cli.progress import LineProgress
 
 SMALL = ["--text", "text.txt", "--windows", "8", "--window-length", "32"]
+LIGHT = {
+    "recipes show nope": "unknown recipe 'nope'",
+    "inspect /nowhere": "/nowhere",
+    "export somewhere -o elsewhere": "--dense",
+    "compress": "MODEL",
+    "compress m -o x --keep much": "--keep",
+    "compress m -o x --keep 1.5": "keep is 1.5",
+    "plan s --keep 0": "keep is 0",
+    "resize s -o x --size 3.5QB": "3.5QB",
+    "compress m -o x --ratio 0.5": "--ratio",
+    "evaluate m --window-length long": "--window-length",
+    "squeeze": "squeeze",
+}
+"""Commands that are refused before torch is imported, and what the refusal says."""
+
 REFUSALS = {
     "unknown recipe": ["model", "-o", "new", "--recipe", "no-such-recipe"],
     "unknown text": ["model", "-o", "new", "--text", "no-such-text"],
@@ -98,6 +113,8 @@ def interrupt(self: LineProgress, stage: str, note: str = "") -> None:
 
 def tell() -> dict:
     """The whole story, in order: some refusals need the folder that the job leaves."""
+    light = {command: run(*command.split()) for command in LIGHT}
+    heavy = "torch" in sys.modules
     refusals = {"unknown model": run("compress", "no-such-model", "-o", "new")}
     prepare()
     evaluated = ["out", "dense", "--against", "model", "--text", "text.txt", "--max-tokens", "500"]
@@ -113,7 +130,8 @@ def tell() -> dict:
     LineProgress.advance = interrupt
     interrupted = run("compress", "model", "-o", "new", *SMALL)
     LineProgress.advance = original
-    return {"job": job, "refusals": refusals, "interrupted": interrupted}
+    told = {"job": job, "refusals": refusals, "interrupted": interrupted}
+    return told | {"light": light, "light torch": heavy}
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from cli.drive_program import LIGHT
 from spectrim.recipe import Recipe
 from spectrim.recipes import get_recipe
 
@@ -103,33 +104,6 @@ def test_a_shown_recipe_can_be_saved_and_used(tmp_path: Path):
     assert Recipe.from_yaml(shown).hash() == get_recipe("svd-llm").hash()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("recipes", "show", "nope"), "unknown recipe 'nope'"),
-        (("inspect", "/nowhere"), "/nowhere"),
-        (("export", "somewhere", "-o", "elsewhere"), "--dense"),
-        (("compress",), "MODEL"),
-        (("compress", "m", "-o", "x", "--keep", "much"), "--keep"),
-        (("compress", "m", "-o", "x", "--keep", "1.5"), "keep is 1.5"),
-        (("plan", "s", "--keep", "0"), "keep is 0"),
-        (("resize", "s", "-o", "x", "--size", "3.5QB"), "3.5QB"),
-        (("compress", "m", "-o", "x", "--ratio", "0.5"), "--ratio"),
-        (("evaluate", "m", "--window-length", "long"), "--window-length"),
-        (("squeeze",), "squeeze"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
-)
-def test_a_light_refusal_is_one_clear_error(arguments, message):
-    run = spectrim(*arguments)
-    assert run.returncode == 2
-    assert run.stdout == ""
-    complaints = [line for line in run.stderr.splitlines() if line.lower().startswith("error: ")]
-    assert len(complaints) == 1
-    assert message in complaints[0]
-    assert "Traceback" not in run.stderr
-
-
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """What the driver saw; torch is imported once for all of it."""
@@ -146,6 +120,24 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> dict:
     )
     assert run.returncode == 0, run.stderr
     return json.loads((folder / "story.json").read_text(encoding="utf-8"))
+
+
+def test_the_script_refuses_as_its_main_does():
+    run = spectrim("squeeze")
+    assert run.returncode == 2 and run.stdout == ""
+    assert run.stderr.splitlines()[-1].startswith("Error: ")
+
+
+@pytest.mark.parametrize("command", LIGHT)
+def test_a_light_refusal_is_one_clear_error(story, command):
+    seen = story["light"][command]
+    assert seen["code"] == 2
+    assert seen["stdout"] == ""
+    complaints = [x for x in seen["stderr"].splitlines() if x.lower().startswith("error: ")]
+    assert len(complaints) == 1
+    assert LIGHT[command] in complaints[0]
+    assert "Traceback" not in seen["stderr"]
+    assert not story["light torch"]
 
 
 REFUSALS = {
