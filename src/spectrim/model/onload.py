@@ -166,7 +166,7 @@ class Onloader:
             return
         module = get_module(self.model, unit.name)
         wanted = module.state_dict()
-        found = self._fetched(unit)
+        found = dict(self._fetched(unit))
         if wanted.keys() != found.keys():
             odd = sorted(wanted.keys() ^ found.keys())
             raise ModelError(
@@ -180,7 +180,7 @@ class Onloader:
                     f"{unit.name}.{name} is {tuple(found[name].shape)} in the checkpoint, the "
                     f"model expects {tuple(like.shape)}"
                 )
-            state[name] = found[name].to(self.device, like.dtype)
+            state[name] = found.pop(name).to(self.device, like.dtype)
         module.load_state_dict(state, assign=True)
         for name, parameter in module.named_parameters():
             path = f"{unit.name}.{name}"

@@ -53,8 +53,12 @@ def fold(model: nn.Module) -> None:
 def unfold_tensors(
     tensors: Mapping[str, Tensor], layouts: Mapping[str, ExpertLayout]
 ) -> dict[str, Tensor]:
-    """A state dictionary with the weights of linear layers in the place of folded parameters."""
+    """A state dictionary with the weights of linear layers in the place of folded parameters.
+
+    One parameter at a time is in memory twice, where nobody else holds them.
+    """
     found: dict[str, Any] = dict(tensors)
+    del tensors
     for name, layout in layouts.items():
         parameter = found.pop(name)
         for expert in range(layout.experts):
@@ -63,4 +67,6 @@ def unfold_tensors(
             for part, W in zip(inner, matrices, strict=True):
                 key = ".".join(x for x in (name, str(expert), part, "weight") if x)
                 found[key] = W.clone(memory_format=torch.contiguous_format)
+            del matrices
+        del parameter
     return found

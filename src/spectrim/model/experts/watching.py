@@ -44,16 +44,15 @@ class _Watch(TorchFunctionMode):
     def __init__(self, names: Iterable[str]):
         super().__init__()
         self.seen = {name: _Seen() for name in names}
-        self._weights: dict[int, _Slice] = {}
-        self._products: dict[int, str] = {}
-        # Kept alive, so that no later tensor takes over an id.
-        self._alive: list[Any] = []
+        # With the tensors themselves, so that no later one takes over an id.
+        self._weights: dict[int, tuple[_Slice, Tensor]] = {}
+        self._products: dict[int, tuple[str, Tensor]] = {}
 
     @contextmanager
     def entering(self, model: nn.Module) -> Iterator[None]:
         """Follow the parameters as they are when their modules are called.
 
-        A block that is read from files gets its parameters only then.
+        A block that is read from files gets its parameters only then, and loses them after.
         """
         handles = []
         try:
@@ -63,7 +62,16 @@ class _Watch(TorchFunctionMode):
                 def know(module: nn.Module, _args: Any, name: str = name, leaf: str = leaf) -> None:
                     self._follow_weight(module.get_parameter(leaf), _Slice(name, False))
 
-                handles.append(get_module(model, path).register_forward_pre_hook(know))
+                def forget(*_: Any, name: str = name) -> None:
+                    seen = [
+                        key for key, (slice_, _) in self._weights.items() if slice_.name == name
+                    ]
+                    for key in seen:
+                        del self._weights[key]
+
+                owner = get_module(model, path)
+                handles.append(owner.register_forward_pre_hook(know))
+                handles.append(owner.register_forward_hook(forget))
             yield
         finally:
             for handle in handles:
@@ -78,21 +86,19 @@ class _Watch(TorchFunctionMode):
         operands = [*args, *(kwargs or {}).values()]
         for place, operand in enumerate(operands):
             if id(operand) in self._weights:
-                self._on_weight(name, self._weights[id(operand)], place, operand, args, result)
+                self._on_weight(name, self._weights[id(operand)][0], place, operand, args, result)
             elif id(operand) in self._products and place == 0:
                 self._on_product(
-                    name, self._products[id(operand)], operand, args, kwargs or {}, result
+                    name, self._products[id(operand)][0], operand, args, kwargs or {}, result
                 )
         return result
 
     def _follow_weight(self, tensor: Tensor, slice_: _Slice) -> None:
-        self._weights[id(tensor)] = slice_
-        self._alive.append(tensor)
+        self._weights[id(tensor)] = slice_, tensor
 
     def _follow_product(self, tensor: Any, parameter: str) -> None:
         if isinstance(tensor, Tensor):
-            self._products[id(tensor)] = parameter
-            self._alive.append(tensor)
+            self._products[id(tensor)] = parameter, tensor
 
     def _on_weight(
         self, name: str, found: _Slice, place: int, weight: Tensor, args: tuple, result: Any
