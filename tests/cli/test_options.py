@@ -154,7 +154,7 @@ def test_a_word_of_the_recipe_names_a_field_of_its_kind(name):
         model = model.model_fields[section].annotation
     field = model.model_fields[last]
     shown = str(field.annotation)
-    kinds = {kind for kind in (int, float, str) if kind.__name__ in shown}
+    kinds = {kind for kind in (int, float, str, bool) if kind.__name__ in shown}
     kinds = {list[str]} if shown == "tuple[str, ...]" else kinds
     assert word.kind in kinds or "Literal" in str(field.annotation)
 

@@ -8,6 +8,7 @@ import pytest
 
 from spectrim.allocate.plan import Plan, PlanEntry
 from spectrim.cli import render, summary, target_tables
+from spectrim.sizes import format_bytes
 
 NAME = "model.layers.{}.self_attn.q_proj"
 
@@ -93,7 +94,7 @@ def test_block_and_projection_are_read_from_the_name(name, split):
 
 
 def test_bytes_have_decimal_units_and_three_digits():
-    spoken = [render.format_bytes(n) for n in (0, 999, 1000, 999_960, 13_765_120, 3.5e9, 7e15)]
+    spoken = [format_bytes(n) for n in (0, 999, 1000, 999_960, 13_765_120, 3.5e9, 7e15)]
     assert spoken == ["0 B", "999 B", "1.00 kB", "1000 kB", "13.8 MB", "3.50 GB", "7000 TB"]
 
 

@@ -133,14 +133,16 @@ def trained_scales(modules: Iterable[nn.Module]) -> Iterator[None]:
     layers = [m for root in modules for m in root.modules() if isinstance(m, QuantizedLinear)]
     moved = [(layer, name) for layer in layers for name in layer.stored if name != "codes"]
     for layer, name in moved:
-        layer.register_parameter(name, nn.Parameter(layer._buffers.pop(name), requires_grad=False))
+        held = layer.stored[name]
+        del layer._buffers[name]
+        layer.register_parameter(name, nn.Parameter(held, requires_grad=False))
     try:
         yield
     finally:
         for layer, name in moved:
-            held = layer._parameters.pop(name)
-            assert held is not None
-            layer.register_buffer(name, held.detach())
+            trained = layer.stored[name].detach()
+            del layer._parameters[name]
+            layer.register_buffer(name, trained)
 
 
 def rounded(W: Tensor, weights: str, dtype: torch.dtype, metric: Metric | None = None) -> Tensor:

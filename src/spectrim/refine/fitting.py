@@ -245,8 +245,11 @@ def _train(
     if selects:
         result.history.append((0, before))
     units = _units(parameters, settings.relative)
-    how = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
-    optimizer = torch.optim.AdamW([{"params": [p]} for p in parameters], **how)
+    optimizer = torch.optim.AdamW(
+        [{"params": [p]} for p in parameters],
+        lr=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+    )
     worse = 0
     batches = _batches(course.train, settings.batch, torch.Generator().manual_seed(settings.seed))
     for step in range(1, settings.steps + 1):
