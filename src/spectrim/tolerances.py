@@ -31,9 +31,6 @@ count as the same. Rounding to half precision stays below; a missing rotation or
 ROUNDING_DAMPING = 1e-2
 """Rounding with feedback trusts a moment matrix less than its own diagonal by this share."""
 
-SCALE_DAMPING = 1e-6
-"""Damping of the least squares for scales, as a share of each group's own second moment."""
-
 SAME_LOGITS = 2e-2
 """Largest difference, as a share of the largest logit, between a model's own logits and those found
 piece by piece. Products of other shapes round differently, in half precision by up to 1 %."""

@@ -4,9 +4,7 @@ import pytest
 import torch
 
 from spectrim.errors import NonFiniteError
-from spectrim.formats import FORMATS
-from spectrim.formats.number_format import Integers
-from spectrim.linalg.rounding import COLUMNS, Grid, Metric, refitted_scales
+from spectrim.linalg.rounding import COLUMNS, Grid, Metric
 
 
 def draw(*shape, seed=0):
@@ -99,34 +97,3 @@ def test_stacked_grids_round_as_each_alone():
     fine = grid(4, n)
     both = metric.codes(W.repeat(2, 1), Grid.stacked([coarse, fine]))
     assert torch.equal(both, torch.cat([metric.codes(W, coarse), metric.codes(W, fine)]))
-
-
-def test_refitted_scales_are_the_least_squares_of_their_codes():
-    """Against an ordinary least-squares solver on samples, one row at a time."""
-    generator = torch.Generator().manual_seed(0)
-    X = torch.randn(40, 200, generator=generator, dtype=torch.float64)
-    W = torch.randn(5, 40, generator=generator, dtype=torch.float64)
-    codes = torch.randint(-4, 4, (5, 40), generator=generator)
-    codes[0, :16] = 0
-    found = refitted_scales(W, codes, X @ X.mT, 16)
-    for row in range(5):
-        parts = [(codes[row, a : a + 16].double() @ X[a : a + 16]) for a in (0, 16, 32)]
-        design = torch.stack(parts, dim=1)
-        expected = torch.linalg.lstsq(design, W[row] @ X, driver="gelsd").solution
-        assert torch.allclose(found[row], expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("weights", ["int4-g32", "int3-g64", "int2-g128"])
-def test_scales_behind_codes_never_make_a_row_worse(weights):
-    row = FORMATS[weights]
-    generator = torch.Generator().manual_seed(0)
-    X = torch.randn(160, 500, generator=generator, dtype=torch.float64).cumsum(0)
-    W = torch.randn(12, 160, generator=generator, dtype=torch.float64)
-    metric = Metric.of(X @ X.mT, name="w")
-    first, last = (
-        encode(row, W, metric, dtype=torch.float32)
-        for encode in (Integers.encode, type(row).encode)
-    )
-    before, after = (metric.loss(row.decode(found, 160) - W) for found in (first, last))
-    assert bool((after <= before * (1 + 1e-6)).all())
-    assert float(after.sum()) < 0.99 * float(before.sum())

@@ -61,11 +61,7 @@ def test_dense_forms_lose_what_is_predicted(case, weights):
     form = Form("dense", weights)
     found = rounding_losses("t", *_given(case), CHOICE, [form])[form.key]
     assert found.shape == (1,)
-    actual = loss(case, stored(case, form, None))
-    if weights == "int8":
-        assert float(found[0]) == pytest.approx(actual, rel=1e-6)
-    else:  # what scales make up for behind their codes is left out
-        assert 0.6 * float(found[0]) < actual <= float(found[0]) * (1 + 1e-6)
+    assert float(found[0]) == pytest.approx(loss(case, stored(case, form, None)), rel=1e-6)
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4-g32", "int3-g32+int3-g64"])

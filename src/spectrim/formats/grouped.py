@@ -15,18 +15,13 @@ from spectrim.formats.kernels import Int4Kernel
 from spectrim.formats.number_format import Integers, Shape
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
-    from spectrim.linalg.rounding import Grid, Metric
+    from spectrim.linalg.rounding import Grid
 
 CLIPS = tuple(0.44 + 0.07 * i for i in range(9))
 """Shares of the range's scale that are tried; below four bits with either sign, since there the
 range is noticeably longer on one side."""
-
-ROUNDS = {2: 4, 3: 4, 4: 2, 8: 0}
-"""Times that scales are found from codes, by bits, with new codes in between: the fewer there are,
-the more is still gained. The first codes are those for the scales that were chosen without them."""
 
 SHARES = {2: 0.13, 3: 0.035, 4: 0.009, 8: 5e-5}
 """Relative squared error of Gaussian groups of 64, rounded to nearest, by bits."""
@@ -79,36 +74,6 @@ class Grouped(Integers):
             best = torch.where(error < least, scale, best)
             least = torch.minimum(error, least)
         return {"scale": best.to(torch.bfloat16)}
-
-    def encode(
-        self, W: Tensor, metric: Metric | None = None, *, dtype: torch.dtype
-    ) -> dict[str, Tensor]:
-        """Codes and scales; in a metric both are found in turns, and every row keeps its best.
-
-        Scales are chosen before codes, for errors that nothing makes up for. With the codes at hand
-        they are least squares, and other codes are best for those.
-        """
-        import torch
-
-        from spectrim.linalg.rounding import refitted_scales
-
-        found = super().encode(W, metric, dtype=dtype)
-        if metric is None or not ROUNDS[self.bits] or not W.numel():
-            return found
-        W = W.double()
-        columns = W.shape[1]
-        best, scales = metric.loss(self.decode(found, columns) - W), found["scale"]
-        codes = self.unpack(found["codes"], columns)
-        for done in range(ROUNDS[self.bits]):
-            if done:
-                codes = metric.codes(W, self.grid({"scale": scales}, columns))
-            scales = refitted_scales(W, codes, metric.C, self.group).to(torch.bfloat16)
-            tried = {"codes": self.pack(codes), "scale": scales}
-            loss = metric.loss(self.decode(tried, columns) - W)
-            better = (loss < best)[:, None]
-            best = torch.minimum(loss, best)
-            found = {k: torch.where(better, tried[k], found[k]) for k in found}
-        return found
 
     def grid(self, scales: Mapping[str, Tensor], columns: int) -> Grid:
         """Multiples of a group's scale."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from spectrim.linalg.psd import cholesky_damped, symmetrized
-from spectrim.tolerances import ROUNDING_DAMPING, SCALE_DAMPING
+from spectrim.tolerances import ROUNDING_DAMPING
 
 COLUMNS = 64
 """Columns whose corrections are added one at a time; those of all others come in one product."""
@@ -70,36 +70,6 @@ class Grid:
 def by_column(values: Tensor, group: int, columns: int) -> Tensor:
     """Numbers per group, (rows, groups), repeated for the columns of each: (rows, columns)."""
     return values.repeat_interleave(group, dim=1)[:, :columns]
-
-
-def refitted_scales(W: Tensor, codes: Tensor, C: Tensor, group: int) -> Tensor:
-    """The scales (rows, groups) with the least `tr(E C Eᵀ)` for given codes, fp64.
-
-    Rows decouple; those of one row are the least squares of as many unknowns as it has groups. A
-    group without codes, or one that depends on others, gets what a little damping leaves.
-
-    Args:
-        W: the matrix, (rows, n).
-        codes: of a grid without offsets, (rows, n).
-        C: second moment of the inputs, (n, n).
-        group: columns that share a scale.
-    """
-    rows, n = W.shape
-    groups = -(-n // group)
-    P, C, W = codes.float(), C.float(), W.float()
-    normal = P.new_zeros(rows, groups, groups, dtype=torch.float64)
-    right = P.new_zeros(rows, groups, dtype=torch.float64)
-    for g in range(groups):
-        columns = slice(g * group, min(n, (g + 1) * group))
-        seen = P[:, columns] @ C[columns]
-        right[:, g] = (seen * W).sum(1, dtype=torch.float64)
-        by_group = torch.nn.functional.pad(seen * P, (0, groups * group - n))
-        normal[:, g] = by_group.view(rows, groups, group).sum(2, dtype=torch.float64)
-    normal = (normal + normal.mT) / 2
-    own = normal.diagonal(dim1=1, dim2=2)
-    least = own.amax(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-    own += SCALE_DAMPING * torch.where(own > 0, own, least)
-    return torch.linalg.solve(normal, right[..., None])[..., 0]
 
 
 @dataclass(frozen=True, eq=False)

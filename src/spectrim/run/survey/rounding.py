@@ -1,11 +1,10 @@
 """What every form would round away of one target, predicted from its moments before any plan.
 
 With the moments `C` of the inputs and `G` of the output gradients an error E costs
-`½ tr(G E C Eᵀ)` nats per token. For dense forms the matrix is rounded as it would be stored, but
-for scales that are solved for behind their codes (`formats/grouped.py`), and the error measured.
-For factored ones the survey's components have `BᵀGB = I` and `A C Aᵀ = diag(s²)`: the rows of A can
-be rounded and judged one by one, and an error of column i of B costs `½ s_i²` times its square in
-G. One rounding per format therefore gives the loss at every rank.
+`½ tr(G E C Eᵀ)` nats per token. For dense forms the matrix is rounded as it would be stored and the
+error measured. For factored ones the survey's components have `BᵀGB = I` and `A C Aᵀ = diag(s²)`:
+the rows of A can be rounded and judged one by one, and an error of column i of B costs `½ s_i²`
+times its square in G. One rounding per format therefore gives the loss at every rank.
 """
 
 from __future__ import annotations
