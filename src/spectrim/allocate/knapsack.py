@@ -21,11 +21,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from spectrim.allocate.budget import budget_bytes, layer_bytes
+from spectrim.allocate.budget import budget_bytes
 from spectrim.allocate.choice import choose
 from spectrim.allocate.curve import Curve, Score, as_numpy, loss_by_rank
 from spectrim.allocate.forms import Form
-from spectrim.allocate.ladder import Ladder, Limits, ladders_for
+from spectrim.allocate.ladder import Ladder, Limits, ladders_for, whole_bytes
 from spectrim.allocate.plan import Plan, PlanEntry
 from spectrim.allocate.ways import Ways, joined, together, undominated
 from spectrim.errors import BudgetError, InputError
@@ -82,7 +82,7 @@ def knapsack(
     units = joined(curves, alike=limits.alike)
     units.sort(key=lambda members: curves[members[0]].name)
     ways = [_ways([parts[i] for i in members]) for members in units]
-    dense = [_dense_bytes(curve, limits.dtype_bytes) for curve in curves]
+    dense = [whole_bytes(curve, Form("dense"), limits.dtype_bytes) for curve in curves]
     budget = _budget(ways, keep, len(curves), sum(dense))
     chosen = choose([w.bytes for w in ways], [w.loss for w in ways], budget, states=states)
     picks, entries, total = chosen.picks.tolist(), {}, 0.0
@@ -92,12 +92,6 @@ def knapsack(
             entries[i] = _entry(curves[i], forms, one, (pick, column), dense[i])
     notes = () if chosen.exact else (f"at most {total - chosen.bound:.3g} above the least loss",)
     return Plan(tuple(entries[i] for i in range(len(curves))), keep, "knapsack", notes)
-
-
-def _dense_bytes(curve: Curve, dtype_bytes: int) -> int:
-    return curve.copies * layer_bytes(
-        curve.shape, rank=None, storage="dense", dtype_bytes=dtype_bytes
-    )
 
 
 def _parts(
@@ -118,9 +112,7 @@ def _parts(
             loss = scale.get(CUTTING, 1.0) * losses[ranks] + added[ranks % added.size]
             parts.append(Ways.of_one(i, ranks, ladders[i].bytes[:-1], loss))
         else:
-            options = {"weights": form.weights, "dtype_bytes": dtype_bytes}
-            one = layer_bytes(curve.shape, rank=None, storage=form.storage, **options)
-            stored = np.array([curve.copies * one])
+            stored = np.array([whole_bytes(curve, form, dtype_bytes)])
             parts.append(Ways.of_one(i, np.array([0]), stored, added))
     return parts
 

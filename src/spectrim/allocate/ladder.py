@@ -132,14 +132,15 @@ def smallest_keep(curves: Sequence[Curve], limits: Limits) -> float:
     lowest = sum(int(x.bytes[0]) for x in ladders)
     if not limits.forms:
         lowest = sum(
-            min(_whole_bytes(x.curve, form, limits) for form in limits.whole) for x in ladders
+            min(whole_bytes(x.curve, form, limits.dtype_bytes) for form in limits.whole)
+            for x in ladders
         )
     return lowest / sum(x.dense_bytes for x in ladders)
 
 
-def _whole_bytes(curve: Curve, form: Form, limits: Limits) -> int:
-    """Of a target that is not cut, in one form."""
-    options = {"storage": form.storage, "weights": form.weights, "dtype_bytes": limits.dtype_bytes}
+def whole_bytes(curve: Curve, form: Form, dtype_bytes: int) -> int:
+    """Of a target that is not cut, in one form; of all that the curve stands for."""
+    options = {"storage": form.storage, "weights": form.weights, "dtype_bytes": dtype_bytes}
     return curve.copies * layer_bytes(curve.shape, rank=None, **options)
 
 
@@ -231,7 +232,7 @@ def _ladder(curve: Curve, limits: Limits) -> Ladder:
     if curve.storage is not None:
         limits = replace(limits, storage=curve.storage)
     shape, size = curve.shape, limits.dtype_bytes
-    dense = curve.copies * layer_bytes(shape, rank=None, storage="dense", dtype_bytes=size)
+    dense = whole_bytes(curve, Form("dense"), size)
     by_storage = np.stack(
         [
             bytes_by_rank(shape, storage=f.storage, weights=f.weights, dtype_bytes=size)
