@@ -50,6 +50,7 @@ class SpectrimQuantizer(HfQuantizer):
         self._prefix = ""
         self._dtypes: dict[str, torch.dtype] = {}
         self._folding: list[Any] = []
+        self._experts: tuple[str, ...] = ()
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -91,18 +92,24 @@ class SpectrimQuantizer(HfQuantizer):
         layers = compressed_layers(model)
         self._storages = {name: (layer.storage, layer.weights) for name, layer in layers.items()}
         self._prefix = model.base_model_prefix
+        self._experts = tuple(expert_stacks(model))
 
     def get_weight_conversions(self) -> list[Any]:
         """Names on disk -> names in memory; transformers reverses them to save."""
         return renamings(self._storages, self._prefix)
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Ours, and the architecture's but for what puts experts together that are layers now."""
-        return self._without_folding(weight_conversions, model) + self.get_weight_conversions()
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: Any = None
+    ) -> list[Any]:
+        """Ours, and the architecture's but for what puts experts together that are layers now.
 
-    def _without_folding(self, conversions: list[Any], model: Any) -> list[Any]:
+        The model is the one that was observed last; transformers up to 5.20 does not name it.
+        """
+        return self._without_folding(weight_conversions) + self.get_weight_conversions()
+
+    def _without_folding(self, conversions: list[Any]) -> list[Any]:
         """Set the conversions aside that need the parameters of unfolded experts."""
-        kept = unfolded_conversions(conversions, expert_stacks(model))
+        kept = unfolded_conversions(conversions, self._experts)
         self._folding = [c for c in conversions if c not in kept] or self._folding
         return kept
 
@@ -111,7 +118,7 @@ class SpectrimQuantizer(HfQuantizer):
         self._observe(model)
         for name, layer in compressed_layers(model).items():
             check_storable(layer, name)
-        steps = self._without_folding(own_conversions(model), model)
+        steps = self._without_folding(own_conversions(model))
         steps = whole_layers(steps, compressed_layers(model))
         config = self.quantization_config
         config.table = with_disk_names(model, table_of(model, previous=config.table), steps)
