@@ -45,7 +45,7 @@ SYMMETRY = 1e-4
 """Largest asymmetry, relative to the Frobenius norm, that a moment matrix may show before it is
 refused. Sums accumulated in fp32 are asymmetric by their rounding, a wrong matrix by far more."""
 
-PIVOT_GROWTH_LIMIT = 1.05
+PIVOT_GROWTH_LIMIT = 1.01
 """Max-volume swaps stop once no coefficient of a packed layer exceeds this."""
 
 PACKED_ERROR_SHARE = 0.25
