@@ -169,7 +169,7 @@ def test_the_stack_is_multiplied_once_per_input(trio, monkeypatch):
     fused(draw(4, 9))
     fused(draw(4, 9))
     assert rows.count(9) == 2
-    assert fused.a.basis.shared._product is None
+    assert fused.a.basis.shared._once._held is None
 
 
 def test_any_order_of_calls_is_correct(trio):
@@ -209,7 +209,7 @@ def test_compiles_to_one_graph(trio, mode):
         for seed in range(2):
             x = draw(4, 9, seed=seed)
             assert all(same(f, s) for f, s in zip(compiled(x), separate(x), strict=True))
-    assert fused.a.basis.shared._product is None
+    assert fused.a.basis.shared._once._held is None
 
 
 def test_moving_and_copying_keep_the_stack_shared(trio):
@@ -218,7 +218,7 @@ def test_moving_and_copying_keep_the_stack_shared(trio):
     moved = copy.deepcopy(fused).to(torch.float32)
     assert moved.a.basis.shared is moved.b.down.shared is moved.c.basis.shared
     assert moved.a.basis.shared is not fused.a.basis.shared
-    assert moved.a.basis.shared._product is None
+    assert moved.a.basis.shared._once._held is None
     assert moved.a.basis.weight.dtype == torch.float32
     assert len([n for n, _ in moved.named_parameters() if "shared" in n]) == 1
 

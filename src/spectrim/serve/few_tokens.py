@@ -1,12 +1,13 @@
-"""Compressed layers whose products of a few tokens are one launch each.
+"""Compressed layers whose products of a few tokens are one or two launches, shared with company.
 
 The classes add no tensor and change no name: a layer becomes one of them and is the same layer in
-every other respect. With many tokens, with gradients, and where another module stands for a part
-(joined inputs, integers), the ordinary operators run.
+every other respect. With many tokens, with gradients, and where another module stands for a part,
+the ordinary operators run; integers are then restored by a kernel, once per product.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,80 +15,155 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.devices import runs_triton
+from spectrim.layers.dense import QuantizedDense
 from spectrim.layers.lowrank import LowRankLinear
 from spectrim.layers.packed import PackedLinear
+from spectrim.layers.quantized import QuantizedLinear
+from spectrim.serve.once import OncePerInput
+from spectrim.serve.product import Product, product_of, steps
 
 FEW = 8
 """Tokens up to which every weight is read once per token from a cache; above it products of
 matrices are better at it."""
 
-
-def _suits(x: Tensor, *parts: nn.Module) -> bool:
-    plain = all(type(part) is nn.Linear and part.weight.dtype == x.dtype for part in parts)
-    return plain and not torch.is_grad_enabled() and 0 < x.numel() <= FEW * x.shape[-1]
-
-
-def _rows(x: Tensor, part: Any, mode: int = 0, order: Tensor | None = None, **more: Any) -> Tensor:
-    from spectrim.serve.triton_rows import rows
-
-    bias, rank = more.get("bias"), more.get("rank", 0)
-    y = rows(x.reshape(-1, x.shape[-1]), part.weight, order, bias, rank, mode)
-    return y.view(*x.shape[:-1], y.shape[-1])
-
-
-class QuickLowRank(LowRankLinear):
-    """`LowRankLinear` with two launches for a few tokens."""
-
-    def latent(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., k)."""
-        return _rows(x, self.down) if _suits(x, self.down) else super().latent(x)
-
-    def expand(self, latent: Tensor) -> Tensor:
-        """(..., k) -> (..., out)."""
-        if not _suits(latent, self.up):
-            return super().expand(latent)
-        return _rows(latent, self.up, bias=self.up.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
-        return self.expand(self.latent(x))
-
-
-class QuickPacked(PackedLinear):
-    """`PackedLinear` with two launches for a few tokens: its order is read, nothing is gathered."""
-
-    def latent(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., k)."""
-        if not _suits(x, self.basis, self.coefficients):
-            return super().latent(x)
-        if self.side == "out":
-            return _rows(x, self.basis)
-        return _rows(x, self.coefficients, 1, self.order, rank=self.rank)
-
-    def expand(self, latent: Tensor) -> Tensor:
-        """(..., k) -> (..., out)."""
-        if not _suits(latent, self.coefficients if self.side == "out" else self.basis):
-            return super().expand(latent)
-        if self.side == "in":
-            return _rows(latent, self.basis, bias=self.bias)
-        options = {"rank": self.rank, "bias": self.bias}
-        return _rows(latent, self.coefficients, 2, self.order, **options)
-
-
-_QUICK: dict[type, type] = {LowRankLinear: QuickLowRank, PackedLinear: QuickPacked}
+TOGETHER = 3
+"""Layers that share launches: q, k and v."""
 
 
 def obstacle(device: torch.device) -> str:
-    """Why the kernel cannot run on a device, empty if it can."""
+    """Why the kernels cannot run on a device, empty if they can."""
     if find_spec("triton") is None:
         return "Triton is not installed"
     return "" if runs_triton(device) else f"Triton makes no kernels for {device.type} here"
 
 
-def quick(layer: nn.Module) -> bool:
-    """Let a layer use the kernel, in place; False for layers that have no use for it."""
-    made = _QUICK.get(type(layer))
-    if made is None or getattr(layer, "weights", "") != "native":
-        return False
-    layer.__class__ = made
-    return True
+class Together:
+    """Layers that read one input: their first products are one launch, their second ones another.
+
+    Args:
+        layers: at most `TOGETHER`, each of which becomes quick.
+    """
+
+    def __init__(self, layers: Sequence[Any]):
+        self.layers = tuple(layers)
+        self._once = OncePerInput(len(layers))
+        for member, layer in enumerate(layers):
+            layer.__class__ = _QUICK[type(layer)]
+            layer.together, layer.member = self, member
+
+    def suits(self, x: Tensor) -> bool:
+        """Whether these are few tokens that the kernel multiplies."""
+        few = 0 < x.numel() <= FEW * x.shape[-1] and not torch.is_grad_enabled()
+        return few and all(fits(layer, x.dtype) for layer in self.layers)
+
+    def take(self, x: Tensor, member: int) -> Tensor:
+        """The output of a member, (..., in) -> (..., out)."""
+        return self._once.take(x, member, self._outputs)[member]
+
+    def _outputs(self, x: Tensor) -> list[Tensor]:
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        found: list[Any] = [steps(layer) for layer in self.layers]
+        ys = _launch([rows] * len(found), [turn[0] for turn in found])
+        second = [i for i, turn in enumerate(found) if len(turn) > 1]
+        if second:
+            last = iter(_launch([ys[i] for i in second], [found[i][1] for i in second]))
+            ys = [next(last) if i in second else y for i, y in enumerate(ys)]
+        return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
+
+    def undo(self) -> None:
+        """The layers are what they were."""
+        for layer in self.layers:
+            layer.__class__ = type(layer).__bases__[1]
+            del layer.together, layer.member
+
+
+class _Quick(nn.Module):
+    """A layer that asks its company for the output of a few tokens."""
+
+    together: Together
+    member: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        if self.together.suits(x):
+            return self.together.take(x, self.member)
+        return super().forward(x)
+
+
+class QuickLowRank(_Quick, LowRankLinear):
+    """`LowRankLinear` with two launches for a few tokens."""
+
+
+class QuickPacked(_Quick, PackedLinear):
+    """`PackedLinear` with two launches for a few tokens: its order is read, nothing is gathered."""
+
+
+class QuickDense(_Quick, QuantizedDense):
+    """`QuantizedDense` with one launch for a few tokens, its codes read as they are stored."""
+
+
+class QuickCodes(QuantizedLinear):
+    """`QuantizedLinear` whose matrix is restored in one launch for many tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        if x.requires_grad and torch.is_grad_enabled():
+            return super().forward(x)
+        weight = _restored(product_of(self), x.dtype)
+        return nn.functional.linear(x, weight, self.bias)
+
+
+_QUICK: dict[type, type] = {
+    LowRankLinear: QuickLowRank,
+    PackedLinear: QuickPacked,
+    QuantizedDense: QuickDense,
+}
+
+
+def fits(layer: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether the kernel multiplies every part of a compressed layer."""
+    return all(step is not None and step.fits(dtype) for step in steps(layer))
+
+
+def quick_codes(model: nn.Module) -> None:
+    """Let every integer matrix of a model be restored by the kernel, in place."""
+    for module in model.modules():
+        if type(module) is QuantizedLinear:
+            module.__class__ = QuickCodes
+
+
+def companies(
+    layers: dict[str, nn.Module], groups: Iterable[Sequence[str]]
+) -> list[tuple[str, ...]]:
+    """Names of layers that share launches: those that read one input, and every other alone.
+
+    Args:
+        layers: those that can be quick, by name.
+        groups: names of layers that read the same input.
+    """
+    found: list[tuple[str, ...]] = []
+    for group in groups:
+        known = [name for name in group if name in layers]
+        found += [tuple(known[i : i + TOGETHER]) for i in range(0, len(known), TOGETHER)]
+    alone = set(layers).difference(*found)
+    return found + [(name,) for name in layers if name in alone]
+
+
+def _launch(xs: list[Tensor], products: list[Product]) -> list[Tensor]:
+    from spectrim.serve import triton_products
+
+    if not torch.compiler.is_compiling():
+        return triton_products.launch(xs, products)
+    fields = [list(field) for field in zip(*products, strict=True)]
+    return triton_products.products(xs, *fields)
+
+
+def _restored(product: Product | None, dtype: torch.dtype) -> Tensor:
+    from spectrim.serve import triton_products
+
+    assert product is not None
+    if not torch.compiler.is_compiling():
+        return triton_products.restored(product, dtype)
+    return triton_products.matrix(
+        product.weight, product.scale, product.zero, product.bits, product.columns, dtype
+    )

@@ -8,11 +8,8 @@ in-side gathers its input first and is left as it is, and so is a dense layer.
 The members keep their class and their place. Only the child that reads the input is replaced, by a
 `FusedSlice` with the same `weight`, so that dense weights, state dicts and saving see what they
 saw before. The first member that meets an input computes the stacked product, the others take
-their slice of it; the last one drops it. A product is used again only for the very same tensor
-object in the same version, with the same stacked weight, gradient and autocast mode; any other
-call, in whatever order, computes afresh. Inference tensors and compiled graphs have no version
-counter, there identity alone decides: `fuse` therefore traces the model and joins only layers that
-really met one unchanged tensor.
+their slice of it (`once`). `fuse` traces the model and joins only layers that really met one
+unchanged tensor.
 
 Permutations of packed layers are not folded into their neighbours; docs/storage.md says why, with
 numbers.
@@ -22,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,24 +27,7 @@ from torch import Tensor, nn
 from spectrim.errors import ModelError
 from spectrim.layers.swap import compressed_layers
 from spectrim.model.weights import new_linear
-
-
-class _Key(NamedTuple):
-    """Everything besides the input object that the product depends on; compared as a whole."""
-
-    version: int | None
-    weight_version: int | None
-    grad: bool
-    autocast: bool
-
-
-class _Product(NamedTuple):
-    """A stacked product that some members have not asked for yet."""
-
-    x: Tensor
-    key: _Key
-    y: Tensor
-    waiting: frozenset[int]
+from spectrim.serve.once import OncePerInput
 
 
 class FusedDown(nn.Module):
@@ -56,29 +36,13 @@ class FusedDown(nn.Module):
     def __init__(self, weights: Sequence[Tensor], *, requires_grad: bool):
         super().__init__()
         self.weight = nn.Parameter(torch.cat(tuple(weights)), requires_grad=requires_grad)
-        self._members = frozenset(range(len(weights)))
-        # Replaced as a whole and never changed in place, so that threads cannot see half of it.
-        self._product: _Product | None = None
+        self._once = OncePerInput(len(weights))
 
     def take(self, x: Tensor, member: int) -> Tensor:
         """The stacked product for `x`, (..., sum of ranks), computed by the first who asks."""
-        key = _Key(
-            _version(x),
-            _version(self.weight),
-            torch.is_grad_enabled(),
-            torch.is_autocast_enabled(x.device.type),
+        return self._once.take(
+            x, member, lambda x: nn.functional.linear(x, self.weight), self.weight
         )
-        held = self._product
-        if held is not None and held.x is x and held.key == key and member in held.waiting:
-            y, waiting = held.y, held.waiting - {member}
-        else:
-            y, waiting = nn.functional.linear(x, self.weight), self._members - {member}
-        self._product = _Product(x, key, y, waiting) if waiting else None
-        return y
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies of the module start without a product."""
-        return self.__dict__ | {"_product": None}
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Nothing: every slice saves its own rows under the name they had before."""
@@ -276,10 +240,3 @@ def _join(layers: Sequence[nn.Module]) -> None:
         piece = FusedSlice(shared.train(layer.training), member, start, stop)
         setattr(layer, _reader_name(layer), piece.train(layer.training))
         start = stop
-
-
-def _version(tensor: Tensor) -> int | None:
-    """The in-place version, None where torch keeps none."""
-    if torch.compiler.is_compiling() or tensor.is_inference():
-        return None
-    return tensor._version

@@ -11,8 +11,9 @@ of a product, and each is made where it pays:
 - *joined*: elsewhere, first factors that read the same input become one product (`fuse`), since
   what few tokens cost there is launches. On a CPU that gains nothing, and an ordered weight cannot
   be joined;
-- *quick*: elsewhere, products of a few tokens by a kernel of our own (`few_tokens`), for the shapes
-  for which this device was just seen to be faster with it.
+- *quick*: elsewhere, products of a few tokens by a kernel of our own (`few_tokens`), one launch for
+  all layers that read the same input, for the shapes for which this device was just seen to be
+  faster with it; integers are read as they are stored, and restored in one launch for many tokens.
 
 The first two take memory, and are made as far as it reaches: restored first, because a matrix that
 is restored for every token costs most, and layer by layer from the one that needs least, so that as
@@ -21,6 +22,7 @@ many as possible are served. docs/storage.md has the measurements behind the ord
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,11 +37,19 @@ from spectrim.layers.lowrank import LowRankLinear
 from spectrim.layers.packed import PackedLinear
 from spectrim.layers.quantized import QuantizedLinear, part_of, wide_weight
 from spectrim.layers.swap import compressed_layers, restore_dense, swap_in
-from spectrim.serve.few_tokens import QuickLowRank, QuickPacked, obstacle, quick
-from spectrim.serve.fusion import FusedSlice, fuse
+from spectrim.serve.few_tokens import (
+    QuickCodes,
+    Together,
+    companies,
+    fits,
+    obstacle,
+    quick_codes,
+)
+from spectrim.serve.fusion import FusedSlice, fuse, shared_inputs
 from spectrim.serve.grouped import group_experts
 from spectrim.serve.prepack import PrepackedLinear, prepack
 from spectrim.serve.prepack_codes import PrepackedCodes, can_prepack_codes
+from spectrim.serve.product import product_of
 from spectrim.sizes import parse_size
 
 _ORDERED = (PrepackedLinear, PrepackedCodes)
@@ -76,7 +86,12 @@ class Prepared:
 
 
 @torch.no_grad()
-def prepare(model: nn.Module, *, memory: int | str | None = None) -> Prepared:
+def prepare(
+    model: nn.Module,
+    *,
+    memory: int | str | None = None,
+    groups: Iterable[Sequence[str]] | None = None,
+) -> Prepared:
     """Arrange a model's weights so that it runs fast on the device where it lies, in place.
 
     For running, not for training. A model that is moved or cast afterwards is prepared for the
@@ -86,6 +101,7 @@ def prepare(model: nn.Module, *, memory: int | str | None = None) -> Prepared:
     Args:
         model: a causal language model, compressed or dense.
         memory: bytes that all weights may take, or "2GB", or "any"; None for what they take now.
+        groups: module paths of layers that share an input; None finds them by tracing two tokens.
 
     Returns:
         What was chosen, layer by layer, and what it takes.
@@ -94,26 +110,35 @@ def prepare(model: nn.Module, *, memory: int | str | None = None) -> Prepared:
         BudgetError: the weights take more than `memory` as they are, or it is no size.
         ModelError: the model was prepared before.
     """
-    done = (*_ORDERED, FusedSlice, QuickLowRank, QuickPacked)
+    done = (*_ORDERED, FusedSlice, QuickCodes)
     if any(isinstance(m, done) or getattr(m, "together", None) for m in model.modules()):
         raise ModelError("the model is prepared already; load it again to prepare it otherwise")
     before = memory_of(model)
     room = _room(memory, before)
+    first = next(model.parameters(), None)
+    host = first is None or on_host(first.device)
+    lacks = "" if host else obstacle(first.device)  # type: ignore[union-attr]
+    kernel = not (host or lacks)
     changed: dict[str, str] = {}
-    for needs, name, change in sorted(_changes(model), key=lambda c: (c[2] != _RESTORED, c[0])):
+    changes = _changes(model, kernel)
+    for needs, name, change in sorted(changes, key=lambda c: (c[2] != _RESTORED, c[0])):
         if needs <= room:
             room -= needs
             changed[name] = change
             _CHANGES[change](model, name)
-    first = next(model.parameters(), None)
     ways: dict[str, set[str]] = {}
     notes: list[str] = []
-    ordered = prepack(model)
-    if first is not None and not on_host(first.device) and compressed_layers(model):
+    ordered = 0 if kernel else prepack(model)
+    if not host and compressed_layers(model):
         ways["grouped"], single = group_experts(model)
         notes += [f"{name}: experts one by one, {why}" for name, why in single.items()]
-        ways["joined"] = {name for group in fuse(model).groups for name in group}
-        ways["quick"] = _quicken(model, first.device, notes)
+        found = shared_inputs(model) if groups is None else [tuple(names) for names in groups]
+        ways["joined"] = {name for group in fuse(model, found).groups for name in group}
+        if kernel:
+            quick_codes(model)
+            ways["quick"] = _quicken(model, found)
+        else:
+            notes.append(f"{lacks}: few tokens by ordinary products")
     layers = {name: "dense" for name, change in changed.items() if change == _RESTORED}
     for name, layer in compressed_layers(model).items():
         words = [layer.storage, layer.weights, changed.get(name, "")]
@@ -147,17 +172,30 @@ def _room(memory: int | str | None, before: int) -> float:
 _RESTORED, _UNPACKED = "restored", "unpacked"
 
 
-def _changes(model: nn.Module) -> list[tuple[int, str, str]]:
-    """(bytes it needs, layer, change) of every layer that would run faster in another form."""
+def _changes(model: nn.Module, kernel: bool) -> list[tuple[int, str, str]]:
+    """(bytes it needs, layer, change) of every layer that would run faster in another form.
+
+    Args:
+        model: with compressed layers.
+        kernel: whether ours reads codes and orders as they are stored.
+    """
     found = []
     for name, layer in compressed_layers(model).items():
         codes = [m for m in layer.modules() if isinstance(m, QuantizedLinear)]
-        if any(not m.reads_codes and not can_prepack_codes(m) for m in codes):
+        if any(not _read(m, kernel) for m in codes):
             found.append((_native_bytes(layer) - memory_of(layer), name, _RESTORED))
         elif isinstance(layer, PackedLinear) and not codes and not on_host(layer.weight.device):
             saved = layer.order.numel() * layer.order.element_size()
             found.append((layer.rank**2 * layer.weight.element_size() - saved, name, _UNPACKED))
     return found
+
+
+def _read(codes: QuantizedLinear, kernel: bool) -> bool:
+    """Whether products of a few tokens work on the codes where they lie."""
+    product = product_of(codes) if kernel else None
+    if product is not None:
+        return product.fits(codes.dtype)
+    return codes.reads_codes or can_prepack_codes(codes)
 
 
 def _native_bytes(layer: Any) -> int:
@@ -196,29 +234,39 @@ def _unpack(model: nn.Module, name: str) -> None:
 _CHANGES = {_RESTORED: _restore, _UNPACKED: _unpack}
 
 
-def _quicken(model: nn.Module, device: torch.device, notes: list[str]) -> set[str]:
-    """Layers that use our kernel from now on: one of every shape is timed both ways."""
-    reason = obstacle(device)
-    if reason:
-        notes.append(f"{reason}: few tokens by ordinary products")
-        return set()
+def _dtype(layer: Any) -> torch.dtype:
+    """Of the tokens that a compressed layer multiplies."""
+    part = layer.get_submodule(next(iter(layout_of(layer.storage).formats)))
+    return part.dtype if isinstance(part, QuantizedLinear) else part.weight.dtype
+
+
+def _quicken(model: nn.Module, groups: Iterable[Sequence[str]]) -> set[str]:
+    """Layers that use our kernel from now on: one company of every shape is timed both ways."""
+    layers = compressed_layers(model)
+    able = {name: layer for name, layer in layers.items() if fits(layer, _dtype(layer))}
     faster: dict[Any, bool] = {}
-    chosen = set()
-    for name, layer in compressed_layers(model).items():
-        plain = type(layer)
-        if not quick(layer):
-            continue
-        x = layer.weight.new_ones(1, layer.in_features)
-        key = (plain, layer.in_features, layer.out_features, layer.rank, layer.weight.dtype)
+    chosen: set[str] = set()
+    for names in companies(able, groups):
+        members = [able[name] for name in names]
+        first: Any = members[0]
+        key = tuple(
+            (type(m), m.in_features, m.out_features, m.rank, m.weights, _dtype(m)) for m in members
+        )
+        company = None
         if key not in faster:
-            seconds = {}
-            for kind in (type(layer), plain):
-                layer.__class__ = kind
-                seconds[kind] = device_seconds(lambda layer=layer, x=x: layer(x), device)
-            faster[key] = seconds.pop(plain) > min(seconds.values())
-            quick(layer)
+            place = next(first.buffers(), next(first.parameters(), None)).device  # type: ignore[union-attr]
+            x = torch.ones(1, first.in_features, dtype=_dtype(first), device=place)
+
+            def run(members=members, x=x) -> None:
+                for member in members:
+                    member(x)
+
+            plain = device_seconds(run, x.device)
+            company = Together(members)
+            faster[key] = device_seconds(run, x.device) < plain
         if faster[key]:
-            chosen.add(name)
-        else:
-            layer.__class__ = plain
+            company = company or Together(members)
+            chosen.update(names)
+        elif company is not None:
+            company.undo()
     return chosen
