@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -95,8 +96,13 @@ def has_kernel(operator: str, device: torch.device) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{operator}", key)
 
 
+def has_triton() -> bool:
+    """Whether Triton is installed, which comes with some builds of PyTorch only."""
+    return find_spec("triton") is not None
+
+
 def runs_triton(device: torch.device) -> bool:
-    """Whether Triton makes kernels for a device: it is installed apart, and old cards are left."""
+    """Whether Triton, where it is, makes kernels for a device: old cards are left out."""
     ask = None if on_host(device) else _own(device, "get_device_capability")
     found = None if ask is None else ask(device)
     return isinstance(found, tuple) and found >= _OLDEST_FOR_TRITON

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spectrim.devices import has_triton, runs_triton
 from spectrim.linalg.psd import cholesky_damped, symmetrized
 from spectrim.tolerances import ROUNDING_DAMPING
 
@@ -70,6 +71,47 @@ class Grid:
 def by_column(values: Tensor, group: int, columns: int) -> Tensor:
     """Numbers per group, (rows, groups), repeated for the columns of each: (rows, columns)."""
     return values.repeat_interleave(group, dim=1)[:, :columns]
+
+
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """Columns that are rounded one after the other, each as a row of (columns, rows) tensors, fp32.
+
+    Attributes:
+        aims: what the columns after these leave to be aimed at.
+        N: the columns' own square of the metric's factor.
+        W: the matrix.
+        divisor: steps, infinite where a step is 0.
+        step: between two values of the grid.
+        offset: of the grid, or None.
+        low: smallest code of every row, (rows,).
+        high: largest code, likewise.
+        E: takes the errors.
+        codes: takes the codes.
+    """
+
+    aims: Tensor
+    N: Tensor
+    W: Tensor
+    divisor: Tensor
+    step: Tensor
+    offset: Tensor | None
+    low: Tensor
+    high: Tensor
+    E: Tensor
+    codes: Tensor
+
+    def round_columns(self) -> None:
+        """The last column first."""
+        for j in range(len(self.W) - 1, -1, -1):
+            aim = self.aims[j] - self.N[j + 1 :, j] @ self.E[j + 1 :]
+            if self.offset is not None:
+                aim -= self.offset[j]
+            aim = (aim / self.divisor[j]).round_()
+            torch.clamp(aim, self.low, self.high, out=self.codes[j])
+            self.E[j] = self.codes[j] * self.step[j] - self.W[j]
+            if self.offset is not None:
+                self.E[j] += self.offset[j]
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,19 +171,21 @@ class Metric:
         offset = None if grid.offset is None else grid.offset.float().mT[order].contiguous()
         E, codes = torch.zeros_like(W), torch.zeros_like(W)
         low, high = (
-            end.float().mT[0] if isinstance(end, Tensor) else end for end in (grid.low, grid.high)
+            end.float().mT[0] if isinstance(end, Tensor) else W.new_full((W.shape[1],), end)
+            for end in (grid.low, grid.high)
         )
+        together = has_triton() and runs_triton(W.device)
         for stop in range(W.shape[0], 0, -COLUMNS):
-            start = max(0, stop - COLUMNS)
-            aims = W[start:stop] - N[stop:, start:stop].mT @ E[stop:]
-            for j in range(stop - 1, start - 1, -1):
-                aim = aims[j - start] - N[j + 1 : stop, j] @ E[j + 1 : stop]
-                if offset is not None:
-                    aim -= offset[j]
-                torch.clamp((aim / divisor[j]).round_(), low, high, out=codes[j])
-                E[j] = codes[j] * step[j] - W[j]
-                if offset is not None:
-                    E[j] += offset[j]
+            at = slice(max(0, stop - COLUMNS), stop)
+            aims = W[at] - N[stop:, at].mT @ E[stop:]
+            parts = (W[at], divisor[at], step[at], None if offset is None else offset[at])
+            turn = Turn(aims, N[at, at], *parts, low, high, E[at], codes[at])
+            if together:
+                from spectrim.linalg.triton_rounding import round_columns
+
+                round_columns(turn)
+            else:
+                turn.round_columns()
         found = torch.empty_like(codes)
         found[order] = codes
         return found.mT.contiguous().long()

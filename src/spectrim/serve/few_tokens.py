@@ -8,13 +8,12 @@ the ordinary operators run; integers are then restored by a kernel, once per pro
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spectrim.devices import runs_triton
+from spectrim.devices import has_triton, runs_triton
 from spectrim.layers.dense import QuantizedDense
 from spectrim.layers.lowrank import LowRankLinear
 from spectrim.layers.packed import PackedLinear
@@ -32,7 +31,7 @@ TOGETHER = 3
 
 def obstacle(device: torch.device) -> str:
     """Why the kernels cannot run on a device, empty if they can."""
-    if find_spec("triton") is None:
+    if not has_triton():
         return "Triton is not installed"
     return "" if runs_triton(device) else f"Triton makes no kernels for {device.type} here"
 

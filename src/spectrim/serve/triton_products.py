@@ -11,7 +11,8 @@ input (q, k, v; gate, up) share their launches. Every program owns a few rows an
 end to end, so that there are programs enough for a whole card even where there is one token, and no
 sum is split.
 
-Codes of 4 and 8 bits are read as they are stored, a 32-bit word at a time. Moved to the top of the mantissa of a number between 1 and 2, a code q of b bits is 1 + q / 2^b without a conversion, of
+Codes of 4 and 8 bits are read as they are stored, a 32-bit word at a time. Moved to the top of the
+mantissa of a number between 1 and 2, a code q of b bits is 1 + q / 2^b without a conversion, of
 which a card does half as many per second as products.
 
 Import this only where Triton is. `TRITON_INTERPRET=1`, set before, runs it on CPU tensors: that is
@@ -193,13 +194,13 @@ def _products(
             block, token, x0, weight0, scale0, zero0, order0, bias0, y0,
             out0, columns0, rank0, words0, MODE0, BITS0, GROUP0, ZERO0, BIAS0, ROWS, COLUMNS,
         )  # fmt: skip
-    if COUNT > 1:
+    if COUNT > 1:  # noqa: SIM102 - known when it is compiled
         if (block >= first) & (block < second):
             _product(
                 block - first, token, x1, weight1, scale1, zero1, order1, bias1, y1,
                 out1, columns1, rank1, words1, MODE1, BITS1, GROUP1, ZERO1, BIAS1, ROWS, COLUMNS,
             )  # fmt: skip
-    if COUNT > 2:
+    if COUNT > 2:  # noqa: SIM102
         if block >= second:
             _product(
                 block - second, token, x2, weight2, scale2, zero2, order2, bias2, y2,

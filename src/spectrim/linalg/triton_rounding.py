@@ -1,0 +1,65 @@
+"""Rounding with feedback, a stretch of columns in one launch: a kernel in Triton.
+
+A column waits for the one after it, so ordinary operators take six launches per column, which on a
+card is all the time there is. Rows do not wait for each other: a thread owns a row and goes through
+its columns with everything in registers.
+
+Import this only where Triton is. `TRITON_INTERPRET=1`, set before, runs it on CPU tensors.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from spectrim.linalg.rounding import COLUMNS, Turn
+
+ROWS = 32
+"""Of the matrix, per program: one warp."""
+
+_HALVES = 12582912.0
+"""1.5 * 2^23: fp32 numbers of this size are whole, so adding it rounds, halves to even."""
+
+
+@triton.jit
+def _round(
+    aims_ptr, N_ptr, W_ptr, divisor_ptr, step_ptr, offset_ptr, low_ptr, high_ptr, E_ptr, codes_ptr,
+    columns, rows,
+    OFFSET: tl.constexpr, HALVES: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    exists = r < rows
+    c = tl.arange(0, COLUMNS)
+    both = (c < columns)[:, None] & exists[None, :]
+    aims = tl.load(aims_ptr + c[:, None] * rows + r[None, :], mask=both, other=0.0)
+    low = tl.load(low_ptr + r, mask=exists, other=0.0)
+    high = tl.load(high_ptr + r, mask=exists, other=0.0)
+    for i in range(0, columns):
+        j = columns - 1 - i
+        place = j * rows + r
+        aim = tl.sum(tl.where((c == j)[:, None], aims, 0.0), axis=0)
+        step = tl.load(step_ptr + place, mask=exists, other=0.0)
+        error = -tl.load(W_ptr + place, mask=exists, other=0.0)
+        if OFFSET:
+            offset = tl.load(offset_ptr + place, mask=exists, other=0.0)
+            aim -= offset
+            error += offset
+        code = aim / tl.load(divisor_ptr + place, mask=exists, other=1.0)
+        code = tl.minimum(tl.maximum(code, low - 1), high + 1)
+        code = tl.minimum(tl.maximum((code + HALVES) - HALVES, low), high)
+        error += code * step
+        tl.store(codes_ptr + place, code, mask=exists)
+        tl.store(E_ptr + place, error, mask=exists)
+        passed_on = tl.load(N_ptr + j * columns + c, mask=c < j, other=0.0)
+        aims -= passed_on[:, None] * error[None, :]
+
+
+def round_columns(turn: Turn) -> None:
+    """`Turn.round_columns` on a card."""
+    columns, rows = turn.W.shape
+    _round[(triton.cdiv(rows, ROWS),)](  # type: ignore[index]
+        turn.aims, turn.N.contiguous(), turn.W, turn.divisor, turn.step,
+        turn.W if turn.offset is None else turn.offset, turn.low, turn.high, turn.E, turn.codes,
+        columns, rows,
+        OFFSET=turn.offset is not None, HALVES=_HALVES, COLUMNS=COLUMNS, ROWS=ROWS, num_warps=1,
+    )  # fmt: skip
