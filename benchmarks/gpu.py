@@ -46,8 +46,7 @@ from spectrim.layers.lowrank import LowRankLinear
 from spectrim.layers.packed import PackedLinear
 from spectrim.layers.quantized import QuantizedLinear, quantize_layer
 from spectrim.recipes import PRESETS
-from spectrim.serve.fusion import fuse
-from spectrim.serve.prepack import prepack
+from spectrim.serve.prepare import prepare
 from spectrim.studies.benching import bench
 
 DEVICE = accelerator() or HOST
@@ -55,8 +54,8 @@ SMALL = {"hidden": 128, "key_value": 64, "intermediate": 192}
 ROUNDS = 7
 JOINED = [("q", "k", "v"), ("gate", "up")]
 VARIANTS = (
-    "dense", "dense_joined", "factored", "factored_joined", "packed",
-    "dense_int8", "dense_int4", "factored_int8", "factored_int4",
+    "dense", "dense_joined", "factored", "packed",
+    "dense_int8", "dense_int4", "factored_int8", "factored_int4", "packed_any",
 )  # fmt: skip
 
 
@@ -86,7 +85,10 @@ class DenseJoined(nn.Module):
 
 
 def variant(block: dict[str, int], name: str, keep: float) -> nn.Module:
-    """One block at half the bytes; integer factors have the rank of native ones at `keep`."""
+    """One prepared block at half the bytes; integer factors have the rank of native ones at `keep`.
+
+    `any` is prepared with all the memory that it can use.
+    """
     kind, _, weights = name.partition("_")
     layers: dict[str, nn.Module] = {}
     for place, shape in shapes(block).items():
@@ -103,6 +105,7 @@ def variant(block: dict[str, int], name: str, keep: float) -> nn.Module:
         layers[place] = layer
     model: Any = Linears(layers)
     randomize(model)
+    model.to(DEVICE)
     for place, layer in layers.items():
         if not weights.startswith("int"):
             continue
@@ -112,11 +115,10 @@ def variant(block: dict[str, int], name: str, keep: float) -> nn.Module:
             setattr(model, place, QuantizedDense(inner))
         else:
             quantize_layer(layer, weights, dtype=torch.bfloat16)
-    model = DenseJoined(model) if name == "dense_joined" else model.eval()
-    model.to(DEVICE)
-    if name == "factored_joined":
-        fuse(model, JOINED)
-    prepack(model)
+    if name == "dense_joined":
+        return DenseJoined(model)
+    found = prepare(model.eval(), groups=JOINED, memory="any" if weights == "any" else None)
+    print(name, found.record(), flush=True)
     return model
 
 

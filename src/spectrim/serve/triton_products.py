@@ -213,8 +213,10 @@ def _restore(
     codes_ptr, scale_ptr, zero_ptr, y_ptr, columns, size, groups,
     BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    SPAN: tl.constexpr = GROUP if GROUP > 0 else COLUMNS
     row = tl.program_id(1).to(tl.int64)
-    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    g = tl.program_id(0) * (COLUMNS // SPAN) + tl.arange(0, COLUMNS // SPAN)
+    c = g[:, None] * SPAN + tl.arange(0, SPAN)[None, :]
     inner = c < columns
     bit = c * BITS
     code = tl.load(codes_ptr + row * size + bit // 8, mask=inner, other=0).to(tl.int32) & 255
@@ -228,10 +230,12 @@ def _restore(
     if GROUP == 0:
         value *= tl.load(scale_ptr + row).to(tl.float32)
     else:
-        group = row * groups + c // GROUP
-        value *= tl.load(scale_ptr + group, mask=inner, other=0.0).to(tl.float32)
+        group = row * groups + g
+        scale = tl.load(scale_ptr + group, mask=g < groups, other=0.0)
+        value *= scale.to(tl.float32)[:, None]
         if ZERO:
-            value += tl.load(zero_ptr + group, mask=inner, other=0.0).to(tl.float32)
+            zero = tl.load(zero_ptr + group, mask=g < groups, other=0.0)
+            value += zero.to(tl.float32)[:, None]
     tl.store(y_ptr + row * columns + c, value.to(y_ptr.dtype.element_ty), mask=inner)
 
 
