@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from spectrim.formats import format_of
-from spectrim.linalg import rounding
+from spectrim.linalg import turn
 from spectrim.linalg.rounding import Grid, Metric
 
 pytestmark = pytest.mark.skipif(
@@ -30,7 +30,7 @@ def test_the_kernel_gives_the_codes_of_ordinary_operators(weights, monkeypatch):
     grid = Grid.stacked(grids) if len(grids) > 1 else grids[0]
     W = W.repeat(len(rows), 1)
     expected = metric.codes(W, grid)
-    monkeypatch.setattr(rounding, "runs_triton", lambda device: True)
+    monkeypatch.setattr(turn, "runs_triton", lambda device: True)
     found = metric.codes(W, grid)
     # Sums in another order may decide a tie otherwise, and everything after it.
     assert (found != expected).double().mean() < 0.01

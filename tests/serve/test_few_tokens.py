@@ -85,7 +85,7 @@ def test_few_tokens_give_what_ordinary_products_give(kind, shape, rank, bias, dt
 @pytest.mark.parametrize("weights", ["int8", "int4", "int4-g32", "int4-g128", "int8-g64"])
 @pytest.mark.parametrize("columns", [96, 1100])
 def test_codes_are_their_restored_matrix(weights, columns, launches):
-    from spectrim.serve.triton_products import restored
+    from spectrim.serve.triton_restoring import restored
 
     bias = torch.arange(9.0)
     layer = QuantizedDense(integers((9, columns), weights, bias=bias))

@@ -20,12 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectrim.devices import has_triton, runs_triton
 from spectrim.linalg.psd import cholesky_damped, symmetrized
+from spectrim.linalg.turn import COLUMNS, Turn
 from spectrim.tolerances import ROUNDING_DAMPING
-
-COLUMNS = 64
-"""Columns whose corrections are added one at a time; those of all others come in one product."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,47 +68,6 @@ class Grid:
 def by_column(values: Tensor, group: int, columns: int) -> Tensor:
     """Numbers per group, (rows, groups), repeated for the columns of each: (rows, columns)."""
     return values.repeat_interleave(group, dim=1)[:, :columns]
-
-
-@dataclass(frozen=True, eq=False)
-class Turn:
-    """Columns that are rounded one after the other, each as a row of (columns, rows) tensors, fp32.
-
-    Attributes:
-        aims: what the columns after these leave to be aimed at.
-        N: the columns' own square of the metric's factor.
-        W: the matrix.
-        divisor: steps, infinite where a step is 0.
-        step: between two values of the grid.
-        offset: of the grid, or None.
-        low: smallest code of every row, (rows,).
-        high: largest code, likewise.
-        E: takes the errors.
-        codes: takes the codes.
-    """
-
-    aims: Tensor
-    N: Tensor
-    W: Tensor
-    divisor: Tensor
-    step: Tensor
-    offset: Tensor | None
-    low: Tensor
-    high: Tensor
-    E: Tensor
-    codes: Tensor
-
-    def round_columns(self) -> None:
-        """The last column first."""
-        for j in range(len(self.W) - 1, -1, -1):
-            aim = self.aims[j] - self.N[j + 1 :, j] @ self.E[j + 1 :]
-            if self.offset is not None:
-                aim -= self.offset[j]
-            aim = (aim / self.divisor[j]).round_()
-            torch.clamp(aim, self.low, self.high, out=self.codes[j])
-            self.E[j] = self.codes[j] * self.step[j] - self.W[j]
-            if self.offset is not None:
-                self.E[j] += self.offset[j]
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,18 +130,11 @@ class Metric:
             end.float().mT[0] if isinstance(end, Tensor) else W.new_full((W.shape[1],), end)
             for end in (grid.low, grid.high)
         )
-        together = has_triton() and runs_triton(W.device)
         for stop in range(W.shape[0], 0, -COLUMNS):
             at = slice(max(0, stop - COLUMNS), stop)
             aims = W[at] - N[stop:, at].mT @ E[stop:]
             parts = (W[at], divisor[at], step[at], None if offset is None else offset[at])
-            turn = Turn(aims, N[at, at], *parts, low, high, E[at], codes[at])
-            if together:
-                from spectrim.linalg.triton_rounding import round_columns
-
-                round_columns(turn)
-            else:
-                turn.round_columns()
+            Turn(aims, N[at, at], *parts, low, high, E[at], codes[at]).round_columns()
         found = torch.empty_like(codes)
         found[order] = codes
         return found.mT.contiguous().long()

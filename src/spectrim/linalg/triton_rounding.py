@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-from spectrim.linalg.rounding import COLUMNS, Turn
+from torch import Tensor
 
 ROWS = 32
 """Of the matrix, per program: one warp."""
@@ -54,12 +53,14 @@ def _round(
         aims -= passed_on[:, None] * error[None, :]
 
 
-def round_columns(turn: Turn) -> None:
-    """`Turn.round_columns` on a card."""
-    columns, rows = turn.W.shape
+def round_columns(
+    aims: Tensor, N: Tensor, W: Tensor, divisor: Tensor, step: Tensor, offset: Tensor | None,
+    low: Tensor, high: Tensor, E: Tensor, codes: Tensor, most: int,
+) -> None:  # fmt: skip
+    """`Turn.round_columns` on a card, for a turn's tensors and no more than `most` columns."""
+    columns, rows = W.shape
     _round[(triton.cdiv(rows, ROWS),)](  # type: ignore[index]
-        turn.aims, turn.N.contiguous(), turn.W, turn.divisor, turn.step,
-        turn.W if turn.offset is None else turn.offset, turn.low, turn.high, turn.E, turn.codes,
-        columns, rows,
-        OFFSET=turn.offset is not None, HALVES=_HALVES, COLUMNS=COLUMNS, ROWS=ROWS, num_warps=1,
+        aims, N.contiguous(), W, divisor, step, W if offset is None else offset, low, high, E,
+        codes, columns, rows,
+        OFFSET=offset is not None, HALVES=_HALVES, COLUMNS=most, ROWS=ROWS, num_warps=1,
     )  # fmt: skip

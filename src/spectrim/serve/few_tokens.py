@@ -158,11 +158,11 @@ def _launch(xs: list[Tensor], products: list[Product]) -> list[Tensor]:
 
 
 def _restored(product: Product | None, dtype: torch.dtype) -> Tensor:
-    from spectrim.serve import triton_products
+    from spectrim.serve import triton_restoring
 
     assert product is not None
     if not torch.compiler.is_compiling():
-        return triton_products.restored(product, dtype)
-    return triton_products.matrix(
+        return triton_restoring.restored(product, dtype)
+    return triton_restoring.matrix(
         product.weight, product.scale, product.zero, product.bits, product.columns, dtype
     )
