@@ -7,7 +7,8 @@ PyTorch says through `torch.accelerator` what is there, and a device's own modul
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 import torch
@@ -106,6 +107,26 @@ def runs_triton(device: torch.device) -> bool:
     ask = None if on_host(device) else _own(device, "get_device_capability")
     found = None if ask is None else ask(device)
     return isinstance(found, tuple) and found >= _OLDEST_FOR_TRITON
+
+
+@contextmanager
+def in_tf32(device: torch.device, wanted: bool = True) -> Iterator[None]:
+    """Products of fp32 matrices in TF32, where a device has it: 10 bits of a factor, fp32 sums.
+
+    About eight times as fast, and exact for factors that were bf16 or fp16 before.
+    """
+    matmul = getattr(getattr(torch.backends, device.type, None), "matmul", None)
+    # The first one since PyTorch 2.9, which warns of the other.
+    found = [name for name in ("fp32_precision", "allow_tf32") if hasattr(matmul, name)]
+    if not wanted or not found:
+        yield
+        return
+    before = getattr(matmul, found[0])
+    setattr(matmul, found[0], "tf32" if found[0] == "fp32_precision" else True)
+    try:
+        yield
+    finally:
+        setattr(matmul, found[0], before)
 
 
 def keeps_own_random_state(device: torch.device) -> bool:

@@ -18,12 +18,12 @@ from spectrim.distributed.team import Team
 from spectrim.errors import NonFiniteError
 from spectrim.model.anatomy import Group, Target
 from spectrim.model.capture import first_tensor
-from spectrim.moments.accumulate import accumulator_of, reduction_dtype
+from spectrim.moments.accumulate import accumulator_of
 from spectrim.moments.experts import BlockMoments, Pool, pooled_share
 from spectrim.moments.folded import Folded
 from spectrim.moments.gradient_record import ComponentScores, ComponentsOf, GradientPass
 from spectrim.moments.moments import Moments, OutputMoments
-from spectrim.moments.symmetric import SymmetricSum
+from spectrim.moments.symmetric import SymmetricSum, reduction_dtype
 
 
 class _TargetSums:
@@ -66,16 +66,17 @@ class _TargetSums:
             x, g = x[:, seen], g[:, seen]  # a row of zeros is no token
         self.rows += x.shape[0] * x.shape[1]
         work = reduction_dtype(x)
-        x, g = x.to(work), g.to(work)
+        g = g.to(work)
         if self.G is not None:
-            self.G.add(_clip_tokens(g, self.clip).flatten(0, 1))
+            self.G.add(_clip_tokens(g, self.clip).flatten(0, 1), sampled=True)
             self.tokens += g.shape[0] * g.shape[1]
         if self.fisher_in is not None or self.gradient is not None:
-            for one_x, one_g in zip(x, g, strict=True):  # a window's gradient is a weight's size
+            # One window at a time: its gradient has a weight's size.
+            for one_x, one_g in zip(x.to(work), g, strict=True):
                 self._add_gradient(one_g.mT @ one_x)
         if self.factors is not None and self.halves is not None and self.squares is not None:
             up, down = (f.to(work) for f in self.factors)
-            change = -((g @ up) * (x @ down.mT)).sum(1).double()  # (B, r)
+            change = -((g @ up) * (x.to(work) @ down.mT)).sum(1).double()  # (B, r)
             halves = (number + torch.arange(len(x))) % 2
             self.halves.index_add_(0, halves.to(change.device), change)
             self.squares += change.square().sum(0)
@@ -134,7 +135,7 @@ def _clip_tokens(g: Tensor, clip: float | None) -> Tensor:
         return g
     norms = g.norm(dim=2, keepdim=True)
     limit = clip * norms.mean(1, keepdim=True)
-    return torch.where(norms > limit, g * (limit / norms.clamp_min(limit)), g)
+    return g * (limit / norms.clamp_min(torch.finfo(g.dtype).tiny)).clamp_max(1.0)
 
 
 class PassSums:
