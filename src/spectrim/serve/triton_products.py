@@ -34,12 +34,15 @@ from spectrim.serve.product import NATIVE, OUTSIDE, Product
 MOST = 3
 """Products of one launch."""
 
-WARPS = 4
+WARP = 32
+BYTES = 16
+"""That a thread reads of a row at a time."""
+
 ROWS = {1: 2, 4: 4, 16: 8}
 """Rows of a program, by the rows of a launch in units of 1024: few rows need many programs."""
 
-COLUMNS = 1024
-"""Of the matrix, that a program holds at a time: every thread reads 16 bytes of a row of bf16."""
+WASTE = 1.15
+"""Share of reads beyond the end of a row up to which more warps are the better choice."""
 
 
 @triton.jit
@@ -204,13 +207,24 @@ def _products(
             )  # fmt: skip
 
 
+def _tiles(products: Sequence[Product]) -> dict[str, int]:
+    """How much of a matrix a program holds at a time, and its warps."""
+    total = sum(p.out for p in products)
+    rows = max(rows for least, rows in ROWS.items() if least == 1 or total >= 1024 * least)
+    span = WARP * max(BYTES * 8 // p.bits for p in products)
+    columns = max(p.columns for p in products)
+    read = {warps: triton.cdiv(columns, span * warps) * span * warps for warps in (4, 2, 1)}
+    warps = next((w for w, size in read.items() if size <= WASTE * columns), 1)
+    return {"ROWS": rows, "COLUMNS": span * warps, "num_warps": warps}
+
+
 def launch(xs: Sequence[Tensor], products: Sequence[Product], **tiles: int) -> list[Tensor]:
     """The products of a few tokens, summed in fp32; no gradient.
 
     Args:
         xs: for every product its (tokens, in), contiguous, in the model's dtype.
         products: at most `MOST`.
-        tiles: other `ROWS`, `COLUMNS` and `num_warps` than those chosen here.
+        tiles: `ROWS`, `COLUMNS` and `num_warps`, where not as `_tiles` chooses them.
 
     Returns:
         For every product (tokens, out) in the dtype of x.
@@ -226,9 +240,7 @@ def launch(xs: Sequence[Tensor], products: Sequence[Product], **tiles: int) -> l
         values += [p.out, p.columns, p.rank, weight.shape[1]]
         facts |= {f"MODE{i}": p.mode, f"BITS{i}": p.bits, f"GROUP{i}": p.group}
         facts |= {f"ZERO{i}": p.zero is not None, f"BIAS{i}": p.bias is not None}
-    total = sum(p.out for p in products)
-    rows = max(rows for least, rows in ROWS.items() if least == 1 or total >= 1024 * least)
-    facts |= {"COUNT": len(products), "ROWS": rows, "COLUMNS": COLUMNS, "num_warps": WARPS, **tiles}
+    facts |= {"COUNT": len(products), **_tiles(products), **tiles}
     blocks = sum(triton.cdiv(p.out, facts["ROWS"]) for p in products)
     _products[(blocks, xs[0].shape[0])](*values, **facts)  # type: ignore[index]
     return ys
