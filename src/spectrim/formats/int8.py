@@ -25,10 +25,6 @@ KERNEL_MULTIPLE = 16
 
 KERNEL = "_weight_int8pack_mm"
 
-FEW = 16
-"""Tokens up to which an accelerator is better off reading codes than multiplying a copy: more are
-arithmetic, for which its ordinary product is built."""
-
 
 class Int8(Integers):
     """8-bit codes with a scale per row."""
@@ -69,11 +65,8 @@ class Int8(Integers):
         """`(x qᵀ) scale`, by torch's kernel where it suits."""
         import torch
 
-        from spectrim.devices import on_host
-
         codes, scale = tensors["codes"], tensors["scale"]
-        few = on_host(x.device) or x.numel() <= FEW * columns
-        if few and not x.requires_grad and self.reads_codes(tensors, x.dtype):  # has no gradient
+        if not x.requires_grad and self.reads_codes(tensors, x.dtype):  # has no gradient
             # Scales of one: the kernel would round ours to bf16, one error for a whole row.
             ones = torch.ones_like(scale, dtype=x.dtype)
             y = torch._weight_int8pack_mm(x.reshape(-1, columns), codes, ones)
@@ -87,30 +80,32 @@ class Int8(Integers):
         return _suits_kernel(tensors["codes"], dtype)
 
     def fast(self, device: torch.device, dtype: torch.dtype) -> bool:
-        """Where torch's kernel is."""
+        """Where torch's kernel is fast, or ours."""
         import torch
 
-        from spectrim.devices import has_kernel
+        from spectrim.devices import has_kernel, on_host
 
+        if not on_host(device):
+            return super().fast(device, dtype)
         return dtype == torch.bfloat16 and has_kernel(KERNEL, device)
 
     def path(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> str:
         """The kernel's name where it runs."""
-        from spectrim.devices import on_host
-
-        suits = on_host(tensors["codes"].device) and self.reads_codes(tensors, dtype)
+        suits = self.reads_codes(tensors, dtype)
         return "torch's int8 kernel" if suits else "codes cast for every product"
 
 
 def _suits_kernel(codes: Tensor, dtype: torch.dtype) -> bool:
     """Whether torch's int8 kernel is at hand and beats a product with restored numbers.
 
-    It does in bf16; in fp32 it is tens of times slower on a CPU. With sides that are no multiples
-    of 16 it was seen to read beyond its memory.
+    It does on a CPU in bf16. In fp32 it is tens of times slower there, and on a card (H200, torch
+    2.11) eleven times slower than the whole dense block at one token. With sides that are no
+    multiples of 16 it was seen to read beyond its memory.
     """
     import torch
 
-    from spectrim.devices import has_kernel
+    from spectrim.devices import has_kernel, on_host
 
     multiples = all(side % KERNEL_MULTIPLE == 0 for side in codes.shape)
-    return multiples and dtype == torch.bfloat16 and has_kernel(KERNEL, codes.device)
+    suits = multiples and dtype == torch.bfloat16 and on_host(codes.device)
+    return suits and has_kernel(KERNEL, codes.device)

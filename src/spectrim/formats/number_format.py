@@ -18,6 +18,10 @@ BYTES = {"int8": 1, "uint8": 1, "fp32": 4, "bf16": 2}
 """Bytes of a stored number; `native` numbers have those of the model's dtype."""
 
 
+CODED = (4, 8)
+"""Bits of codes that the kernel for few tokens multiplies as they are stored."""
+
+
 class NumberFormat(ABC):
     """How a matrix (rows, columns) is kept.
 
@@ -84,7 +88,14 @@ class NumberFormat(ABC):
 
     def fast(self, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether products on a device take about as long as those of plain numbers, or less."""
-        return not self.integer or (self.kernel is not None and self.kernel.at_hand(device, dtype))
+        from spectrim.devices import has_triton, on_host, runs_triton
+
+        if not self.integer:
+            return True
+        ours = not on_host(device) and has_triton() and runs_triton(device)
+        if ours and getattr(self, "bits", 0) in CODED:
+            return True
+        return self.kernel is not None and self.kernel.at_hand(device, dtype)
 
     def path(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> str:
         """How a product with these runs, in words for people."""

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from spectrim.formats.number_format import CODED
 from spectrim.layers.dense import QuantizedDense
 from spectrim.layers.lowrank import LowRankLinear
 from spectrim.layers.packed import PackedLinear
@@ -18,9 +19,6 @@ PLAIN, INSIDE, OUTSIDE = 0, 1, 2
 
 NATIVE = 16
 """Stands for the bits of weights that are no codes, whatever their dtype."""
-
-CODED = (4, 8)
-"""Bits of codes that are multiplied as they are stored."""
 
 
 class Product(NamedTuple):
