@@ -67,7 +67,7 @@ def least_squares_map(
     start = finite(start, name=name, what="the starting map")
     residual = finite(cross, name=name, what="the cross moment") - start @ C.to(torch.float64)
     scale = start.new_ones(start.shape[1]) if sizes is None else sizes.to(start).sqrt()
-    S = scale[:, None] * C * scale
+    S = C * (scale[:, None] * scale)
     if not S.any():
         return start, 0.0
     L, damping = cholesky_damped(S, name=name, ridge=ridge)
@@ -105,17 +105,19 @@ def evident_ridge(
         NonFiniteError, NumericalError: `C` cannot be trusted; names whose it is.
     """
     scale = sizes.to(C).sqrt()
-    S = scale[:, None] * C * scale
+    S = C * (scale[:, None] * scale)
     right = (residual * scale).mT
-    beyond = tokens - len(S)
+    beyond, mean = tokens - len(S), float(S.diagonal().mean())
     if beyond <= 0 or energy <= 0 or not right.any():
         return RIDGES[0]
 
     def unlikeliness(ridge: float) -> float:
         L, damping = cholesky_damped(S, name=name, ridge=ridge)
-        spread = float(2 * L.diagonal().log().sum())
-        spread -= len(S) * math.log(damping * float(S.diagonal().mean()))
-        explained = float(torch.linalg.solve_triangular(L, right, upper=False).square().sum())
+        solved = torch.linalg.solve_triangular(L, right, upper=False)
+        # Read together: an accelerator waits for every reading.
+        numbers = torch.stack([2 * L.diagonal().log().sum(), solved.square().sum()])
+        spread, explained = numbers.tolist()
+        spread -= len(S) * math.log(damping * mean)
         return spread + beyond * math.log(max(energy - explained, RANK_CUTOFF_FP64 * energy))
 
     best, least = RIDGES[0], unlikeliness(RIDGES[0])

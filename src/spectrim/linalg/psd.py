@@ -30,7 +30,7 @@ def finite(matrix: Tensor, *, name: str, what: str) -> Tensor:
         NonFiniteError: an entry is NaN or infinite.
     """
     # A sum is not finite if one entry is not, and is found in a fraction of the time.
-    if not bool(torch.isfinite(matrix.sum())) and (bad := int((~torch.isfinite(matrix)).sum())):
+    if not math.isfinite(float(matrix.sum())) and (bad := int((~torch.isfinite(matrix)).sum())):
         raise NonFiniteError(
             f"{name}: {what} of shape {tuple(matrix.shape)} holds {bad} non-finite values; "
             "expected finite numbers. Check the checkpoint and the dtype used in calibration."
@@ -116,9 +116,8 @@ def channel_prior(C: Tensor, sizes: Tensor) -> Tensor:
         (n,), in the dtype of `C`.
     """
     sizes = sizes.to(C)
-    read = sizes > 0
     worth = (C.diagonal() * sizes).mean()
-    return torch.where(read, worth / torch.where(read, sizes, 1.0), 0.0)
+    return (worth / sizes).masked_fill_(sizes <= 0, 0.0)
 
 
 def shrunk(C: Tensor, share: float, sizes: Tensor) -> Tensor:
@@ -168,7 +167,7 @@ def cholesky_damped(
             damped = C.clone()
             damped.diagonal().add_(damping * prior)
             L, info = torch.linalg.cholesky_ex(damped)
-            if int(info) == 0 and pivots_hold(L, damped):
+            if pivots_hold(L, info, damped):
                 return L, damping
     raise NotPositiveDefiniteError(
         f"{name}: a {C.shape[0]} x {C.shape[0]} moment matrix with mean diagonal {scale:.3g} is "
@@ -186,7 +185,13 @@ def _dampings(ridge: float) -> Iterator[float]:
             yield damping
 
 
-def pivots_hold(L: Tensor, C: Tensor) -> bool:
-    """Whether no pivot of `C = L Lᵀ` has vanished against its own diagonal entry."""
+def pivots_hold(L: Tensor, info: Tensor, C: Tensor) -> bool:
+    """Whether `C = L Lᵀ` was factored, and no pivot has vanished against its own diagonal entry.
+
+    Args:
+        L: lower Cholesky factor, (n, n).
+        info: what `cholesky_ex` says of it.
+        C: the matrix, (n, n).
+    """
     share = L.diagonal().square() / C.diagonal()
-    return bool((share > RANK_CUTOFF_FP64).all())
+    return bool((share > RANK_CUTOFF_FP64).all() & (info == 0))

@@ -17,6 +17,9 @@ from spectrim.tolerances import SCALING
 STEPS = 100
 """A dense matrix needs about ten; one with a pattern of zeros may never come to rest."""
 
+_LOOK = 4
+"""Steps between two looks at whether they have come to rest: an accelerator waits for a look."""
+
 
 def row_and_column_sizes(W: Tensor) -> tuple[Tensor, Tensor]:
     """Squared sizes of the rows (m,) and columns (n,) of a matrix (m, n), up to a common factor.
@@ -27,16 +30,19 @@ def row_and_column_sizes(W: Tensor) -> tuple[Tensor, Tensor]:
     # Columns first, by their own sums: what they are written in cancels from the first step on.
     columns = squares.sum(0)
     rows = squares.new_zeros(len(squares))
-    for _ in range(STEPS):
+    # Where rows sum to one, columns sum to one over this, or the common factor would wander.
+    filled = [squares.any(d).sum(dtype=squares.dtype) for d in (0, 1)]
+    share = filled[0] / filled[1].clamp_min(1)
+    for step in range(STEPS):
         before = rows
         rows = squares @ _inverse(columns)
-        rows = rows / rows.mean().clamp_min(torch.finfo(rows.dtype).tiny)
-        columns = squares.mT @ _inverse(rows)
-        if bool(((rows - before).abs() <= SCALING * rows).all()):
+        columns = share * (squares.mT @ _inverse(rows))
+        if step % _LOOK == _LOOK - 1 and bool(((rows - before).abs() <= SCALING * rows).all()):
             break
-    return rows, columns
+    size = rows.mean().clamp_min(torch.finfo(rows.dtype).tiny)
+    return rows / size, columns * size
 
 
 def _inverse(sizes: Tensor) -> Tensor:
-    """Elementwise, 0 where there is nothing."""
-    return torch.where(sizes > 0, 1 / torch.where(sizes > 0, sizes, 1.0), 0.0)
+    """Elementwise, a finite number where there is nothing: it is multiplied with zeros alone."""
+    return sizes.clamp_min(torch.finfo(sizes.dtype).tiny).reciprocal()
