@@ -91,13 +91,17 @@ class Replay:
             NonFiniteError: if the result holds NaN or infinity; names the block.
             ValueError: if T is not the recorded window length.
         """
+        output = self.unchecked(block_index, module, hidden)
+        check_finite_states(output, f"block {self.names[block_index]!r}")
+        return output
+
+    def unchecked(self, block_index: int, module: nn.Module, hidden: Tensor) -> Tensor:
+        """As `run`, for training: its loss shows what is not finite, once for all blocks."""
         if hidden.shape[1] != self.stream.shape[1]:
             raise ValueError(
                 f"windows have {hidden.shape[1]} tokens, recorded with {self.stream.shape[1]}"
             )
-        output = hidden_of(self.call_of(block_index, hidden.shape[0]).call(module, hidden))
-        check_finite_states(output, f"block {self.names[block_index]!r}")
-        return output
+        return hidden_of(self.call_of(block_index, hidden.shape[0]).call(module, hidden))
 
     def advance(
         self, block_index: int, stream: Stream, batch: int, device: torch.device | str

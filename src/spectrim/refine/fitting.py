@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from spectrim.distributed.pool import Pool
 from spectrim.distributed.team import Team
 from spectrim.errors import NonFiniteError
+from spectrim.refine.adamw import AdamW
 from spectrim.refine.course import Course
-from spectrim.refine.pace import set_pace, warmup_cosine
+from spectrim.refine.pace import warmup_cosine
 
 LossOf = Callable[[Tensor], Tensor]
 """Indices of windows (len,) -> differentiable scalar, the mean over these windows."""
@@ -89,7 +90,7 @@ def _units(parameters: list[nn.Parameter], relative: bool) -> list[float]:
     """What a learning rate of one means for each tensor."""
     if not relative:
         return [1.0] * len(parameters)
-    sizes = [float(p.detach().square().mean().sqrt()) for p in parameters]
+    sizes = torch.stack([p.detach().square().mean().sqrt() for p in parameters]).tolist()
     # A tensor of zeros has no size of its own, and moves as carefully as the smallest one.
     smallest = min((size for size in sizes if size > 0), default=1.0)
     return [size or smallest for size in sizes]
@@ -121,8 +122,14 @@ def _judged(loss_of: LossOf, course: Course, micro_batch: int) -> float:
     """Mean loss of the held-out windows as things are, the same on all processes."""
     held, team = course.held, course.pool.team
     parts = [rows for rows in course.pool.here(held).split(micro_batch) if len(rows)]
+
+    def loss_here() -> float:
+        # Read at the end: an accelerator waits for every reading.
+        losses = torch.stack([loss_of(rows) for rows in parts]).tolist() if parts else []
+        return sum(loss * len(rows) for loss, rows in zip(losses, parts, strict=True))
+
     with torch.no_grad():
-        total = team.total(lambda: sum(float(loss_of(rows)) * len(rows) for rows in parts))
+        total = team.total(loss_here)
     return _finite(total / len(held), "the held-out loss")
 
 
@@ -139,13 +146,13 @@ def _gradients(
     mine = pool.spread(chunk)
 
     def loss_here() -> float:
-        total = 0.0
+        total: Tensor | float = 0.0
         for rows in mine.split(settings.micro_batch) if len(mine) else ():
             with torch.enable_grad():
                 loss = loss_of(rows) * (len(rows) / len(chunk))
-                total += _finite(loss.detach(), "the loss")
                 loss.backward()
-        return total
+            total = total + loss.detach()
+        return _finite(total, "the loss")
 
     total = pool.team.total(loss_here)
     _add_gradients(parameters, pool.team)
@@ -245,11 +252,7 @@ def _train(
     if selects:
         result.history.append((0, before))
     units = _units(parameters, settings.relative)
-    optimizer = torch.optim.AdamW(
-        [{"params": [p]} for p in parameters],
-        lr=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-    )
+    optimizer = AdamW(parameters, weight_decay=settings.weight_decay)
     worse = 0
     batches = _batches(course.train, settings.batch, torch.Generator().manual_seed(settings.seed))
     for step in range(1, settings.steps + 1):
@@ -259,8 +262,7 @@ def _train(
         factor = warmup_cosine(
             step - 1, settings.steps, warmup=settings.warmup, final=settings.final_learning_rate
         )
-        set_pace(optimizer, [settings.learning_rate * factor * unit for unit in units])
-        optimizer.step()
+        optimizer.step([settings.learning_rate * factor * unit for unit in units])
         last = step == settings.steps
         if not selects:
             result.before = loss if step == 1 else result.before

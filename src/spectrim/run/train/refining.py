@@ -94,10 +94,11 @@ def _refine(
     following = [(b.index, get_module(job.model, b.name)) for b in ahead]
 
     def run(hidden: Tensor) -> Tensor:
-        hidden = replay.run(block.index, compressed, hidden)
+        hidden = replay.unchecked(block.index, compressed, hidden)
         for index, module in following:
             # These keep their dtype, while the trained block has fp32 masters.
-            hidden = replay.run(index, module, hidden.to(next(module.parameters()).dtype))
+            states = hidden.to(next(module.parameters()).dtype)
+            hidden = replay.unchecked(index, module, states)
         return hidden
 
     pool = Pool(job.team, len(job.ids), (inputs, beyond))
