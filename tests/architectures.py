@@ -1,6 +1,7 @@
 """Tiny random models of every supported architecture, built from config, offline and seeded.
 
-Sizes are no multiples of one another, so that a swapped axis cannot go unnoticed.
+Sizes are no multiples of one another, so that a swapped axis cannot go unnoticed. Two blocks: a
+first one, and one after what another has left.
 """
 
 import importlib
@@ -9,12 +10,13 @@ import torch
 
 VOCAB = 67
 POSITIONS = 40
+BLOCKS = 2
 
 _GQA = {
     "vocab_size": VOCAB,
     "hidden_size": 40,
     "intermediate_size": 54,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": BLOCKS,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": POSITIONS,
@@ -24,7 +26,7 @@ _GQA = {
 }
 _HEAD = {"head_dim": 10}
 _SLIDING = {
-    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "layer_types": ["sliding_attention", "full_attention"],
     "sliding_window": 6,
 }
 
@@ -51,7 +53,7 @@ _RECIPES = {
         {
             "vocab_size": VOCAB,
             "n_embd": 40,
-            "n_layer": 3,
+            "n_layer": BLOCKS,
             "n_head": 4,
             "n_positions": POSITIONS,
             "bos_token_id": 1,
@@ -71,7 +73,7 @@ _RECIPES = {
             "vocab_size": VOCAB,
             "hidden_size": 40,
             "ffn_dim": 54,
-            "num_hidden_layers": 3,
+            "num_hidden_layers": BLOCKS,
             "num_attention_heads": 4,
             "max_position_embeddings": POSITIONS,
             "word_embed_proj_dim": 40,
@@ -152,7 +154,7 @@ MIXTURES = {
     "deepseek_v2": _DEEP | _MLA | {"topk_method": "greedy"},
     "deepseek_v3": _DEEP | _MLA,
     "olmoe": _ALWAYS,
-    "gpt_oss": _LOCAL | {"layer_types": ["full_attention"] * 2},
+    "gpt_oss": _LOCAL | {"layer_types": ["full_attention"] * BLOCKS},
     "glm4_moe": _DEEP | {"n_shared_experts": 1},
     "granitemoe": _LOCAL,
     "llama4_text": _LOCAL
@@ -167,7 +169,7 @@ MIXTURES = {
 
 def mixture(kind, **changes):
     """A tiny mixture of experts whose weights are large enough for its routers to decide."""
-    model = family(kind, **{"num_hidden_layers": 2} | MIXTURES[kind] | changes)
+    model = family(kind, **MIXTURES[kind] | changes)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -29,7 +29,7 @@ def stops():
 def walked(tmp_path_factory):
     """Calls of the stops in their order, and the files that were handed the watched target."""
     folder = tmp_path_factory.mktemp("walk")
-    model = tiny("llama", num_hidden_layers=2)[0]
+    model = tiny("llama")[0]
     model.save_pretrained(folder / "dense")
     wanted, calls, handed = set(stops()), [], set()
 

@@ -3,7 +3,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from architectures import tiny
+from architectures import BLOCKS, tiny
 from spectrim import api
 from spectrim.cli.bench import as_numbers, print_bench
 from spectrim.cli.main import app
@@ -23,7 +23,7 @@ def test_dense_and_compressed_are_timed_side_by_side(tmp_path, capsys):
     assert found["ideal"]["prefill"] > 1
     assert found["environment"]["torch"]
     prepared = found["compressed"]["prepared"]
-    assert sum(prepared["layers"].values()) == 3 * 7
+    assert sum(prepared["layers"].values()) == BLOCKS * 7
     assert prepared["bytes_after"] <= prepared["bytes_before"]
     for dense, small, gain in zip(
         found["dense"]["cells"], found["compressed"]["cells"], found["speedup"], strict=True
@@ -36,7 +36,7 @@ def test_dense_and_compressed_are_timed_side_by_side(tmp_path, capsys):
     found = json.loads(ran.stdout)
     assert found["compressed"]["prepared"] is None
     whole = found["compressed"]["cells"][0]["cache_bytes_per_token"]
-    assert whole == found["dense"]["cells"][0]["cache_bytes_per_token"] == 3 * 2 * 20 * 4
+    assert whole == found["dense"]["cells"][0]["cache_bytes_per_token"] == BLOCKS * 2 * 20 * 4
     assert found["latent_cache"]["cells"][0]["cache_bytes_per_token"] < whole
     print_bench(found)
     shown = capsys.readouterr().out

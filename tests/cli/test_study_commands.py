@@ -12,7 +12,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from architectures import tiny, windows
+from architectures import BLOCKS, tiny, windows
 from spectrim import api, studies
 from spectrim.api import evaluating
 from spectrim.cli.main import app
@@ -54,7 +54,7 @@ def test_distortion_of_several_results_is_a_table_and_pictures(folders, tmp_path
     results = [folders / "small", folders / "large"]
     found = studies.distortion(folders / "dense", results, measure=measure, output=tmp_path)
     rows = list(csv.DictReader((tmp_path / "distortion.csv").open()))
-    assert len(rows) == len(found) / 2 == 3 * 8
+    assert len(rows) == len(found) / 2 == BLOCKS * 8
     values = {(one.model, str(one.block), one.projection): one.mse for one in found}
     for row in rows:
         for model in ("small", "large"):

@@ -51,7 +51,7 @@ SINGLE = ("one-shot whitened", "sequential anchored")
 
 def job_of(**fields):
     """Two blocks show what three do: a first one, and one after what another has left."""
-    model = tiny("llama", num_hidden_layers=2)[0]
+    model = tiny("llama")[0]
     return make_job(count=11, model=model, calibration={"batch": 4}, **fields)
 
 

@@ -1,4 +1,4 @@
-"""Started twice by torchrun: collectives, every case, the program, and at last a failure.
+"""What both processes of a team do: collectives, every case, the program, and at last a failure.
 
 Each rank writes what it saw to `rank-N.json` and `rank-N.safetensors` in the working folder.
 """
@@ -122,8 +122,8 @@ def break_rank_1(rank: int) -> None:
     sequential.replace_target = broken
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
+def live() -> None:
+    """The life of one process; it ends with an error."""
     with membership() as team:
         rank = team.rank
         story = {"collectives": collectives(team), "team": [team.size, str(team.device)]}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import multiprocessing
 import os
 import re
+import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,11 +17,13 @@ import cases
 import pytest
 import torch
 from drive_program import prepare
-from drive_team import COMPRESS, RESUMED, program
+from drive_team import COMPRESS, RESUMED, live, program
 from safetensors.torch import load_file
+from transformers.utils.logging import disable_progress_bar
 
-import spectrim
 from architectures import tiny, windows
+from children import child
+from spectrim.distributed.launch import membership
 from spectrim.distributed.team import Team
 from spectrim.errors import InputError, RecipeError
 from spectrim.recipes import get_recipe
@@ -28,7 +32,6 @@ from spectrim.run.loading import LoadedModel
 from spectrim.run.opening import open_job
 from spectrim.run.options import RunOptions
 
-HERE = Path(__file__).parent
 SECONDS = 240  # of which a quiet machine needs a tenth
 
 # Forwards of 11 windows in parts of 5 and 6 round differently than in batches of 4, 4 and 3, and so
@@ -49,16 +52,30 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def environment(**more: str) -> dict[str, str]:
-    source = Path(spectrim.__file__).parents[1]  # what is tested here, wherever it was started
-    paths = [str(p) for p in (HERE, HERE.parent, HERE.parent / "cli", source)]
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(paths),
-        "GLOO_SOCKET_IFNAME": "lo",
-        "OMP_NUM_THREADS": "1",
-        **more,
-    }
+def start_two(folder: Path) -> None:
+    """What torchrun does, whose processes need not import anything here: they are forks."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.chdir(folder)
+    signal.alarm(SECONDS)
+    disable_progress_bar()  # as where the command line is what imports transformers
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    said = os.open("stderr.txt", os.O_WRONLY | os.O_CREAT)
+    for stream in (1, 2):
+        os.dup2(said, stream)
+    sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1) for stream in (1, 2))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        max_restarts=0,
+        rdzv_backend="c10d",
+        rdzv_endpoint=f"127.0.0.1:{free_port()}",
+        start_method="fork",
+    )
+    with contextlib.suppress(ChildFailedError):
+        elastic_launch(config, live)()
 
 
 @pytest.fixture(scope="module")
@@ -73,18 +90,8 @@ def place(tmp_path_factory):
     finally:
         os.chdir(before)
     assert one["code"] == 0, one["stderr"]
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "0"]
-    address = ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
-    done = subprocess.run(
-        [sys.executable, *launcher, *address, HERE / "drive_team.py"],
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
-    assert (folder / "rank-1.json").exists(), done.stderr
-    (folder / "stderr.txt").write_text(done.stderr, encoding="utf-8")
+    child(lambda: start_two(folder))
+    assert (folder / "rank-1.json").exists(), (folder / "stderr.txt").read_text()
     (folder / "one.json").write_text(json.dumps(one), encoding="utf-8")
     return folder
 
@@ -229,37 +236,31 @@ def test_a_failure_on_one_rank_ends_all_with_one_message(place):
     assert not (place / "new").exists()
 
 
-KILLED = """
-import os, signal
-from spectrim.distributed.launch import membership
-with membership(tell=print) as team:
-    team.barrier()
-    if team.rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    team.barrier()
-"""
+def killed_when_both_are_there(rank: int, port: int, tell) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    with membership(tell=tell) as team:
+        team.barrier()
+        if team.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        team.barrier()
 
 
 def test_a_killed_process_leaves_nobody_waiting():
-    port, started = str(free_port()), time.monotonic()
+    forks, port, started = multiprocessing.get_context("fork"), free_port(), time.monotonic()
+    heard, saying = forks.Pipe(duplex=False)
     ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", KILLED],
-            env=environment(
-                RANK=str(rank),
-                LOCAL_RANK=str(rank),
-                WORLD_SIZE="2",
-                MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=port,
-            ),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        forks.Process(target=killed_when_both_are_there, args=(rank, port, saying.send))
         for rank in (0, 1)
     ]
-    said, _ = ranks[0].communicate(timeout=SECONDS)
-    assert ranks[1].wait(timeout=SECONDS) == -9
-    assert ranks[0].returncode != 0
-    assert said.startswith("rank 0 of 2: lost contact with another process")
+    for one in ranks:
+        one.start()
+    for one in ranks:
+        one.join(SECONDS)
+    assert ranks[1].exitcode == -signal.SIGKILL
+    assert ranks[0].exitcode not in (None, 0)
+    assert heard.poll() and heard.recv().startswith(
+        "rank 0 of 2: lost contact with another process"
+    )
     assert time.monotonic() - started < SECONDS

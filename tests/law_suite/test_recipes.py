@@ -36,7 +36,7 @@ TRAINS_BIASES = {"block", "distill"}
 
 
 def original():
-    return tiny(ARCHITECTURE, num_hidden_layers=2)[0]
+    return tiny(ARCHITECTURE)[0]
 
 
 @cache

@@ -45,7 +45,7 @@ def device():
 
 
 def two_blocks():
-    return tiny("qwen2", num_hidden_layers=2)[0]
+    return tiny("qwen2")[0]
 
 
 @pytest.fixture(scope="module")

@@ -83,7 +83,7 @@ def test_experts_are_most_of_a_mixture_and_are_named_first():
 
 
 def test_filters_of_a_convolution_are_counted():
-    model = family("lfm2", layer_types=["conv", "full_attention", "conv"])
+    model = family("lfm2", layer_types=["conv", "full_attention"])
     inside, _ = totals(model, "lfm2")
     counted = count_outside(model, trace(model, windows(1)))
     filters = [n for _, (ndim, n) in inside.items() if ndim == 3]

@@ -14,12 +14,12 @@ LINEAR = {
     "linear_key_head_dim": 10,
     "linear_value_head_dim": 10,
 }
-MIXED = ["linear_attention", "full_attention", "linear_attention"]
+MIXED = ["linear_attention", "full_attention"]
 EXPERTS = {"moe_intermediate_size": 20, "num_experts_per_tok": 2}
 
 # Numbers coincide on purpose: as many experts or filters as a projection has outputs.
 DENSE = {
-    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
     "recurrent_gemma": {"lru_width": 40, "num_key_value_heads": 1},
     "qwen3_5_text": LINEAR | {"layer_types": MIXED},
 }

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from architectures import tiny, windows
+from architectures import BLOCKS, tiny, windows
 from spectrim.errors import ModelError
 from spectrim.model import tail as module
 from spectrim.model.losses import divergence, next_token
@@ -61,7 +61,7 @@ def test_the_routers_of_bypassed_blocks_are_not_asked_for_a_balance():
     model, _ = tiny("mixtral", output_router_logits=True)
     ids = windows(1)
     expected = model(input_ids=ids, use_cache=False, output_router_logits=False).logits
-    tail = Tail.find(model, [f"model.layers.{i}" for i in range(3)], ids)
+    tail = Tail.find(model, [f"model.layers.{i}" for i in range(BLOCKS)], ids)
     torch.testing.assert_close(tail.logits(tail.states(ids)), expected)
 
 
@@ -88,7 +88,7 @@ class Mixed(torch.nn.Module):
 def test_a_head_that_mixes_tokens_gets_whole_windows():
     model, _, ids = prepared("llama")
     model.lm_head = Mixed(model.lm_head)
-    tail = Tail.find(model, [f"model.layers.{i}" for i in range(3)], ids)
+    tail = Tail.find(model, [f"model.layers.{i}" for i in range(BLOCKS)], ids)
     assert tail.faithful and not tail.by_token
     assert {(p.start, p.stop) for _, p in tail.pieces(torch.empty(3, 12, 1))} == {(0, 12)}
 
@@ -101,6 +101,6 @@ def test_logits_that_depend_on_more_than_the_states_are_refused():
         return output
 
     model.register_forward_hook(bypass, with_kwargs=True)
-    tail = Tail.find(model, [f"model.layers.{i}" for i in range(3)], ids)
+    tail = Tail.find(model, [f"model.layers.{i}" for i in range(BLOCKS)], ids)
     with pytest.raises(ModelError, match="hidden states behind its last block"):
         tail.total(torch.zeros(1, 4, 40).double(), next_token(ids))

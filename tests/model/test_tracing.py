@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from architectures import ARCHITECTURES, VOCAB, tiny, windows
+from architectures import ARCHITECTURES, BLOCKS, VOCAB, tiny, windows
 from spectrim.errors import ModelError
 from spectrim.model.tracing import trace
 from spectrim.model.weights import get_module
@@ -35,7 +35,7 @@ WITH_BIAS = {
 def test_targets_and_groups_are_exactly_the_expected_ones(name):
     model, _ = tiny(name)
     anatomy = trace(model, windows(1))
-    assert len(anatomy.blocks) == 3
+    assert len(anatomy.blocks) == BLOCKS
     for index, block in enumerate(anatomy.blocks):
         found = tuple(tuple(t.projection for t in group.targets) for group in block.groups)
         assert found == EXPECTED[name]

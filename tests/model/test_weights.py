@@ -45,10 +45,10 @@ def test_replacing_returns_the_module_before():
     before, new = get_module(model, name), nn.Identity()
     assert replace_module(model, name, new) is before
     assert get_module(model, name) is new
-    block = get_module(model, "model.layers.2")
-    replace_module(model, "model.layers.2", new)
-    assert model.model.layers[2] is new
-    replace_module(model, "model.layers.2", block)
+    block = get_module(model, "model.layers.1")
+    replace_module(model, "model.layers.1", new)
+    assert model.model.layers[1] is new
+    replace_module(model, "model.layers.1", block)
     with pytest.raises(ModelError, match=r"layers\.7"):
         get_module(model, "model.layers.7")
 

@@ -84,11 +84,11 @@ def test_codes_that_nothing_declares_are_seen_in_the_headers(folder, dtype):
 
 
 def test_every_tensor_of_a_checkpoint_is_used_or_it_is_refused(folder):
-    edit(folder, num_hidden_layers=2)
-    refused(folder, r"9 tensors .*no place for \(model\.layers\.2\..*config\.json")
-    edit(folder, num_hidden_layers=4)
-    refused(folder, r"lacks 9 weights .*model\.layers\.3\.")
-    edit(folder, num_hidden_layers=3, intermediate_size=50)
+    edit(folder, num_hidden_layers=1)
+    refused(folder, r"9 tensors .*no place for \(model\.layers\.1\..*config\.json")
+    edit(folder, num_hidden_layers=3)
+    refused(folder, r"lacks 9 weights .*model\.layers\.2\.")
+    edit(folder, num_hidden_layers=2, intermediate_size=50)
     refused(folder, r"config\.json does not describe the weights: model\.layers\.0\.mlp")
 
 

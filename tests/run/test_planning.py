@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from architectures import tiny, windows
+from architectures import BLOCKS, tiny, windows
 from jobs import logits, make_job
 from spectrim import api
 from spectrim.allocate.budget import Shape
@@ -213,7 +213,7 @@ def test_the_commands_hand_on_to_each_other(folders, tmp_path, capsys):
     assert "energy, kfac" in shown and "next" in shown
     plan(tmp_path / "survey", keep=0.7, rule="knapsack", as_json=True)
     made = json.loads(capsys.readouterr().out)
-    assert made["rule"] == "knapsack" and len(made["entries"]) == 21
+    assert made["rule"] == "knapsack" and len(made["entries"]) == 7 * BLOCKS
     plan(tmp_path / "survey", keep=0.7, multiple=4, floor=0.2, output=tmp_path / "p.json")
     with pytest.raises(OutputError, match="exists"):
         plan(tmp_path / "survey", keep=0.7, output=tmp_path / "p.json")

@@ -49,8 +49,8 @@ def test_one_module_in_two_blocks_is_refused_by_both_names():
     model.model.layers[1].mlp = model.model.layers[0].mlp
     refused(model, r"'model\.layers\.0\.mlp\..*' and 'model\.layers\.1\.mlp\..*' .*one tensor")
     model = tiny("llama")[0]
-    model.model.layers[2].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
-    refused(model, r"layers\.0\.mlp\.up_proj\.weight' and .*layers\.2.*one tensor")
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    refused(model, r"layers\.0\.mlp\.up_proj\.weight' and .*layers\.1.*one tensor")
 
 
 def test_a_model_that_is_not_what_its_configuration_makes_is_refused():

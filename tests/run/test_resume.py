@@ -1,6 +1,5 @@
 """Killed anywhere and run again: the same bytes. Every run is a forked child of this process."""
 
-import json
 import os
 import random
 import resource
@@ -11,8 +10,8 @@ import pytest
 import torch
 
 from architectures import tiny, windows
+from children import child
 from spectrim import api
-from spectrim.errors import InputError, NonFiniteError
 from spectrim.recipes import get_recipe
 from spectrim.storage import work as work_module
 from spectrim.storage.lock import locked
@@ -64,34 +63,6 @@ class Struck:
         pass
 
 
-def child(act):
-    """Run `act` in a forked child; returns the wait status and what it reported."""
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            os.close(reader)
-            # Where the suite runs in the background, it was started with interrupts ignored.
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            # A fork leaves torch's pool to be replaced by whoever asks first; threads that ask
-            # together (a loader's) can find none, so it is asked for here.
-            torch.set_num_threads(torch.get_num_threads())
-            os.write(writer, json.dumps(act()).encode())
-            status = 0
-        except KeyboardInterrupt:
-            status = 130
-        except (InputError, OSError, NonFiniteError) as error:
-            os.write(writer, json.dumps([type(error).__name__, str(error)]).encode())
-            status = 2
-        finally:
-            os._exit(status)
-    os.close(writer)
-    with os.fdopen(reader) as pipe:
-        said = pipe.read()
-    return os.waitpid(pid, 0)[1], json.loads(said) if said else None
-
-
 def compress_in(folder, name, struck=None, **options):
     """What a child does: compress, with a blow where one is due; reports notes."""
     struck = struck or Struck()
@@ -134,7 +105,7 @@ def same(one, other):
 def home(tmp_path_factory):
     """A checkpoint, and what every recipe makes of it without any blow."""
     folder = tmp_path_factory.mktemp("home")
-    tiny("llama")[0].to(torch.bfloat16).save_pretrained(folder / "model")
+    tiny("llama", num_hidden_layers=3)[0].to(torch.bfloat16).save_pretrained(folder / "model")
     # Imports and first-time set-up happen here once, so that children begin at once.
     api.compress(str(folder / "model"), recipe="svd", keep=0.6, output=folder / "warm")
     return folder
@@ -249,7 +220,7 @@ def test_another_recipe_text_or_model_is_refused_by_name(place, home):
         status, said = compress_in(place, "svd-llm", **changed)
         assert os.waitstatus_to_exitcode(status) == 2
         assert said[0] == "InputError" and field in said[1]
-    tiny("llama")[0].to(torch.float32).save_pretrained(place / "other")
+    tiny("llama", num_hidden_layers=3)[0].to(torch.float32).save_pretrained(place / "other")
     (place / "model").unlink()
     (place / "other").rename(place / "model")
     status, said = compress_in(place, "svd-llm")

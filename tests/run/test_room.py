@@ -95,7 +95,7 @@ def test_windows_follow_the_model_and_the_machine():
 def cut_in(room):
     job = make_job(
         count=6,
-        model=tiny("llama", num_hidden_layers=2)[0],
+        model=tiny("llama")[0],
         decompose={"objective": "anchored_kfac"},
         allocate={"rule": "knapsack", "score": "kfac"},
     )

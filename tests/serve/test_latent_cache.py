@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import spectrim
-from architectures import tiny, windows
+from architectures import BLOCKS, tiny, windows
 from spectrim.errors import ModelError
 from spectrim.layers.lowrank import LowRankLinear
 from spectrim.layers.packed import PackedLinear
@@ -132,7 +132,7 @@ def test_only_smaller_latents_are_cached_and_dense_layers_stay():
     expected = written(model)
     switch = latent_cache(model)
     assert all(site.key is None and site.value is not None for site in switch.sites)
-    assert switch.latent_bytes_per_token == 3 * (20 + 7) * 8
+    assert switch.latent_bytes_per_token == BLOCKS * (20 + 7) * 8
     found = written(model)
     for a, b in zip(found.logits, expected.logits, strict=True):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-9)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from architectures import tiny, windows
+from architectures import BLOCKS, tiny, windows
 from spectrim.errors import ModelError
 from spectrim.layers.lowrank import LowRankLinear
 from spectrim.layers.packed import PackedLinear
@@ -58,8 +58,8 @@ def test_logits_names_bytes_and_numbers_stay(dtype):
         expected = model(tokens).logits
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     work = work_of(model)
-    # 3 blocks of 7 layers, two of them cut in two; the head is not tied.
-    assert prepack(model) == 3 * 7 + 2 + 1
+    # Blocks of 7 layers, two of them cut in two; the head is not tied.
+    assert prepack(model) == BLOCKS * 7 + 2 + 1
     assert prepack(model) == 0
     assert work_of(model) == work
     with torch.no_grad():

@@ -15,7 +15,7 @@ from storage_cases import compressed
 MLA = {"q_lora_rank": 20, "kv_lora_rank": 12, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
 MLA |= {"v_head_dim": 10, "num_key_value_heads": 4, "head_dim": 8}
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 20}
-MIXED = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+MIXED = {"layer_types": ["linear_attention", "full_attention"]}
 LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 10}
 LINEAR |= {"linear_value_head_dim": 10}
 TEXT = {"vocab_size": VOCAB, "hidden_size": 40, "intermediate_size": 54, "num_hidden_layers": 2}

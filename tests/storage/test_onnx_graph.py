@@ -34,7 +34,7 @@ def openvino(file):
 def exported(tmp_path_factory):
     pytest.importorskip("onnxscript")
     folder = tmp_path_factory.mktemp("graph")
-    model = compressed(model=tiny("llama", num_hidden_layers=2)[0]).eval()
+    model = compressed(model=tiny("llama")[0]).eval()
     save(model, folder / "out")
     api.export(folder / "out", output=folder / "graph", to="onnx")
     return model, folder / "graph"

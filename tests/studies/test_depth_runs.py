@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import spectrim.studies.running as running_module
-from architectures import tiny, windows
+from architectures import BLOCKS, tiny, windows
 from spectrim import api, studies
 from spectrim.errors import InputError
 from spectrim.model.weights import get_module
@@ -52,7 +52,7 @@ def test_every_error_is_that_of_plain_forward_passes(dense, drawn):
     result = api.compress(copy.deepcopy(original), recipe=recipe, text=CALIBRATION)
     told = {t["name"]: t for t in result.report["targets"]}
     mine = [e for e in drawn[1] if e.model == "whitened"]
-    assert len(mine) == len(told) == 3 * 7
+    assert len(mine) == len(told) == BLOCKS * 7
     for one in mine:
         name = f"model.layers.{one.block}.{one.projection}"
         y, other = (output_of(m, name, CALIBRATION) for m in (original, result.model))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -53,12 +54,12 @@ class ElasticOrder:
         """Components stored per target, adapters included."""
         return tuple(c.rank - 1 for c in self.curves)
 
-    @property
+    @cached_property
     def dense_bytes(self) -> int:
         """Bytes of all targets if they were dense."""
         return sum(x.dense_bytes for x in ladders_for(self.curves, self.limits))
 
-    @property
+    @cached_property
     def smallest_bytes(self) -> int:
         """Bytes of all targets at the smallest size."""
         ladders = ladders_for(self.curves, self.limits)

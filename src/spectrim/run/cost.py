@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -107,7 +108,7 @@ def costs(recipe: Recipe, setting: Setting, sizes: Sizes, room: Room) -> dict[st
 def stage_seconds(
     found: Mapping[str, Cost], device: torch.device, rates: tuple[float, float] | None = None
 ) -> dict[str, float]:
-    """Seconds of every stage at the rates of this machine, measured now if they are not given."""
+    """Seconds of every stage at the rates of this machine, measured once if they are not given."""
     products, decompositions = rates or measured_rates(device)
     return {
         stage: cost.products / products + cost.decompositions / decompositions
@@ -115,6 +116,7 @@ def stage_seconds(
     }
 
 
+@cache
 def measured_rates(device: torch.device) -> tuple[float, float]:
     """Operations per second of fp32 products, and `p² max(m, n)` per second of decompositions."""
     size = 384

@@ -12,21 +12,17 @@ class LoadWords(TypedDict, total=False):
     """How a model is loaded."""
 
     device: Annotated[
-        "str | torch.device", Word(str, None, "auto, cpu, cuda, cuda:1, mps, ...; default auto.")
+        "str | torch.device", Word("auto, cpu, cuda, cuda:1, mps, ...; default auto.")
     ]
     dtype: Annotated[
-        "str | torch.dtype",
-        Word(str, None, "auto (as stored), float32, bfloat16, float16; default auto."),
+        "str | torch.dtype", Word("auto (as stored), float32, bfloat16, float16; default auto.")
     ]
-    trust_remote_code: Annotated[
-        bool, Word(bool, None, "Run Python code that comes with the checkpoint.")
-    ]
+    trust_remote_code: Annotated[bool, Word("Run Python code that comes with the checkpoint.")]
 
 
 class RestoringWords(LoadWords, total=False):
     """How a model is loaded that may be published in codes."""
 
     dequantize: Annotated[
-        bool,
-        Word(bool, None, "Restore 16-bit weights from a quantised checkpoint or a .gguf file."),
+        bool, Word("Restore 16-bit weights from a quantised checkpoint or a .gguf file.")
     ]

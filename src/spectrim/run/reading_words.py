@@ -20,11 +20,10 @@ class ElasticWords(RestoringWords, total=False):
 
     base: Annotated[
         "str | Path | nn.Module | None",
-        Word(None, None, "Where the base model lies now, if not under its recorded name."),
+        Word("Where the base model lies now, if not under its recorded name."),
     ]
     score: Annotated[
-        str | None,
-        Word(None, None, "What orders the components of a survey, in place of its rule."),
+        str | None, Word("What orders the components of a survey, in place of its rule.")
     ]
 
 
@@ -32,86 +31,68 @@ class ResizeWords(ElasticWords, total=False):
     """The words of `spectrim.resize`."""
 
     output: Annotated[
-        str | Path | None,
-        Word(None, None, "Where to write an ordinary Hugging Face folder.", OUTPUT),
+        str | Path | None, Word("Where to write an ordinary Hugging Face folder.", None, OUTPUT)
     ]
-    keep: Annotated[float | None, Word(None, None, "Fraction of the target bytes.")]
+    keep: Annotated[float | None, Word("Fraction of the target bytes.")]
     size: Annotated[
-        str | int | None,
-        Word(None, None, 'Instead of keep, of the whole checkpoint: bytes or "2.1GB".'),
+        str | int | None, Word('Instead of keep, of the whole checkpoint: bytes or "2.1GB".')
     ]
-    overwrite: Annotated[bool, Word(bool, None, "Replace an existing output folder.", OUTPUT)]
+    overwrite: Annotated[bool, Word("Replace an existing output folder.", None, OUTPUT)]
 
 
 class FolderWords(LoadWords, total=False):
     """What functions take that write a folder."""
 
-    output: Annotated[
-        str | Path | None, Word(None, None, "Folder to write; it must not exist or be empty.")
-    ]
+    output: Annotated[str | Path | None, Word("Folder to write; it must not exist or be empty.")]
     overwrite: Annotated[
-        bool, Word(bool, None, "Replace DIR if spectrim wrote all that is in it.", OUTPUT)
+        bool, Word("Replace DIR if spectrim wrote all that is in it.", None, OUTPUT)
     ]
-    progress: Annotated[Progress | None, Word(None, None, "Told of stages and steps.")]
+    progress: Annotated[Progress | None, Word("Told of stages and steps.")]
 
 
 class AdapterWords(FolderWords, TextWords, total=False):
     """The words of `spectrim.adapter`."""
 
-    rank: Annotated[int, Word(int, "R", "Of every layer's adapter; default 16.", MAKE, default=16)]
+    rank: Annotated[int, Word("Of every layer's adapter; default 16.", "R", MAKE, default=16)]
     metric: Annotated[
         str | None,
         Word(
-            str,
-            "NAME",
             "kfac (predicted loss, default with a text), whitened, or plain (without one).",
+            "NAME",
             MAKE,
         ),
     ]
     allow_differences: Annotated[
         bool,
-        Word(
-            bool,
-            None,
-            "Leave norms, embeddings and other weights as in BASE.",
-            MAKE,
-            default=False,
-        ),
+        Word("Leave norms, embeddings and other weights as in BASE.", None, MAKE, default=False),
     ]
-    tokenizer: Annotated[Any, Word(None, None, "For model objects.")]
+    tokenizer: Annotated[Any, Word("For model objects.")]
 
 
 class HealWords(FolderWords, total=False):
     """The words of `spectrim.heal`."""
 
-    text: Annotated["UserText", Word(None, None, "To train on, as for `compress`.")]
+    text: Annotated["UserText", Word("To train on, as for `compress`.")]
     parts: Annotated[
         str,
-        Word(
-            str,
-            None,
-            "factors (all numbers; default) or lora (needs peft).",
-            MAKE,
-            default="factors",
-        ),
+        Word("factors (all numbers; default) or lora (needs peft).", None, MAKE, default="factors"),
     ]
     teacher: Annotated[
-        str | Path | None,
-        Word(str, "MODEL", "The original: learn its distribution instead.", MAKE),
+        str | Path | None, Word("The original: learn its distribution instead.", "MODEL", MAKE)
     ]
-    steps: Annotated[int | None, Word(int, "N", "At most; default 200.", MAKE)]
-    batch: Annotated[int | None, Word(int, "N", "Windows per step; default 8.", MAKE)]
-    rank: Annotated[int | None, Word(int, "R", "Of lora's updates; default 8.", MAKE)]
+    steps: Annotated[int | None, Word("At most; default 200.", "N", MAKE)]
+    batch: Annotated[int | None, Word("Windows per step; default 8.", "N", MAKE)]
+    rank: Annotated[int | None, Word("Of lora's updates; default 8.", "R", MAKE)]
     learning_rate: Annotated[
-        float | None, Word(float, "RATE", "Peak; for factors a share of their size.", MAKE)
+        float | None, Word("Peak; for factors a share of their size.", "RATE", MAKE)
     ]
     windows: Annotated[
-        int, Word(int, "N", "An eighth of them chooses the step.", CALIBRATION, default=256)
+        int, Word("An eighth of them chooses the step.", "N", CALIBRATION, default=256)
     ]
     window_length: Annotated[
-        int | None, Word(int, "TOKENS", "Default 512, or what the model allows.", CALIBRATION)
+        int | None, Word("Default 512, or what the model allows.", "TOKENS", CALIBRATION)
     ]
-    seed: Annotated[int, Word(int, "N", "Of windows and order.", CALIBRATION, default=0)]
+    seed: Annotated[int, Word("Of windows and order.", "N", CALIBRATION, default=0)]
 
 
 class EvaluateWords(LoadWords, total=False):
@@ -120,34 +101,30 @@ class EvaluateWords(LoadWords, total=False):
     text: Annotated[
         "UserText",
         Word(
-            str,
-            "SOURCE",
             "wikitext2 (the default), c4, ptb, FILE.txt or FILE.jsonl; several separated by "
             "commas.",
+            "SOURCE",
             MEASURE,
         ),
     ]
     against: Annotated[
-        "str | Path | nn.Module | None",
-        Word(str, "MODEL", "The dense model to compare with.", MEASURE),
+        "str | Path | nn.Module | None", Word("The dense model to compare with.", "MODEL", MEASURE)
     ]
     window_length: Annotated[
-        int | str | None,
+        str | int | None,
         Word(
-            str,
-            "TOKENS|max",
             "Tokens per window, or max for the model's longest; default 2048.",
+            "TOKENS|max",
             MEASURE,
         ),
     ]
-    max_tokens: Annotated[int | None, Word(int, "N", "Score at most N tokens.", MEASURE)]
-    batch: Annotated[int, Word(int, "N", "Windows per forward pass.", MEASURE, default=8)]
+    max_tokens: Annotated[int | None, Word("Score at most N tokens.", "N", MEASURE)]
+    batch: Annotated[int, Word("Windows per forward pass.", "N", MEASURE, default=8)]
     bos: Annotated[
         str,
         Word(
-            str,
-            None,
             "BOS: none (default), at each window's start, or start of text.",
+            None,
             MEASURE,
             default="none",
         ),
@@ -155,48 +132,45 @@ class EvaluateWords(LoadWords, total=False):
     tasks: Annotated[
         str | Sequence[str],
         Word(
-            str,
-            "A,B,...",
             "Zero-shot tasks of lm-eval by name, literature (seven tasks), or offline.",
+            "A,B,...",
             MEASURE,
             default=(),
         ),
     ]
-    limit: Annotated[int | None, Word(int, "N", "Questions per task.", MEASURE)]
+    limit: Annotated[int | None, Word("Questions per task.", "N", MEASURE)]
     task_folders: Annotated[
         Sequence[str | Path],
         Word(
-            list[Path],
-            "DIR",
             "lm-eval task files of your own.",
+            "DIR",
             MEASURE,
             flag="--task-folder",
             default=(),
+            kind=list[Path],
         ),
     ]
-    tokenizer: Annotated[Any, Word(None, None, "For model objects.")]
+    tokenizer: Annotated[Any, Word("For model objects.")]
 
 
 class StudyWords(TypedDict, total=False):
     """What only commands of studies take."""
 
-    recipes: Annotated[str, Word(str, "A,B,...", "Recipes by name, or YAML files.", MAKE)]
+    recipes: Annotated[str, Word("Recipes by name, or YAML files.", "A,B,...", MAKE)]
     objectives: Annotated[
         str,
         Word(
-            str,
-            "A,B,...",
             "Objectives to run block by block with equal ranks: plain, whitened, shifted, ...",
+            "A,B,...",
             MAKE,
         ),
     ]
     evaluation_length: Annotated[
         str,
         Word(
-            str,
-            "TOKENS|max",
             "Tokens per evaluation window; default 2048 or the model's longest.",
+            "TOKENS|max",
             MEASURE,
         ),
     ]
-    max_tokens: Annotated[int, Word(int, "N", "Score at most N tokens.", MEASURE)]
+    max_tokens: Annotated[int, Word("Score at most N tokens.", "N", MEASURE)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import resource
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -18,12 +19,16 @@ from spectrim.run.job import RunLog
 _LIBRARIES = ("torch", "transformers", "safetensors", "pydantic")
 
 
+# Metadata of a package is a file that is read and parsed.
+_version = cache(version)
+
+
 def environment() -> dict[str, Any]:
     """Versions and hardware that a number depends on."""
     return {
         "spectrim": __version__,
         "python": platform.python_version(),
-        **{name: version(name) for name in _LIBRARIES},
+        **{name: _version(name) for name in _LIBRARIES},
         "processor": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
     }

@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, get_args
 
 from spectrim.run.options import RunOptions
 
@@ -27,33 +27,41 @@ class Word:
     """One word.
 
     Attributes:
-        kind: what the command line reads; None for a word that it lacks or declares itself.
-        metavar: what stands for its value in `--help`; None for its kind.
         help: what it does, one sentence.
+        metavar: what stands for its value in `--help`; None for its kind.
         group: heading in `--help`.
         field: its place in the recipe, by dotted name; None for what is no part of one.
         flag: on the command line, where it is not `--name`.
         default: in Python, where it is not that of `RunOptions`.
+        kind: what the command line reads, where it is not the first type that Python takes.
         name: in Python; with dashes on the command line.
     """
 
-    kind: Any
-    metavar: str | None
     help: str
+    metavar: str | None = None
     group: str = WHERE
     field: str | None = None
     flag: str | None = None
     default: Any = None
+    kind: Any = None
     name: str = ""
 
 
 def declared(kind: type) -> dict[str, Word]:
     """The words of a function, by name, with their defaults."""
     ways = {one.name: one.default for one in fields(RunOptions) if one.default is not MISSING}
-    return {
-        name: replace(word, name=name, default=ways.get(name, word.default))
-        for name, word in ((n, a.__metadata__[0]) for n, a in kind.__annotations__.items())
-    }
+    found = {}
+    for name, said in kind.__annotations__.items():
+        word, default = said.__metadata__[0], ways.get(name, said.__metadata__[0].default)
+        read = word.kind or _read(said.__origin__)
+        found[name] = replace(word, name=name, default=default, kind=read)
+    return found
+
+
+def _read(said: Any) -> Any:
+    """A number or a switch where Python takes that first, else what the user wrote."""
+    first = next(iter(get_args(said)), said)
+    return first if first in (bool, int, float) else str
 
 
 def among(words: Mapping[str, Any], kind: type) -> dict[str, Any]:

@@ -27,33 +27,26 @@ class TextWords(TypedDict, total=False):
     text: Annotated[
         "UserText",
         Word(
-            str,
-            "SOURCE",
             "wikitext2, c4, ptb, self (sampled from the model), FILE.txt or FILE.jsonl; several "
             "with shares as in a.txt:0.7,b.jsonl:0.3.",
+            "SOURCE",
             CALIBRATION,
             "calibration.text",
         ),
     ]
     windows: Annotated[
-        int | None,
-        Word(int, "N", "Number of calibration windows.", CALIBRATION, "calibration.windows"),
+        int | None, Word("Number of calibration windows.", "N", CALIBRATION, "calibration.windows")
     ]
     window_length: Annotated[
-        int | None,
-        Word(int, "TOKENS", "Tokens per window.", CALIBRATION, "calibration.window_length"),
+        int | None, Word("Tokens per window.", "TOKENS", CALIBRATION, "calibration.window_length")
     ]
     batch: Annotated[
         int | None,
         Word(
-            int,
-            "N",
-            "Windows per pass; by default it follows memory.",
-            CALIBRATION,
-            "calibration.batch",
+            "Windows per pass; by default it follows memory.", "N", CALIBRATION, "calibration.batch"
         ),
     ]
-    seed: Annotated[int | None, Word(int, "N", "Seed of all randomness.", CALIBRATION, "seed")]
+    seed: Annotated[int | None, Word("Seed of all randomness.", "N", CALIBRATION, "seed")]
 
 
 class CalibrationWords(TextWords, total=False):
@@ -62,31 +55,30 @@ class CalibrationWords(TextWords, total=False):
     only: Annotated[
         str | Sequence[str],
         Word(
-            list[str],
-            "GLOB",
             "Compress these layers alone; repeatable.",
+            "GLOB",
             MAKE,
             "targets.only",
             default=(),
+            kind=list[str],
         ),
     ]
     skip: Annotated[
         str | Sequence[str],
         Word(
-            list[str],
-            "GLOB",
             "Protect layers, e.g. 'model.layers.0.*'; repeatable.",
+            "GLOB",
             MAKE,
             "targets.skip",
             default=(),
+            kind=list[str],
         ),
     ]
     bos: Annotated[
         str | None,
         Word(
-            str,
-            None,
             "BOS at the start of calibration windows: none, each or half.",
+            None,
             CALIBRATION,
             "calibration.bos",
         ),
@@ -98,37 +90,30 @@ class RecipeWords(CalibrationWords, total=False):
 
     keep: Annotated[
         float | None,
-        Word(
-            float,
-            "FRACTION",
-            "Fraction of the targets' bytes that remains, in (0, 1].",
-            MAKE,
-            "keep",
-        ),
+        Word("Fraction of the targets' bytes that remains, in (0, 1].", "FRACTION", MAKE, "keep"),
     ]
     multiple: Annotated[
-        int | None, Word(int, "N", "Ranks are multiples of N.", MAKE, "allocate.multiple")
+        int | None, Word("Ranks are multiples of N.", "N", MAKE, "allocate.multiple")
     ]
     storage: Annotated[
         str | None,
-        Word(str, None, "factored, packed, auto, or dense (nothing is cut).", MAKE, "storage.kind"),
+        Word("factored, packed, auto, or dense (nothing is cut).", None, MAKE, "storage.kind"),
     ]
     weights: Annotated[
         str | None,
         Word(
-            str,
-            None,
             "native, int8, int4, intB-gN (B 2 to 8, N 32 to 128), or auto.",
+            None,
             MAKE,
             "storage.weights",
         ),
     ]
     alike: Annotated[
         bool | None,
-        Word(bool, None, "Store q/k/v alike, and gate/up, as engines fuse.", MAKE, "storage.alike"),
+        Word("Store q/k/v alike, and gate/up, as engines fuse.", None, MAKE, "storage.alike"),
     ]
     effort: Annotated[
-        str | None, Word(str, None, "fast, balanced or thorough, of the default recipe.", MAKE)
+        str | None, Word("fast, balanced or thorough, of the default recipe.", None, MAKE)
     ]
 
 
@@ -138,9 +123,8 @@ class PlaceWords(RestoringWords, total=False):
     recipe: Annotated[
         "str | Path | Recipe",
         Word(
-            str,
-            "NAME|FILE",
             "A recipe by name (`spectrim recipes`) or YAML file.",
+            "NAME|FILE",
             MAKE,
             default="spectrim",
         ),
@@ -148,14 +132,12 @@ class PlaceWords(RestoringWords, total=False):
     out_of_core: Annotated[
         bool | None,
         Word(
-            bool,
-            None,
             "Read blocks from the checkpoint one at a time; default where memory is short.",
             flag="--out-of-core/--in-memory",
         ),
     ]
     offload_streams: Annotated[
-        str | Path | None, Word(Path, "DIR", "Keep the hidden states on disk in DIR.")
+        str | Path | None, Word("Keep the hidden states on disk in DIR.", "DIR", kind=Path)
     ]
 
 
@@ -163,19 +145,16 @@ class SavingWords(PlaceWords, total=False):
     """What every function that writes a result takes."""
 
     output: Annotated[
-        str | Path | None,
-        Word(None, None, "Folder to write; it must not exist or be empty.", OUTPUT),
+        str | Path | None, Word("Folder to write; it must not exist or be empty.", None, OUTPUT)
     ]
     overwrite: Annotated[
-        bool, Word(bool, None, "Replace OUT if spectrim wrote all that is in it.", OUTPUT)
+        bool, Word("Replace OUT if spectrim wrote all that is in it.", None, OUTPUT)
     ]
-    tokenizer: Annotated[Any, Word(None, None, "For model objects.")]
-    progress: Annotated[Progress | None, Word(None, None, "Told of stages and steps.")]
+    tokenizer: Annotated[Any, Word("For model objects.")]
+    progress: Annotated[Progress | None, Word("Told of stages and steps.")]
     team: Annotated[
         "Team | None",
-        Word(
-            None, None, "Processes that share the run (`distributed.launch`); all call this alike."
-        ),
+        Word("Processes that share the run (`distributed.launch`); all call this alike."),
     ]
 
 
@@ -184,9 +163,7 @@ class SurveyWords(CalibrationWords, SavingWords, total=False):
 
     scores: Annotated[
         Collection[str] | None,
-        Word(
-            None, None, "first_order, second_order, kfac, measured, table; default the first two."
-        ),
+        Word("first_order, second_order, kfac, measured, table; default the first two."),
     ]
 
 
@@ -195,23 +172,22 @@ class EstimateWords(RecipeWords, PlaceWords, total=False):
 
     size: Annotated[
         str | int | None,
-        Word(str, "BYTES", 'Size of the whole checkpoint, e.g. "3.5GB", for --keep.', MAKE),
+        Word('Size of the whole checkpoint, e.g. "3.5GB", for --keep.', "BYTES", MAKE),
     ]
     max_loss: Annotated[
         float | None,
         Word(
-            float,
-            "NATS",
             "As small as possible at this loss per token, for --keep; compresses twice.",
+            "NATS",
             MAKE,
         ),
     ]
     energy: Annotated[
-        float | None,
-        Word(float, "SHARE", "Of its objective that each layer keeps, for --keep.", MAKE),
+        float | None, Word("Of its objective that each layer keeps, for --keep.", "SHARE", MAKE)
     ]
     plan: Annotated[
-        "Plan | str | Path | None", Word(Path, "FILE", "Ranks from `spectrim plan -o FILE`.", MAKE)
+        "Plan | str | Path | None",
+        Word("Ranks from `spectrim plan -o FILE`.", "FILE", MAKE, kind=Path),
     ]
 
 
@@ -220,14 +196,13 @@ class CompressWords(EstimateWords, SavingWords, total=False):
 
     survey: Annotated[
         "Survey | str | Path | None",
-        Word(Path, "DIR", "Ranks and decompositions from a survey.", MAKE),
+        Word("Ranks and decompositions from a survey.", "DIR", MAKE, kind=Path),
     ]
     measure: Annotated[
         bool,
         Word(
-            bool,
-            None,
             "Perplexity before and after, at most a tenth of the time; the default.",
+            None,
             MEASURE,
             flag="--measure/--no-measure",
         ),
@@ -235,37 +210,33 @@ class CompressWords(EstimateWords, SavingWords, total=False):
     evaluation_text: Annotated[
         "UserText",
         Word(
-            str,
-            "SOURCE",
             "Text to measure on: wikitext2 (the default of studies), c4, ptb, FILE.txt or "
             "FILE.jsonl.",
+            "SOURCE",
             MEASURE,
         ),
     ]
-    on_failure: Annotated[
-        str, Word(str, None, "error, or keep-unrefined for a block that diverges.")
-    ]
+    on_failure: Annotated[str, Word("error, or keep-unrefined for a block that diverges.")]
     work: Annotated[
         str | Path | None,
         Word(
-            Path,
-            "DIR",
             "Keep finished blocks in DIR; default OUT.work, removed when OUT is there.",
+            "DIR",
             OUTPUT,
+            kind=Path,
         ),
     ]
     resume: Annotated[
         bool,
         Word(
-            bool,
-            None,
             "Go on from what an earlier run finished, as by default.",
+            None,
             OUTPUT,
             flag="--resume/--no-resume",
         ),
     ]
     self_contained: Annotated[
-        bool, Word(bool, None, "Include the base model in an elastic artifact.", OUTPUT)
+        bool, Word("Include the base model in an elastic artifact.", None, OUTPUT)
     ]
 
 
