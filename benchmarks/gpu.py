@@ -46,8 +46,9 @@ from spectrim.layers.lowrank import LowRankLinear
 from spectrim.layers.packed import PackedLinear
 from spectrim.layers.quantized import QuantizedLinear, quantize_layer
 from spectrim.recipes import PRESETS
+from spectrim.run.options import RunOptions
 from spectrim.serve.prepare import prepare
-from spectrim.studies.benching import bench
+from spectrim.studies.benching import Timing, bench
 
 DEVICE = accelerator() or HOST
 SMALL = {"hidden": 128, "key_value": 64, "intermediate": 192}
@@ -241,8 +242,9 @@ def decode(arguments: argparse.Namespace) -> Iterator[tuple[str, Callable[[], An
                         spectrim.compress(
                             str(dense), recipe="svd", keep=0.5, device=DEVICE, **forms
                         )
-                    options = {"batches": (1, 32), "device": str(DEVICE), "dtype": "bfloat16"}
-                    return bench(out, dense, memory=memory, **options, **sizes)
+                    options = RunOptions(device=str(DEVICE), dtype="bfloat16")
+                    timing = Timing(batches=(1, 32), memory=memory, **sizes)
+                    return bench(out, dense, options, timing)
 
                 yield f"{storage} {weights} memory {memory}", measure
 

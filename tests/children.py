@@ -22,7 +22,9 @@ def child(act):
             # A fork leaves torch's pool to be replaced by whoever asks first; threads that ask
             # together (a loader's) can find none, so it is asked for here.
             torch.set_num_threads(torch.get_num_threads())
-            os.write(writer, json.dumps(act()).encode())
+            told = json.dumps(act()).encode()
+            with os.fdopen(writer, "wb") as pipe:
+                pipe.write(told)
             status = 0
         except KeyboardInterrupt:
             status = 130

@@ -1,6 +1,7 @@
 """Runs the program's `main` many times in one process, since importing torch costs seconds.
 
-Started by test_program.py in an empty folder; writes what it saw to `story.json` there.
+As a script, started in an empty folder: what needs no torch, printed as JSON. `tell` is the rest,
+for a process that may have imported everything.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from spectrim.cli.main import main
 from spectrim.cli.progress import LineProgress
 
 SMALL = ["--text", "text.txt", "--windows", "8", "--window-length", "32"]
+SHELLS = ("bash", "zsh", "fish")
 LIGHT = {
     "recipes show nope": "unknown recipe 'nope'",
     "inspect /nowhere": "/nowhere",
@@ -56,9 +58,10 @@ def names() -> set[str]:
     return {path.name for path in Path.cwd().iterdir()}
 
 
-def run(*arguments: str) -> dict:
+def run(*arguments: str, **environment: str) -> dict:
     """Call `main` as the console script does; report code, output and new entries of the folder."""
     before = names()
+    os.environ |= environment
     stdout, stderr = io.StringIO(), io.StringIO()
     sys.argv = ["spectrim", *arguments]
     code = 0
@@ -67,6 +70,8 @@ def run(*arguments: str) -> dict:
             main()
         except SystemExit as end:
             code = end.code or 0
+    for name in environment:
+        del os.environ[name]
     return {
         "code": code,
         "stdout": stdout.getvalue(),
@@ -77,7 +82,6 @@ def run(*arguments: str) -> dict:
 
 def prepare() -> None:
     """A tiny model with the bundled tokenizer, a text, and some things that are wrong."""
-    # Here and not above, so that the program imports transformers first, as it does for users.
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -111,10 +115,33 @@ def interrupt(self: LineProgress, stage: str, note: str = "") -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
+def complete(shell: str) -> list[str]:
+    """What the tab key gets: the script for the shell, and the commands that begin with `resi`."""
+    asked = {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    shown = run("--show-completion", shell, **asked)["stdout"]
+    typed = {"COMP_WORDS": "spectrim resi", "COMP_CWORD": "1"}
+    typed |= {
+        f"_TYPER_COMPLETE_{n}": v
+        for n, v in (("ARGS", "spectrim resi"), ("FISH_ACTION", "get-args"))
+    }
+    found = run(_SPECTRIM_COMPLETE=f"complete_{shell}", **typed)["stdout"]
+    return [shown, found]
+
+
+def light() -> dict:
+    """All that is answered without torch."""
+    return {
+        "version": run("--version")["stdout"],
+        "recipes": {width: run("recipes", COLUMNS=width)["stdout"] for width in ("40", "120")},
+        "shown": run("recipes", "show", "svd-llm", COLUMNS="50")["stdout"],
+        "completion": {shell: complete(shell) for shell in SHELLS},
+        "refusals": {command: run(*command.split()) for command in LIGHT},
+        "torch": "torch" in sys.modules,
+    }
+
+
 def tell() -> dict:
     """The whole story, in order: some refusals need the folder that the job leaves."""
-    light = {command: run(*command.split()) for command in LIGHT}
-    heavy = "torch" in sys.modules
     refusals = {"unknown model": run("compress", "no-such-model", "-o", "new")}
     prepare()
     evaluated = ["out", "dense", "--against", "model", "--text", "text.txt", "--max-tokens", "500"]
@@ -130,9 +157,8 @@ def tell() -> dict:
     LineProgress.advance = interrupt
     interrupted = run("compress", "model", "-o", "new", *SMALL)
     LineProgress.advance = original
-    told = {"job": job, "refusals": refusals, "interrupted": interrupted}
-    return told | {"light": light, "light torch": heavy}
+    return {"job": job, "refusals": refusals, "interrupted": interrupted}
 
 
 if __name__ == "__main__":
-    Path("story.json").write_text(json.dumps(tell()), encoding="utf-8")
+    print(json.dumps(light()))

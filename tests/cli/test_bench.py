@@ -5,8 +5,9 @@ from typer.testing import CliRunner
 
 from architectures import BLOCKS, tiny
 from spectrim import api
-from spectrim.cli.bench import as_numbers, print_bench
+from spectrim.cli.bench import print_bench
 from spectrim.cli.main import app
+from spectrim.cli.study import numbers
 from spectrim.errors import InputError
 
 
@@ -50,5 +51,5 @@ def test_dense_and_compressed_are_timed_side_by_side(tmp_path, capsys):
 @pytest.mark.parametrize("words", ["", "1,x", "0", "-3", "1,,2"])
 def test_numbers_that_are_none_are_refused(words):
     with pytest.raises(InputError, match="--batch"):
-        as_numbers("--batch", words)
-    assert as_numbers("--batch", "1, 8,32") == [1, 8, 32]
+        numbers("--batch", words, least=1)
+    assert numbers("--batch", "1, 8,32", least=1) == [1, 8, 32]

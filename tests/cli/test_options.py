@@ -50,7 +50,6 @@ COMMANDS = {
 # Where functions that hand all their options on keep the list of them.
 HANDED_TO = {
     "evaluate": "spectrim.api.evaluating.evaluate_models",
-    "plan": "spectrim.run.survey.replanning.replan",
 }
 # `plan` writes the file itself; export has one format; a dry run
 # is `api.estimate`.

@@ -11,9 +11,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+from transformers.utils.logging import disable_progress_bar
 
-from cli.drive_program import LIGHT
+from children import child
+from cli.drive_program import LIGHT, SHELLS, tell
 from spectrim.recipe import Recipe
 from spectrim.recipes import get_recipe
 
@@ -70,56 +73,57 @@ def test_a_wrong_keep_is_answered_before_anything_heavy_is_imported():
     assert not imported & {"torch", "transformers", "numpy"}
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_the_tab_key_completes_commands(shell):
-    shown = spectrim(
-        "--show-completion", shell, _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1"
-    ).stdout
+@pytest.fixture(scope="module")
+def light(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """What a fresh process answers without torch."""
+    environment = {k: v for k, v in os.environ.items() if k != "COLUMNS"}
+    folder = tmp_path_factory.mktemp("light")
+    run = subprocess.run(
+        [sys.executable, DRIVER], capture_output=True, text=True, cwd=folder, env=environment
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_the_tab_key_completes_commands(light, shell):
+    shown, found = light["completion"][shell]
     assert "_SPECTRIM_COMPLETE" in shown
-    found = spectrim(
-        _SPECTRIM_COMPLETE=f"complete_{shell}",
-        COMP_WORDS="spectrim resi",
-        COMP_CWORD="1",
-        _TYPER_COMPLETE_ARGS="spectrim resi",
-        _TYPER_COMPLETE_FISH_ACTION="get-args",
-    ).stdout
     assert "resize" in found
     assert "compress" not in found
 
 
-def test_version_and_recipes_on_a_narrow_terminal_and_in_a_pipe():
-    version = spectrim("--version").stdout.split()
+def test_version_and_recipes_on_a_narrow_terminal_and_in_a_pipe(light):
+    version = light["version"].split()
     assert version[0] == "spectrim"
     assert re.fullmatch(r"\d+\.\d+\.\d+", version[1])
-    for width in ("40", "120"):
-        listed = spectrim("recipes", COLUMNS=width).stdout
+    for width, listed in light["recipes"].items():
         assert max(len(line) for line in listed.splitlines()) <= int(width)
         assert "svd-llm" in listed
         assert "\x1b" not in listed
 
 
-def test_a_shown_recipe_can_be_saved_and_used(tmp_path: Path):
-    shown = spectrim("recipes", "show", "svd-llm", COLUMNS="50").stdout
+def test_a_shown_recipe_can_be_saved_and_used(light):
+    shown = light["shown"]
     assert all(part in shown for part in ("Truncation-aware", "2403.07378", "U_kᵀ"))
     assert Recipe.from_yaml(shown).hash() == get_recipe("svd-llm").hash()
 
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """What the driver saw; torch is imported once for all of it."""
+    """What a process saw that is a fork of this one, which has imported torch already."""
     folder = tmp_path_factory.mktemp("program")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment.pop("COLUMNS", None)
-    run = subprocess.run(
-        [sys.executable, DRIVER, folder],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=folder,
-        env=environment,
-    )
-    assert run.returncode == 0, run.stderr
-    return json.loads((folder / "story.json").read_text(encoding="utf-8"))
+
+    def act() -> dict:
+        os.chdir(folder)
+        os.environ.pop("COLUMNS", None)
+        disable_progress_bar()  # as where the program is what imports transformers
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+        return tell()
+
+    status, told = child(act)
+    assert status == 0
+    return told
 
 
 def test_the_script_refuses_as_its_main_does():
@@ -129,15 +133,15 @@ def test_the_script_refuses_as_its_main_does():
 
 
 @pytest.mark.parametrize("command", LIGHT)
-def test_a_light_refusal_is_one_clear_error(story, command):
-    seen = story["light"][command]
+def test_a_light_refusal_is_one_clear_error(light, command):
+    seen = light["refusals"][command]
     assert seen["code"] == 2
     assert seen["stdout"] == ""
     complaints = [x for x in seen["stderr"].splitlines() if x.lower().startswith("error: ")]
     assert len(complaints) == 1
     assert LIGHT[command] in complaints[0]
     assert "Traceback" not in seen["stderr"]
-    assert not story["light torch"]
+    assert not light["torch"]
 
 
 REFUSALS = {

@@ -34,10 +34,10 @@ def test_a_report_beside_the_dense_model_has_all_figures(folders, tmp_path):
     page = tmp_path / "page.html"
     studies.report(
         folders / "small",
+        studies.Measure(text=windows(4)),
         output=page,
         against=folders / "dense",
         others=[folders / "large"],
-        text=windows(4),
     )
     html = page.read_text(encoding="utf-8")
     assert html.count("<figure") == 4  # kept, errors, two along depth

@@ -17,7 +17,7 @@ from spectrim.recipes import PRESETS
 from spectrim.run.loading import load_model
 from spectrim.run.options import RunOptions
 from spectrim.storage.tensor_file import TensorFile
-from spectrim.studies.benching import bench
+from spectrim.studies.benching import Timing, bench
 
 pytestmark = [
     pytest.mark.device,
@@ -157,8 +157,8 @@ def test_evaluation_and_timing(folder, device, tmp_path):
     ]
     one, other = (next(iter(f["perplexity"].values()))["perplexity"] for f in found)
     assert one == pytest.approx(other, rel=SAME)
-    sizes = {"batches": (1,), "lengths": (4,), "new_tokens": 2, "repeats": 1}
-    timed = bench(tmp_path / "o", folder, RunOptions(device="far"), **sizes)
+    timing = Timing(batches=(1,), lengths=(4,), new_tokens=2, repeats=1)
+    timed = bench(tmp_path / "o", folder, RunOptions(device="far"), timing)
     assert timed["protocol"]["device"].startswith("far")
 
 

@@ -91,7 +91,7 @@ def test_input_moments_come_along():
 
 def test_component_scores_predict_small_changes_of_the_loss():
     """Scaling component i by 1 - 1e-3 changes the mean loss by 1e-3 dL_i, to 1 %."""
-    model, anatomy, ids = prepared()
+    model, anatomy, ids = prepared(num_hidden_layers=3)
     factors = {}
     for target in anatomy.targets:
         U, s, Vh = torch.linalg.svd(read_weight(get_module(model, target.name)))

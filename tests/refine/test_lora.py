@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from architectures import windows
+from architectures import tiny, windows
 from jobs import logits, make_job, same_state, uniform_plan
 from spectrim.data.windows import given_windows
 from spectrim.errors import MissingExtraError, NonFiniteError
@@ -104,7 +104,8 @@ def test_only_the_factor_is_changed_by_a_low_rank_update(factor):
 def test_a_stage_that_hurts_is_not_merged():
     """Held-out windows of other words: what is learned from the rest makes them less likely."""
     pytest.importorskip("peft")
-    job, unrefined, _ = recovered(held=12 + windows(4, 16, seed=1, vocab_size=55))
+    model, _ = tiny("llama", num_hidden_layers=3)
+    job, unrefined, _ = recovered(model=model, held=12 + windows(4, 16, seed=1, vocab_size=55))
     assert not moved(job, unrefined)
     assert all(f["step"] == 0 for f in job.log.network.values())
 

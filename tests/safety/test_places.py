@@ -112,7 +112,7 @@ def test_every_command_leaves_everything_that_it_reads(made, monkeypatch, comman
         "spectrim.api.load_model",
         "spectrim.api.load_survey",
         "spectrim.api.load_elastic",
-        "spectrim.studies.reference.load_model",
+        "spectrim.studies.measure.load_model",
         "spectrim.studies.depth.load_model",
         "spectrim.studies.page.gather_page",
         "spectrim.storage.dense.load_folder",

@@ -1,3 +1,4 @@
+import importlib
 import json
 import subprocess
 import sys
@@ -5,11 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.quantizers import auto
 
+import spectrim.storage.quantizer
 from architectures import ARCHITECTURES, tiny, windows
 from jobs import copied, same_state
+from spectrim import registration
 from spectrim.errors import ArtifactError, ModelError
 from spectrim.layers.lowrank import LowRankLinear
 from spectrim.layers.quantized import quantize_layer
@@ -144,29 +149,37 @@ def test_training_reaches_the_factors(tmp_path):
     assert model.hf_quantizer.is_compileable
 
 
-def test_a_loader_without_spectrim_stops_and_goes_on_after_the_import(tmp_path):
-    """One process for all of it: a start of transformers costs seconds."""
-    names = ["llama", "gpt2", "opt"]
-    for name in names:
-        compressed(name).save_pretrained(tmp_path / name)
-    code = f"""
-import sys
-from transformers import AutoModelForCausalLM
-for name in {names}:
-    try:
-        AutoModelForCausalLM.from_pretrained({str(tmp_path)!r} + "/" + name)
-    except RuntimeError as error:
-        assert "ignore_mismatched_sizes" in str(error), error
-        print("refused", name)
-import spectrim
-for name in {names}:
-    AutoModelForCausalLM.from_pretrained({str(tmp_path)!r} + "/" + name)
-    print("loaded", name)
-"""
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.split() == [word for name in names for word in ("refused", name)] + [
-        word for name in names for word in ("loaded", name)
-    ]
+@pytest.fixture
+def unregistered(monkeypatch):
+    """transformers as it is where spectrim was never imported."""
+    for table in (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING):
+        monkeypatch.delitem(table, "spectrim")
+    monkeypatch.setattr(spectrim.storage, "quantizer", spectrim.storage.quantizer)
+    monkeypatch.delitem(sys.modules, registration.OURS[auto.__name__])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_a_loader_without_spectrim_stops_and_goes_on_after_the_import(name, tmp_path, unregistered):
+    compressed(name).save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    registration.register()
+    assert compressed_layers(AutoModelForCausalLM.from_pretrained(tmp_path))
+
+
+def waiting():
+    return [f.awaited for f in sys.meta_path if isinstance(f, registration._Await)]
+
+
+def test_where_spectrim_is_imported_first_it_waits_for_transformers(unregistered, monkeypatch):
+    """The module that is awaited is executed anew, and found as at its first import."""
+    monkeypatch.setattr(transformers.quantizers, "auto", auto)
+    monkeypatch.delitem(sys.modules, auto.__name__)
+    registration.register()
+    assert auto.__name__ in waiting()
+    again = importlib.import_module(auto.__name__)
+    assert again is not auto and "spectrim" in again.AUTO_QUANTIZER_MAPPING
+    assert auto.__name__ not in waiting()
 
 
 def test_other_strict_loaders_stop_too(tmp_path):
@@ -208,16 +221,13 @@ def test_no_name_is_renamed_wrongly():
             assert applied(f"{path}.down.weight", forward) == f"{path}.down.weight"
 
 
-def test_importing_spectrim_is_light_and_waits_for_transformers():
+def test_importing_spectrim_is_light():
     code = """
 import sys
 import spectrim
 assert not {"torch", "transformers", "pydantic"} & set(sys.modules)
-waiting = lambda: [f for f in sys.meta_path if type(f).__module__ == "spectrim.registration"]
-assert len(waiting()) == 2
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as table
-assert "spectrim" in table
-assert [f.awaited for f in waiting()] == ["peft.tuners.lora.model"]
+waiting = [f for f in sys.meta_path if type(f).__module__ == "spectrim.registration"]
+assert len(waiting) == 2
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -9,28 +9,31 @@ from torch import nn
 
 from spectrim.allocate.plan import Plan
 from spectrim.api.evaluating import evaluate_models
-from spectrim.run.reading_words import EvaluateWords
-from spectrim.run.survey.replanning import replan
+from spectrim.run.planning import plan_from_survey
+from spectrim.run.reading_words import EvaluateWords, PlanWords
 from spectrim.run.word import takes
 from spectrim.shortage import tells_of_shortage
+from spectrim.storage.survey_file import load_survey
 from spectrim.storage.survey_record import Survey
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-def plan(survey: Survey | str | Path, **options: Any) -> Plan:
-    """Ranks for any size from a survey, in about a second; see `run.survey.replanning.replan`.
+@takes(PlanWords)
+def plan(survey: Survey | str | Path, **words: Unpack[PlanWords]) -> Plan:
+    """Ranks for any size from a survey, in about a second.
 
     Args:
         survey: in memory, or its folder.
-        options: keep or size; rule, score, floor and multiple in place of the recipe's.
+        **words: those below.
 
     Raises:
         BudgetError: out of reach; names what can be reached.
         InputError: the survey lacks what the rule needs.
     """
-    return replan(survey, **options)
+    found = survey if isinstance(survey, Survey) else load_survey(survey)
+    return plan_from_survey(found, **words)
 
 
 @tells_of_shortage

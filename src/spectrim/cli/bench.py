@@ -8,78 +8,44 @@ from typing import Annotated, Any
 import typer
 
 from spectrim.cli import options
+from spectrim.cli.study import numbers
 from spectrim.cli.terminal import Terminal
 from spectrim.cli.words import takes
-from spectrim.errors import InputError
+from spectrim.run.loading_words import LoadWords
+from spectrim.run.reading_words import BenchWords
 from spectrim.sizes import format_bytes
 
 
-@takes("device", "dtype", "trust_remote_code")
+@takes(
+    *("batch", "lengths", "new_tokens", "repeats", "prepared", "memory", "latent_cache"),
+    *("device", "dtype", "trust_remote_code"),
+    of=BenchWords,
+)
 def bench(
     terminal: Terminal,
     model: Annotated[str, typer.Argument(metavar="OUT", help="The compressed model's folder.")],
     against: Annotated[
         str, typer.Option("--against", metavar="MODEL", help="The dense model to compare with.")
     ],
-    batch: Annotated[
-        str | None,
-        typer.Option("--batch", metavar="N,...", help="Sequences side by side; default 1,8,32."),
-    ] = None,
-    lengths: Annotated[
-        str | None,
-        typer.Option("--lengths", metavar="N,...", help="Tokens per prompt; default 32,128."),
-    ] = None,
-    new_tokens: Annotated[
-        int | None,
-        typer.Option("--new-tokens", metavar="N", help="Tokens to write per sequence; default 16."),
-    ] = None,
-    repeats: Annotated[
-        int | None,
-        typer.Option("--repeats", metavar="N", help="Runs behind each median; default 3."),
-    ] = None,
-    prepared: Annotated[
-        bool,
-        typer.Option("--prepare/--as-loaded", help="Arrange the weights of both for this device."),
-    ] = True,
-    memory: Annotated[
-        str | None,
-        typer.Option("--memory", metavar="SIZE", help="What weights may take: 2GB, or any."),
-    ] = None,
-    latent_cache: Annotated[
-        bool,
-        typer.Option("--latent-cache", help="Time OUT also with a cache of latents, not heads."),
-    ] = False,
     **words: Any,
 ) -> None:
     """Time OUT and the dense MODEL on this machine: prefill, decode, first token, memory.
 
     The ideal is what the saved bytes (decode) and multiplications (prefill) would give alone.
     """
-    sizes = {"batches": as_numbers("--batch", batch), "lengths": as_numbers("--lengths", lengths)}
+    words["batches"] = numbers("--batch", words.pop("batch"), least=1)
+    words["lengths"] = numbers("--lengths", words["lengths"], least=1)
     with terminal.working() as progress:
         from spectrim.run.options import RunOptions
+        from spectrim.run.word import among
+        from spectrim.studies.benching import Timing
         from spectrim.studies.benching import bench as measure
 
-        found = measure(
-            model,
-            against,
-            RunOptions(progress=progress, **options.given(**words)),
-            prepared=prepared,
-            memory=memory,
-            latent_cache=latent_cache,
-            **options.given(**sizes, new_tokens=new_tokens, repeats=repeats),
-        )
+        said = options.given(**words)
+        timing = Timing(**{name: said[name] for name in said.keys() - among(said, LoadWords)})
+        ways = RunOptions(progress=progress, **among(said, LoadWords))
+        found = measure(model, against, ways, timing)
     terminal.show(found, print_bench)
-
-
-def as_numbers(option: str, words: str | None) -> list[int] | None:
-    """`1,8,32` as numbers."""
-    if words is None:
-        return None
-    parts = [part.strip() for part in words.split(",")]
-    if not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise InputError(f"{option} is {words!r}; expected positive numbers, for example 1,8,32")
-    return [int(part) for part in parts]
 
 
 def print_bench(found: dict[str, Any]) -> None:

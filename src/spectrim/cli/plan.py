@@ -11,33 +11,20 @@ import typer
 from spectrim.cli import options
 from spectrim.cli.terminal import Terminal
 from spectrim.cli.words import takes
+from spectrim.run.reading_words import PlanWords
 
 if TYPE_CHECKING:
     from spectrim.allocate.plan import Plan
 
 
-@takes("keep", "size", told=("as_json", "verbose"))
+@takes(
+    *("keep", "size", "rule", "score", "floor", "multiple"),
+    of=PlanWords,
+    told=("as_json", "verbose"),
+)
 def plan(
     terminal: Terminal,
     survey: Annotated[Path, typer.Argument(metavar="SURVEY", help="What `spectrim survey` wrote.")],
-    rule: Annotated[
-        str | None,
-        typer.Option("--rule", help="uniform, loss_ratio, sensitivity, zero_sum or knapsack."),
-    ] = None,
-    score: Annotated[
-        str | None,
-        typer.Option(
-            "--score",
-            help="What knapsack minimizes: energy, first_order, second_order, kfac or measured.",
-        ),
-    ] = None,
-    floor: Annotated[
-        float | None,
-        typer.Option("--floor", help="Least rank as a share of the break-even rank, in [0, 1)."),
-    ] = None,
-    multiple: Annotated[
-        int | None, typer.Option("--multiple", metavar="N", help="Ranks are multiples of N.")
-    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", metavar="FILE", help="JSON for `compress --plan FILE`."),
@@ -54,15 +41,15 @@ def plan(
     """
     with terminal.working(output=output):
         # Not through the interface module: that one imports torch, which takes longer than a plan.
-        from spectrim.run.survey.replanning import check_plan_file, plan_record, replan
+        from spectrim.run.planning import plan_from_survey
+        from spectrim.run.survey.replanning import check_plan_file, plan_record
         from spectrim.storage.survey_file import load_survey
         from spectrim.storage.whole_file import write_text
 
         if output is not None:
             check_plan_file(output, survey, overwrite=overwrite)
         surveyed = load_survey(survey)
-        chosen = options.given(rule=rule, score=score, floor=floor, multiple=multiple, **words)
-        made = replan(surveyed, **chosen)
+        made = plan_from_survey(surveyed, **options.given(**words))
         if output is not None:
             write_text(output, json.dumps(plan_record(made, surveyed), indent=2) + "\n")
     terminal.show(made.to_json(), lambda _: print_plan(made, output, every=every))

@@ -30,8 +30,8 @@ def numbers(option: str, words: str | None, *, least: int) -> list[int] | None:
     """`8,16,32` as numbers, None if nothing was given."""
     if words is None:
         return None
-    parts = names(words)
-    if not parts or not all(part.isdecimal() and int(part) >= least for part in parts):
+    parts = [part.strip() for part in words.split(",")]
+    if not all(part.isdecimal() and int(part) >= least for part in parts):
         raise InputError(f"{option} is {words!r}; expected numbers from {least}, such as 8,16,32")
     return [int(part) for part in parts]
 

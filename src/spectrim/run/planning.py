@@ -9,10 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from spectrim.allocate.budget import (
-    keep_for_size,
-    layer_bytes,
-)
+from spectrim.allocate.budget import keep_for_size, layer_bytes
 from spectrim.allocate.curve import Curve
 from spectrim.allocate.experts import equal_in_blocks
 from spectrim.allocate.ladder import Limits, smallest_keep
@@ -22,6 +19,7 @@ from spectrim.allocate.rules import RULES, allocate
 from spectrim.allocate.sensitivity import TABLE, Table
 from spectrim.errors import BudgetError, InputError, RecipeError
 from spectrim.recipe import Recipe, validated
+from spectrim.sizes import parse_size
 
 if TYPE_CHECKING:
     from spectrim.storage.survey_record import Survey
@@ -114,11 +112,8 @@ def plan_from_survey(
     survey: Survey,
     *,
     keep: float | None = None,
-    size: int | None = None,
-    rule: str | None = None,
-    score: str | None = None,
-    floor: float | None = None,
-    multiple: int | None = None,
+    size: str | int | None = None,
+    **rule: Any,
 ) -> Plan:
     """A plan for any size, without the model.
 
@@ -126,10 +121,8 @@ def plan_from_survey(
         survey: as loaded.
         keep: fraction of the target bytes; the recipe's by default.
         size: bytes of the whole checkpoint, instead of keep.
-        rule: allocation rule; the recipe's by default.
-        score: what knapsack minimises; by default the recipe's, or the best that is there.
-        floor: least rank as a share of break-even.
-        multiple: ranks are multiples of this.
+        **rule: `rule`, `score`, `floor` and `multiple` in place of the recipe's; for a knapsack
+            that the recipe does not ask for, the score is the best that is there.
 
     Raises:
         InputError: see `make_plan`.
@@ -138,21 +131,16 @@ def plan_from_survey(
     if keep is not None and size is not None:
         raise BudgetError("keep and size exclude each other; give one")
     recipe = validated(Recipe, survey.recipe, source=f"the survey of {survey.model_name}")
-    chosen = {
-        k: v
-        for k, v in {"rule": rule, "score": score, "floor": floor, "multiple": multiple}.items()
-        if v is not None
-    }
-    if rule == "knapsack" and score is None and recipe.allocate.rule != "knapsack":
-        chosen["score"] = best_score(survey)
+    chosen = {name: value for name, value in rule.items() if value is not None}
+    if chosen.get("rule") == "knapsack" != recipe.allocate.rule:
+        chosen.setdefault("score", best_score(survey))
     changes: dict[str, Any] = {"allocate": chosen}
     if keep is not None:
         changes["keep"] = keep
     recipe = recipe.with_changes(**changes)
     if size is not None:
-        reachable = keep_of_size(
-            size, recipe, survey.curves, survey.other_bytes, survey.dtype_bytes
-        )
+        other, itemsize = survey.other_bytes, survey.dtype_bytes
+        reachable = keep_of_size(parse_size(size), recipe, survey.curves, other, itemsize)
         recipe = recipe.with_changes(keep=reachable)
     return make_plan(recipe, dtype_bytes=survey.dtype_bytes, survey=survey)
 

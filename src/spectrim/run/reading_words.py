@@ -153,6 +153,72 @@ class EvaluateWords(LoadWords, total=False):
     tokenizer: Annotated[Any, Word("For model objects.")]
 
 
+class PlanWords(TypedDict, total=False):
+    """The words of `spectrim.plan`; None is what the survey's recipe says."""
+
+    keep: Annotated[float | None, Word("Fraction of the target bytes.", "FRACTION", MAKE)]
+    size: Annotated[
+        str | int | None, Word('Of the whole checkpoint, e.g. "3.5GB", for keep.', "BYTES", MAKE)
+    ]
+    rule: Annotated[
+        str | None, Word("uniform, loss_ratio, sensitivity, zero_sum or knapsack.", None, MAKE)
+    ]
+    score: Annotated[
+        str | None,
+        Word(
+            "What knapsack minimizes: energy, first_order, second_order, kfac, measured.",
+            group=MAKE,
+        ),
+    ]
+    floor: Annotated[
+        float | None, Word("Least rank as a share of the break-even rank, in [0, 1).", None, MAKE)
+    ]
+    multiple: Annotated[int | None, Word("Ranks are multiples of N.", "N", MAKE)]
+
+
+class BenchWords(LoadWords, total=False):
+    """What `spectrim bench` takes."""
+
+    batch: Annotated[str, Word("Sequences side by side; default 1,8,32.", "N,...", MEASURE)]
+    lengths: Annotated[str, Word("Tokens per prompt; default 32,128.", "N,...", MEASURE)]
+    new_tokens: Annotated[int, Word("Tokens to write per sequence; default 16.", "N", MEASURE)]
+    repeats: Annotated[int, Word("Runs behind each median; default 3.", "N", MEASURE)]
+    prepared: Annotated[
+        bool,
+        Word(
+            "Arrange the weights of both for this device; the default.",
+            group=MEASURE,
+            flag="--prepare/--as-loaded",
+        ),
+    ]
+    memory: Annotated[str, Word("What weights may take: 2GB, or any.", "SIZE", MEASURE)]
+    latent_cache: Annotated[
+        bool, Word("Time OUT also with a cache of latents, not heads.", group=MEASURE)
+    ]
+
+
+class ReportWords(LoadWords, total=False):
+    """What `spectrim report` takes."""
+
+    against: Annotated[str, Word("The dense model to compare with.", "MODEL", MEASURE)]
+    others: Annotated[
+        list[Path],
+        Word(
+            "Another result to follow along depth.", "OUT", MEASURE, flag="--with", kind=list[Path]
+        ),
+    ]
+    curve: Annotated[Path, Word("What `spectrim curve` wrote.", "DIR", MAKE, kind=Path)]
+    survey: Annotated[Path, Word("What `spectrim survey` wrote: spectra.", "DIR", MAKE, kind=Path)]
+    text: Annotated[str, Word("Text to measure on, with --against.", "SOURCE", MEASURE)]
+    window_length: Annotated[int, Word("Tokens per window.", "TOKENS", MEASURE)]
+    max_tokens: Annotated[int, Word("Score at most N tokens.", "N", MEASURE)]
+    prompts: Annotated[
+        list[str],
+        Word("Continued by both models.", "TEXT", MEASURE, flag="--prompt", kind=list[str]),
+    ]
+    overwrite: Annotated[bool, Word("Replace FILE if it exists.", group=OUTPUT)]
+
+
 class StudyWords(TypedDict, total=False):
     """What only commands of studies take."""
 

@@ -24,10 +24,35 @@ from spectrim.serve.bench import Cell, Work, measure_cells, paths_of, uncut_byte
 from spectrim.serve.latent.switch import latent_cache as switch_over
 from spectrim.serve.prepare import Prepared, prepare
 
-BATCHES = (1, 8, 32)
-LENGTHS = (32, 128)
-NEW_TOKENS = 16
-REPEATS = 3
+
+@dataclass(frozen=True)
+class Timing:
+    """What is timed.
+
+    Attributes:
+        batches: sequences side by side.
+        lengths: tokens per prompt.
+        new_tokens: tokens to write per sequence.
+        repeats: counted runs behind each median.
+        prepared: arrange the weights of both for this device before they are timed.
+        memory: what the compressed model's weights may take then, see `serve.prepare`.
+        latent_cache: measure the compressed model once more with a latent key-value cache.
+    """
+
+    batches: Sequence[int] = (1, 8, 32)
+    lengths: Sequence[int] = (32, 128)
+    new_tokens: int = 16
+    repeats: int = 3
+    prepared: bool = True
+    memory: int | str | None = None
+    latent_cache: bool = False
+
+    def __post_init__(self) -> None:
+        check_whole(new_tokens=self.new_tokens, repeats=self.repeats)
+        for batch in self.batches:
+            check_whole(batches=batch)
+        for length in self.lengths:
+            check_whole(lengths=length)
 
 
 @dataclass(frozen=True)
@@ -46,14 +71,7 @@ def bench(
     model: str | Path,
     against: str | Path,
     options: RunOptions = RunOptions(),
-    *,
-    batches: Sequence[int] = BATCHES,
-    lengths: Sequence[int] = LENGTHS,
-    new_tokens: int = NEW_TOKENS,
-    repeats: int = REPEATS,
-    prepared: bool = True,
-    memory: int | str | None = None,
-    latent_cache: bool = False,
+    timing: Timing = Timing(),
 ) -> dict[str, Any]:
     """Prefill and decode speed, time to first token, memory and cache of two models.
 
@@ -63,13 +81,7 @@ def bench(
         model: the compressed folder.
         against: the dense model.
         options: how both are loaded, and who is told of every cell.
-        batches: sequences side by side.
-        lengths: tokens per prompt.
-        new_tokens: tokens to write per sequence.
-        repeats: counted runs behind each median.
-        prepared: arrange the weights of both for this device before they are timed.
-        memory: what the compressed model's weights may take then, see `serve.prepare`.
-        latent_cache: measure the compressed model once more with a latent key-value cache.
+        timing: what is timed.
 
     Returns:
         JSON-ready: both models' work and cells, speed-ups with their ideal, hardware, versions.
@@ -78,25 +90,19 @@ def bench(
         SpectrimError: a model that cannot be loaded, sizes it cannot run, or memory that is less
             than its weights take.
     """
-    progress = options.progress
-    check_whole(new_tokens=new_tokens, repeats=repeats)
-    for name, values in {"batches": batches, "lengths": lengths}.items():
-        for value in values:
-            check_whole(**{name: value})
-    sizes = {"batches": batches, "lengths": lengths, "new_tokens": new_tokens, "repeats": repeats}
     measured = {}
     for role, name in (("dense", against), ("compressed", model)):
         loaded = load_model(name, options)
         network: Any = loaded.model
         _check_role(network, str(name), role)
         uncut = uncut_bytes(network, work_of(network))
-        limit = memory if role == "compressed" else None
-        chosen = prepare(network, memory=limit) if prepared else None
-        cells = _cells(network, role, sizes, progress)
+        limit = timing.memory if role == "compressed" else None
+        chosen = prepare(network, memory=limit) if timing.prepared else None
+        cells = _cells(network, role, timing, options.progress)
         latent = None
-        if latent_cache and role == "compressed":
+        if timing.latent_cache and role == "compressed":
             switch_over(network)
-            latent = _cells(network, "latent cache", sizes, progress)
+            latent = _cells(network, "latent cache", timing, options.progress)
         paths = paths_of(network)
         measured[role] = _Measured(work_of(network), cells, latent, uncut, chosen, paths)
         del loaded, network
@@ -118,10 +124,11 @@ def _check_role(network: Any, name: str, role: str) -> None:
         )
 
 
-def _cells(network: Any, stage: str, sizes: dict[str, Any], progress: Progress) -> list[Cell]:
-    progress.start(stage, len(sizes["batches"]) * len(sizes["lengths"]))
+def _cells(network: Any, stage: str, timing: Timing, progress: Progress) -> list[Cell]:
+    progress.start(stage, len(timing.batches) * len(timing.lengths))
     cells = []
-    for cell in measure_cells(network, **sizes):
+    sizes = ("batches", "lengths", "new_tokens", "repeats")
+    for cell in measure_cells(network, **{name: getattr(timing, name) for name in sizes}):
         cells.append(cell)
         progress.advance(stage, f"batch {cell.speed.batch}, {cell.speed.prompt_length} tokens")
     progress.finish(stage)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from spectrim.api.evaluating import evaluation_windows_of
 from spectrim.arguments import refuse_unused
 from spectrim.decompose import OBJECTIVES
 from spectrim.errors import InputError
@@ -175,7 +174,7 @@ def _follow_all(
         )
     reports = {name: _report_of(result) for name, result in folders.items()}
     dense = load_model(model, measure.options)
-    windows = evaluation_windows_of(dense, measure.text, measure.window_length, measure.max_tokens)
+    windows = measure.windows(dense)
     place = next(dense.model.parameters()).device
     first = torch.arange(8, device=place)[None] % vocabulary_size(dense.model)
     anatomy, batch = trace(dense.model, first), measure.batch

@@ -10,14 +10,18 @@ from typing import Literal
 
 from torch import nn
 
+from spectrim.api.evaluating import evaluation_windows_of
 from spectrim.arguments import check_whole
 from spectrim.data.corpora import CORPORA
 from spectrim.data.text import SELF, split_sources
+from spectrim.data.windows import Windows
 from spectrim.errors import InputError
+from spectrim.evaluate.perplexity import perplexity
 from spectrim.recipe import Recipe
+from spectrim.run.loading import LoadedModel, load_model
 from spectrim.run.options import RunOptions
 from spectrim.run.texts import UserText
-from spectrim.studies.reference import Reference, open_reference
+from spectrim.studies.reference import Reference
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +50,16 @@ class Measure:
         if self.window_length != "max":
             check_whole(least=2, window_length=self.window_length)
 
+    def windows(self, loaded: LoadedModel) -> Windows:
+        """What a model is measured on."""
+        return evaluation_windows_of(loaded, self.text, self.window_length, self.max_tokens)
+
     def reference(self, model: str | Path | nn.Module) -> Reference:
         """The dense model, loaded and measured."""
-        return open_reference(model, **vars(self))
+        loaded = load_model(model, self.options)
+        windows = self.windows(loaded)
+        found = perplexity(loaded.model, windows, batch=self.batch)
+        return Reference(loaded, windows, found, self.batch, self.options.progress)
 
 
 def measured_on(measure: Measure | None, text: UserText) -> Measure:

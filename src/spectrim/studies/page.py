@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from spectrim.api.evaluating import evaluation_windows_of
 from spectrim.arguments import refuse_unused
 from spectrim.data.windows import Windows
 from spectrim.errors import InputError, OutputError, TextError
@@ -18,12 +17,11 @@ from spectrim.evaluate.samples import continuations
 from spectrim.report.content import PageContent, read_curve_file, read_result
 from spectrim.report.page import PAGE_MARK, render_page
 from spectrim.run.loading import LoadedModel, load_model
-from spectrim.run.options import RunOptions
 from spectrim.run.sources import sources_of
-from spectrim.run.texts import UserText
 from spectrim.storage.ownership import check_apart
 from spectrim.storage.survey_file import load_survey
 from spectrim.storage.whole_file import check_file, write_text
+from spectrim.studies.measure import Measure
 
 PROMPTS = ("The old house stood at the end of the lane, and",)
 _DEPTH_WINDOWS = 8
@@ -31,29 +29,23 @@ _DEPTH_WINDOWS = 8
 
 def gather_page(
     folder: str | Path,
-    options: RunOptions = RunOptions(),
+    measure: Measure = Measure(),
     *,
     against: str | Path | None = None,
     others: Sequence[str | Path] = (),
     curve: str | Path | None = None,
     survey: str | Path | None = None,
-    text: UserText = None,
-    window_length: int | None = None,
-    max_tokens: int | None = None,
     prompts: Sequence[str] = PROMPTS,
 ) -> PageContent:
     """Everything for the page of one result.
 
     Args:
         folder: a result folder.
-        options: how models are loaded.
+        measure: how models are loaded, and on which text they are measured.
         against: the dense model; with it both are measured, followed along depth and sampled.
         others: further results to draw along depth.
         curve: folder or file that `spectrim curve` wrote.
         survey: folder that `spectrim survey` wrote, for spectra.
-        text: to measure on, wikitext2 if not given.
-        window_length: tokens per window.
-        max_tokens: score at most this many.
         prompts: to be continued by both models.
 
     Raises:
@@ -67,16 +59,16 @@ def gather_page(
     if against is None:
         if others:
             raise InputError("drawing other results along depth needs the dense model: against")
-        given = {"text": text, "window_length": window_length, "max_tokens": max_tokens}
+        given = {name: getattr(measure, name) for name in ("text", "window_length", "max_tokens")}
         refuse_unused("nothing is measured without the dense model, against", given)
         if tuple(prompts) != PROMPTS:
             refuse_unused("both models continue them, which needs against", {"prompts": prompts})
         return content
-    dense = load_model(against, options)
-    models = {_label(name): load_model(name, options) for name in (folder, *others)}
+    dense = load_model(against, measure.options)
+    models = {_label(name): load_model(name, measure.options) for name in (folder, *others)}
     if len(models) <= len(others):
         raise InputError(f"two results have the same folder name, one of {', '.join(models)}")
-    windows = evaluation_windows_of(dense, text, window_length, max_tokens)
+    windows = measure.windows(dense)
     return replace(
         content,
         evaluations=_evaluations(dense, {_label(against): dense, **models}, windows),
@@ -130,7 +122,12 @@ def _spectra(folder: str | Path) -> dict[str, list[float]]:
 
 
 def report(
-    folder: str | Path, *, output: str | Path, overwrite: bool = False, **options: Any
+    folder: str | Path,
+    measure: Measure = Measure(),
+    *,
+    output: str | Path,
+    overwrite: bool = False,
+    **options: Any,
 ) -> Path:
     """Write the HTML page of a result; `options` as in `gather_page`.
 
@@ -142,11 +139,11 @@ def report(
         model=options.get("against"),
         curve=options.get("curve"),
         survey=options.get("survey"),
-        text=options.get("text"),
+        text=measure.text,
     )
     check_apart(output, read)
     path = check_file(output, overwrite=overwrite, option="FILE")
     if path.exists() and PAGE_MARK not in path.read_text(encoding="utf-8", errors="replace"):
         raise OutputError(f"{path} is no page of spectrim and is not replaced; choose another FILE")
-    write_text(path, render_page(gather_page(folder, **options)))
+    write_text(path, render_page(gather_page(folder, measure, **options)))
     return path

@@ -8,13 +8,12 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from spectrim import __version__
-from spectrim.api.evaluating import evaluation_windows_of
 from spectrim.data.windows import Windows, given_windows
 from spectrim.errors import ArtifactError, InputError
 from spectrim.evaluate.agreement import agreement
@@ -22,8 +21,7 @@ from spectrim.evaluate.bootstrap import perplexity_difference
 from spectrim.evaluate.perplexity import Perplexity, perplexity
 from spectrim.evaluate.points import CurvePoint
 from spectrim.recipe import Recipe
-from spectrim.run.loading import LoadedModel, load_model
-from spectrim.run.options import RunOptions
+from spectrim.run.loading import LoadedModel
 from spectrim.run.progress import Progress, Silent
 from spectrim.run.texts import UserText
 from spectrim.storage.json_file import read_json
@@ -143,23 +141,6 @@ def excess_interval(
     generator = torch.Generator().manual_seed(seed)
     difference = perplexity_difference(found, dense, generator=generator)
     return difference.nll_low, difference.nll_high
-
-
-def open_reference(
-    model: str | Path | nn.Module,
-    options: RunOptions = RunOptions(),
-    *,
-    text: UserText = None,
-    window_length: int | Literal["max"] | None = None,
-    max_tokens: int | None = None,
-    batch: int = 8,
-) -> Reference:
-    """Load the dense model and measure it; arguments as in `api.evaluating.evaluate_models`."""
-    loaded = load_model(model, options)
-    windows = evaluation_windows_of(loaded, text, window_length, max_tokens)
-    return Reference(
-        loaded, windows, perplexity(loaded.model, windows, batch=batch), batch, options.progress
-    )
 
 
 class PointStore:

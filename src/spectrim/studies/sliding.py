@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 
 from spectrim.api import resize
-from spectrim.api.evaluating import evaluation_windows_of
 from spectrim.arguments import check_whole, refuse_unused
 from spectrim.data.windows import Windows
 from spectrim.errors import InputError
@@ -65,9 +64,7 @@ def slider(
     measured: dict[float, float] = {}
     if measure.text is not None:
         loaded = LoadedModel(dense, elastic.tokenizer, str(artifact), elastic.elastic.dtype)
-        windows = evaluation_windows_of(
-            loaded, measure.text, measure.window_length, measure.max_tokens
-        )
+        windows = measure.windows(loaded)
         measured[1.0] = perplexity(dense, windows, batch=measure.batch).perplexity
         if curve is not None:
             known = _from_curve(curve, Path(artifact).resolve().name)

@@ -6,13 +6,11 @@ before a training begins. Memory is not predicted.
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
-
-import torch
 
 from spectrim.data.windows import longest_window
 from spectrim.recipe import AcipLearning, Recipe, SocoLearning
+from spectrim.run.cost import measured_rates
 from spectrim.run.estimate import Estimate
 from spectrim.run.footprint import Room, Setting
 from spectrim.run.loading import read_config
@@ -72,7 +70,8 @@ def estimate_learning(model: str | Path, recipe: Recipe, options: RunOptions) ->
     )
     tokens = section.batch * section.accumulate * length
     passes = 1 + _BACKWARD + (section.recompute == "always")
-    per_step = 2 * shards.bytes / stored.itemsize * tokens * passes * _FACTORS / _products(place)
+    products, _ = measured_rates(place)
+    per_step = 2 * shards.bytes / stored.itemsize * tokens * passes * _FACTORS / products
     steps = learning_steps(section)
     return Estimate(
         setting=setting,
@@ -82,15 +81,3 @@ def estimate_learning(model: str | Path, recipe: Recipe, options: RunOptions) ->
         seconds={f"{phase}, {count} steps": count * per_step for phase, count in steps.items()},
         checkpoint_bytes=shards.bytes,
     )
-
-
-def _products(device: torch.device) -> float:
-    """Operations per second of fp32 products."""
-    size, repeats = 384, 4
-    x = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).to(device)
-    (x @ x).sum().item()
-    started = time.perf_counter()
-    for _ in range(repeats):
-        y = x @ x
-    y.sum().item()
-    return repeats * 2 * size**3 / (time.perf_counter() - started)

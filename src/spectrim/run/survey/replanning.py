@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from spectrim.allocate.plan import Plan
 from spectrim.errors import ArtifactError, OutputError
-from spectrim.run.planning import plan_from_survey
 from spectrim.run.sources import sources_of
-from spectrim.sizes import parse_size
 from spectrim.storage.ownership import check_apart
 from spectrim.storage.plan_file import FORMAT_VERSION, check_model, load_plan
 from spectrim.storage.survey_file import is_survey, load_survey
@@ -18,28 +16,6 @@ from spectrim.storage.whole_file import check_file
 
 if TYPE_CHECKING:
     from spectrim.run.loading import LoadedModel
-
-
-def replan(
-    survey: Survey | str | Path,
-    *,
-    keep: float | None = None,
-    size: str | int | None = None,
-    rule: str | None = None,
-    score: str | None = None,
-    floor: float | None = None,
-    multiple: int | None = None,
-) -> Plan:
-    """Ranks for any size from a survey in memory or on disk; see `plan_from_survey`."""
-    return plan_from_survey(
-        survey if isinstance(survey, Survey) else load_survey(survey),
-        keep=keep,
-        size=None if size is None else parse_size(size),
-        rule=rule,
-        score=score,
-        floor=floor,
-        multiple=multiple,
-    )
 
 
 def plan_record(plan: Plan, survey: Survey | str | Path) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from spectrim.run.planning import plan_from_survey
 from spectrim.run.survey.survey import make_survey, surveyed_choice
 from spectrim.run.survey.survey_key import survey_key
 from spectrim.run.texts import UserText
-from spectrim.sizes import parse_size
 from spectrim.storage.shared_work import Work
 from spectrim.storage.survey_record import Survey
 
@@ -76,7 +75,7 @@ def cut_survey(
     survey: Survey,
     *,
     keep: float | None = None,
-    size: int | None = None,
+    size: str | int | None = None,
     score: str | None = None,
 ) -> Outcome:
     """Cut a surveyed model to a size by the survey's rule, without text or decompositions.
@@ -124,6 +123,6 @@ def resize_survey(
         load_model(surveyed.model_name if base is None else base, options, whole=True),
         surveyed,
         keep=keep,
-        size=None if size is None else parse_size(size),
+        size=size,
         score=score,
     )
