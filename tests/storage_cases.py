@@ -8,8 +8,8 @@ from spectrim.layers.packed import PackedLinear
 from spectrim.layers.swap import swap_in
 from spectrim.model.weights import is_linear, read_bias, read_weight
 from spectrim.storage.attach import attach
-from spectrim.storage.card import model_card
-from spectrim.storage.folder import save_model
+from spectrim.storage.card import Card
+from spectrim.storage.folder import Papers, save_model
 from spectrim.storage.table import Provenance
 
 OUTSIDE = ("lm_head", "embed_out", "gate")
@@ -46,18 +46,12 @@ def compressed(name="llama", *, rank=5, kinds=("factored", "packed"), model=None
 
 
 def save(model, output, tokenizer=None, **options):
+    numbers = {"perplexity": ("10.0", "11.0")}
+    card = Card("Tiny", "someone/tiny", "test", "name: test\n", numbers)
     return save_model(
         model,
         tokenizer,
         output,
-        recipe_yaml="name: test\n",
-        report={"quality": 1.5},
-        card=model_card(
-            "Tiny",
-            base_model="someone/tiny",
-            recipe_name="test",
-            recipe_yaml="name: test\n",
-            numbers={"perplexity": ("10.0", "11.0")},
-        ),
+        Papers("name: test\n", {"quality": 1.5}, card.text()),
         **options,
     )

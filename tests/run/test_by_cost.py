@@ -21,7 +21,7 @@ from spectrim.tolerances import KEEP_STEPS
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("by_cost") / "model"
-    tiny("llama")[0].save_pretrained(path)
+    tiny("llama", num_hidden_layers=3)[0].save_pretrained(path)
     return path
 
 

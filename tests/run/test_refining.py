@@ -2,11 +2,12 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
 
-from architectures import windows
+from architectures import tiny, windows
 from jobs import logits, make_job, same_state, uniform_plan
 from spectrim.errors import InputError, NonFiniteError, RecipeError
 from spectrim.model.weights import get_module
@@ -132,8 +133,9 @@ def test_masters_move_the_norms_of_a_bf16_model(name):
 
 
 def test_look_ahead_sees_the_error_through_the_next_original_block():
-    job, original = run_job(refine=[{**QUICK, "epochs": 1, "look_ahead": 1}])
-    unrefined, _ = run_job()
+    three = partial(tiny, "llama", num_hidden_layers=3)
+    job, original = run_job(refine=[{**QUICK, "epochs": 1, "look_ahead": 1}], model=three()[0])
+    unrefined, _ = run_job(model=three()[0])
     _, held = hold_out(24, BlockRefinement().held_out)
     first, second, last = job.anatomy.blocks
     half = copy.deepcopy(original)

@@ -108,8 +108,8 @@ def test_packed_ranks_enter_the_plan(source):
     packed = api.compress(tiny("llama")[0], keep=0.6, recipe="svd", storage="packed")
     assert plain.plan.achieved_keep <= 0.6
     assert packed.plan.achieved_keep <= 0.6
-    for before, after in zip(plain.plan.entries, packed.plan.entries, strict=True):
-        assert after.rank > before.rank
+    before, after = ([e.rank for e in r.plan.entries] for r in (plain, packed))
+    assert all(a >= b for a, b in zip(after, before, strict=True)) and sum(after) > sum(before)
     assert plan_limits(get_recipe("svd"), 2).forms == (Form("factored"),)
 
 

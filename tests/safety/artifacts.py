@@ -19,6 +19,7 @@ from spectrim.report.content import read_curve_file, read_result
 from spectrim.run.survey.replanning import plan_record
 from spectrim.storage.admission import admit_folder
 from spectrim.storage.elastic import Base, Elastic, load_elastic, save_elastic
+from spectrim.storage.folder import Papers
 from spectrim.storage.inspect import inspect_folder
 from spectrim.storage.plan_file import load_plan
 from spectrim.storage.survey_file import load_factors, load_survey, save_survey
@@ -64,7 +65,7 @@ def write_elastic(folder):
     }
     base = Base(name="someone/base", identity="0" * 64, dtype="bfloat16", other_bytes=1000)
     elastic = Elastic(order, factors, base, "test")
-    save_elastic(elastic, folder, recipe_yaml="name: t\n", report={}, card="# card\n")
+    save_elastic(elastic, folder, Papers("name: t\n", {}, "# card\n"))
 
 
 def read_elastic(folder):

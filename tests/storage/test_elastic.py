@@ -9,6 +9,7 @@ from spectrim.allocate import Curve, Limits, Shape
 from spectrim.allocate.elastic import elastic_order
 from spectrim.errors import ArtifactError, OutputError
 from spectrim.storage.elastic import Base, Elastic, is_elastic, load_elastic, save_elastic
+from spectrim.storage.folder import Papers
 
 SHAPES = {"a.q": (24, 16), "a.k": (8, 16), "b.up": (40, 16)}
 
@@ -31,9 +32,7 @@ def artifact():
 
 
 def saved(folder):
-    save_elastic(
-        artifact(), folder, recipe_yaml="name: t\n", report={"quality": 1.0}, card="# card\n"
-    )
+    save_elastic(artifact(), folder, Papers("name: t\n", {"quality": 1.0}, "# card\n"))
     return folder
 
 
@@ -58,7 +57,7 @@ def test_a_destination_in_use_is_kept(tmp_path):
     saved(tmp_path / "e")
     with pytest.raises(OutputError, match="overwrite"):
         saved(tmp_path / "e")
-    save_elastic(artifact(), tmp_path / "e", recipe_yaml="", report={}, card="", overwrite=True)
+    save_elastic(artifact(), tmp_path / "e", Papers("", {}, ""), overwrite=True)
     assert load_elastic(tmp_path / "e").source == "test"
 
 

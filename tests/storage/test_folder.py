@@ -16,9 +16,9 @@ from architectures import ARCHITECTURES, tiny, windows
 from spectrim.errors import ArtifactError, ModelError, OutputError
 from spectrim.layers.swap import compressed_layers
 from spectrim.storage.atomic import new_folder
-from spectrim.storage.card import model_card
+from spectrim.storage.card import Card
 from spectrim.storage.dense import export_dense
-from spectrim.storage.folder import save_model
+from spectrim.storage.folder import Papers, save_model
 from spectrim.storage.inspect import inspect_folder
 from spectrim.storage.origin import read_origin
 from spectrim.storage.table import QUANT_METHOD
@@ -246,7 +246,7 @@ def test_a_failed_rename_restores_what_was_there(tmp_path, monkeypatch):
 def test_a_report_with_nan_is_a_mistake_that_leaves_nothing(tmp_path):
     report = {"quality": float("nan")}
     with pytest.raises(ValueError, match="JSON"):
-        save_model(compressed(), None, tmp_path / "out", recipe_yaml="", report=report, card="")
+        save_model(compressed(), None, tmp_path / "out", Papers("", report, ""))
     assert not list(tmp_path.iterdir())
 
 
@@ -306,7 +306,7 @@ def original(folder, license="apache-2.0"):
 
 def test_the_card_is_what_the_hub_reads(tmp_path):
     origin = replace(read_origin(original(tmp_path / "base")), hub_id="org/model-1B")
-    card = model_card(
+    card = Card(
         "A | title",
         base_model="org/model-1B",
         recipe_name="svd-llm",
@@ -316,7 +316,7 @@ def test_the_card_is_what_the_hub_reads(tmp_path):
         notes=["See /home/me/notes.txt."],
         origin=origin,
         measured=[measured("/home/me/heldout.txt")],
-    )
+    ).text()
     read = ModelCard(card).data
     assert (read.license, read.language) == ("apache-2.0", ["en", "no"])
     assert (read.library_name, read.pipeline_tag) == ("transformers", "text-generation")
@@ -336,9 +336,7 @@ def test_the_card_is_what_the_hub_reads(tmp_path):
 
 
 def test_a_card_without_origin_says_what_is_not_known():
-    card = model_card(
-        "x", base_model="/data/models/x", recipe_name="svd", recipe_yaml="", numbers={}
-    )
+    card = Card("x", "/data/models/x", "svd", recipe_yaml="", numbers={}).text()
     assert "/data" not in card
     assert "base_model" not in card.split("---\n")[1]
     assert "names no license" in card and "Quality was not measured" in card

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,6 +42,7 @@ def plan(
         # Not through the interface module: that one imports torch, which takes longer than a plan.
         from spectrim.run.planning import plan_from_survey
         from spectrim.run.survey.replanning import check_plan_file, plan_record
+        from spectrim.storage.json_file import as_json
         from spectrim.storage.survey_file import load_survey
         from spectrim.storage.whole_file import write_text
 
@@ -51,7 +51,7 @@ def plan(
         surveyed = load_survey(survey)
         made = plan_from_survey(surveyed, **options.given(**words))
         if output is not None:
-            write_text(output, json.dumps(plan_record(made, surveyed), indent=2) + "\n")
+            write_text(output, as_json(plan_record(made, surveyed)))
     terminal.show(made.to_json(), lambda _: print_plan(made, output, every=every))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,8 +94,3 @@ def block_and_projection(name: str) -> tuple[int, str]:
         if part.isdigit() and len(part) < 9:
             return int(part), ".".join(parts[position + 1 :])
     return 0, name
-
-
-def as_json(data: Any) -> str:
-    """JSON for a file: indented, finite numbers only, a line break at the end."""
-    return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import yaml
 from torch import Tensor
 
 from spectrim.storage.atomic import new_folder
+from spectrim.storage.json_file import as_json
 from spectrim.storage.origin import HUB_ID
 from spectrim.storage.paths import last_part
 from spectrim.storage.tensor_file import Slot, write_tensors
@@ -66,8 +66,7 @@ def save_adapter(
     with new_folder(output, overwrite=overwrite) as folder:
         write_tensors(folder / "adapter_model.safetensors", slots, {"format": "pt"})
         for name, content in (("adapter_config.json", config), (RECORD_FILE, record)):
-            text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-            (folder / name).write_text(text, encoding="utf-8")
+            (folder / name).write_text(as_json(content), encoding="utf-8")
         (folder / "README.md").write_text(_card(base, rank, record), encoding="utf-8")
     return Path(output)
 

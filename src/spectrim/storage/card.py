@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
@@ -14,23 +15,12 @@ from spectrim.storage.paths import last_part, without_folders
 TAGS = ["spectrim", "low-rank", "svd", "compressed"]
 
 
-def model_card(
-    title: str,
-    *,
-    base_model: str | None,
-    recipe_name: str,
-    recipe_yaml: str,
-    numbers: Mapping[str, tuple[str, str]],
-    protocol: str = "",
-    notes: Sequence[str] = (),
-    origin: Origin | None = None,
-    measured: Sequence[Mapping[str, Any]] = (),
-    outside: str = "",
-) -> str:
-    """Markdown with the front matter of the Hub; no path of this machine is in it.
+@dataclass(frozen=True)
+class Card:
+    """A card's contents.
 
-    Args:
-        title: heading of the card.
+    Attributes:
+        title: its heading.
         base_model: name of the original; linked in the front matter if it is a Hub id.
         recipe_name: name of the recipe.
         recipe_yaml: the complete resolved recipe.
@@ -41,50 +31,63 @@ def model_card(
         measured: perplexities before and after, as in a report's `measured`.
         outside: which shares no budget counts, in words; empty if unknown.
     """
-    origin = origin or Origin()
-    name = last_part(base_model) if base_model else "a model"
-    made_from = f"[{origin.hub_id}](https://huggingface.co/{origin.hub_id})"
-    recipe_yaml = without_folders(recipe_yaml)
-    fence = _fence(recipe_yaml)
-    parts = [
-        f"---\n{yaml.safe_dump(_matter(title, origin, measured), sort_keys=False)}---",
-        f"# {_line(title)}",
-        f"Made from {made_from if origin.hub_id else f'`{name}`'} by "
-        "[spectrim](https://github.com/spectrim/spectrim) with the recipe "
-        f"`{recipe_name}`: linear layers of the decoder are stored as low-rank factors.",
-        "## How to load it",
-        "```sh\npip install spectrim\n```",
-        "```python\n"
-        "import spectrim  # lets transformers load the factors\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("this-folder", dtype="auto")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("this-folder")\n'
-        "```",
-        "Without `import spectrim` loading stops at a shape mismatch. For tools that need ordinary "
-        "weights: `spectrim export this-folder --dense -o dense-folder`.",
-        "## What is lost",
-        "\n".join(_table(numbers, measured)),
-        f"Outside the budget: {_line(outside)}." if outside else "",
-        _loss(measured),
-        protocol,
-        "\n".join(f"- {_line(without_folders(note))}" for note in notes),
-        "## License",
-        _license(origin),
-        "## Recipe",
-        f"{fence}yaml\n{recipe_yaml.rstrip()}\n{fence}",
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+
+    title: str
+    base_model: str | None
+    recipe_name: str
+    recipe_yaml: str
+    numbers: Mapping[str, tuple[str, str]]
+    protocol: str = ""
+    notes: Sequence[str] = ()
+    origin: Origin = field(default_factory=Origin)
+    measured: Sequence[Mapping[str, Any]] = ()
+    outside: str = ""
+
+    def text(self) -> str:
+        """Markdown with the front matter of the Hub; no path of this machine is in it."""
+        name = last_part(self.base_model) if self.base_model else "a model"
+        made_from = f"[{self.origin.hub_id}](https://huggingface.co/{self.origin.hub_id})"
+        recipe_yaml = without_folders(self.recipe_yaml)
+        fence = _fence(recipe_yaml)
+        parts = [
+            f"---\n{yaml.safe_dump(_matter(self), sort_keys=False)}---",
+            f"# {_line(self.title)}",
+            f"Made from {made_from if self.origin.hub_id else f'`{name}`'} by "
+            "[spectrim](https://github.com/spectrim/spectrim) with the recipe "
+            f"`{self.recipe_name}`: linear layers of the decoder are stored as low-rank factors.",
+            "## How to load it",
+            "```sh\npip install spectrim\n```",
+            "```python\n"
+            "import spectrim  # lets transformers load the factors\n"
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            'model = AutoModelForCausalLM.from_pretrained("this-folder", dtype="auto")\n'
+            'tokenizer = AutoTokenizer.from_pretrained("this-folder")\n'
+            "```",
+            "Without `import spectrim` loading stops at a shape mismatch. For tools that need "
+            "ordinary weights: `spectrim export this-folder --dense -o dense-folder`.",
+            "## What is lost",
+            "\n".join(_table(self.numbers, self.measured)),
+            f"Outside the budget: {_line(self.outside)}." if self.outside else "",
+            _loss(self.measured),
+            self.protocol,
+            "\n".join(f"- {_line(without_folders(note))}" for note in self.notes),
+            "## License",
+            _license(self.origin),
+            "## Recipe",
+            f"{fence}yaml\n{recipe_yaml.rstrip()}\n{fence}",
+        ]
+        return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _matter(title: str, origin: Origin, measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _matter(card: Card) -> dict[str, Any]:
     matter: dict[str, Any] = {
-        **origin.matter,
+        **card.origin.matter,
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": TAGS,
     }
-    if origin.hub_id:
-        matter |= {"base_model": origin.hub_id, "base_model_relation": "quantized"}
+    if card.origin.hub_id:
+        matter |= {"base_model": card.origin.hub_id, "base_model_relation": "quantized"}
     results = [
         {
             "task": {"type": "text-generation"},
@@ -98,10 +101,10 @@ def _matter(title: str, origin: Origin, measured: Sequence[Mapping[str, Any]]) -
                 for key, which in (("compressed", "this model"), ("dense", "the original"))
             ],
         }
-        for m in measured
+        for m in card.measured
     ]
     if results:
-        matter["model-index"] = [{"name": _line(title), "results": results}]
+        matter["model-index"] = [{"name": _line(card.title), "results": results}]
     return matter
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from spectrim.devices import HOST
 from spectrim.errors import ArtifactError
 from spectrim.storage.atomic import check_output, new_folder
 from spectrim.storage.inspect import inspect_folder
-from spectrim.storage.json_file import read_json
+from spectrim.storage.json_file import as_json, read_json
 from spectrim.storage.origin import LICENSES, read_origin
 
 OWN_FILES = {"config.json", "generation_config.json", "recipe.yaml", "README.md"}
@@ -85,8 +84,7 @@ def write_beside(source: Path, destination: Path, scheme: Mapping[str, Any] | No
     config.pop("quantization_config", None)
     if scheme is not None:
         config["quantization_config"] = scheme
-    text = json.dumps(config, indent=2) + "\n"
-    (destination / "config.json").write_text(text, encoding="utf-8")
+    (destination / "config.json").write_text(as_json(config), encoding="utf-8")
     for path in sorted(source.iterdir()):
         if path.is_file() and is_companion(path.name):
             shutil.copyfile(path, destination / path.name)

@@ -12,7 +12,6 @@ folded into the factors as their first components.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ from spectrim.allocate.ladder import Limits
 from spectrim.devices import HOST
 from spectrim.errors import ArtifactError
 from spectrim.storage.atomic import new_folder
-from spectrim.storage.folder import RECIPE_FILE, REPORT_FILE
+from spectrim.storage.folder import Papers
 from spectrim.storage.headers import read_header
 from spectrim.storage.json_file import check_unique, read_record
 from spectrim.storage.strict import LARGEST_SIDE, MOST_TARGETS, Side, Strict, Text
@@ -113,10 +112,8 @@ def is_elastic(folder: str | Path) -> bool:
 def save_elastic(
     elastic: Elastic,
     output: str | Path,
+    papers: Papers,
     *,
-    recipe_yaml: str,
-    report: Mapping[str, Any],
-    card: str,
     base_model: Any = None,
     tokenizer: Any = None,
     overwrite: bool = False,
@@ -126,9 +123,7 @@ def save_elastic(
     Args:
         elastic: what to write; factors are cast to the base's dtype.
         output: a new or empty folder, or an artifact with `overwrite`.
-        recipe_yaml: the resolved recipe.
-        report: plain data.
-        card: Markdown.
+        papers: what lies beside the tensors.
         base_model: the original `PreTrainedModel`, to be stored inside; None names it only.
         tokenizer: stored beside the base model.
         overwrite: replace the artifact that is there.
@@ -148,10 +143,7 @@ def save_elastic(
         save_file(tensors, str(folder / TENSOR_FILE), metadata={"format": "pt"})
         record = _record(elastic, self_contained=base_model is not None)
         (folder / JSON_FILE).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        text = json.dumps(report, indent=2, allow_nan=False)
-        (folder / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
-        (folder / RECIPE_FILE).write_text(recipe_yaml, encoding="utf-8")
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        papers.write(folder)
         if base_model is not None:
             base_model.save_pretrained(folder / BASE_FOLDER)
             if tokenizer is not None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from spectrim.layers.swap import compressed_layers
 from spectrim.storage.assemble import save_in_parts
 from spectrim.storage.atomic import new_folder
 from spectrim.storage.inspect import FolderInspection, inspect_folder
+from spectrim.storage.json_file import as_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,20 +22,46 @@ RECIPE_FILE = "recipe.yaml"
 REPORT_FILE = "spectrim_report.json"
 
 
+@dataclass(frozen=True)
+class Papers:
+    """What lies beside the weights of a result.
+
+    Attributes:
+        recipe_yaml: the resolved recipe.
+        report: plain data without NaN or infinity.
+        card: Markdown, see `storage/card.py`.
+        companions: files to copy, such as the original's license.
+    """
+
+    recipe_yaml: str
+    report: Mapping[str, Any]
+    card: str
+    companions: Sequence[Path] = ()
+
+    def write(self, folder: Path, **more: Any) -> None:
+        """Put them into a folder; `more` are further keys of the report.
+
+        Raises:
+            ValueError: the report is no JSON.
+        """
+        for path in self.companions:
+            shutil.copyfile(path, folder / path.name)
+        texts = {REPORT_FILE: as_json({**self.report, **more}), RECIPE_FILE: self.recipe_yaml}
+        for name, text in {**texts, "README.md": self.card}.items():
+            (folder / name).write_text(text, encoding="utf-8")
+
+
 def save_model(
     model: Any,
     tokenizer: Any | None,
     output: str | Path,
+    papers: Papers,
     *,
-    recipe_yaml: str,
-    report: Mapping[str, Any],
-    card: str,
     max_shard_size: str | int = "5GB",
     overwrite: bool = False,
     read: Callable[[str], Tensor] | None = None,
-    companions: Sequence[Path] = (),
 ) -> FolderInspection:
-    """Write weights, configuration, tokenizer, recipe, report and card.
+    """Write weights, configuration and tokenizer with their papers.
 
     The report gains a key `stored` with the byte counts recounted from the files.
 
@@ -42,12 +69,9 @@ def save_model(
         model: prepared by `attach`, or dense.
         tokenizer: saved beside it; None if there is none.
         output: a new or empty folder, or any model folder with `overwrite`.
-        recipe_yaml: the resolved recipe.
-        report: plain data without NaN or infinity.
-        card: see `model_card`.
+        papers: what lies beside the weights.
         max_shard_size: of one weight file, in bytes or as transformers spells it.
         overwrite: replace the model folder that is there.
-        companions: files to copy beside them, such as the original's license.
         read: gives the tensors of the model that are on the meta device, if some are.
 
     Returns:
@@ -66,11 +90,5 @@ def save_model(
             save_in_parts(model, folder, read, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        for path in companions:
-            shutil.copyfile(path, folder / path.name)
-        stored = inspect_folder(folder).summary()
-        text = json.dumps({**report, "stored": stored}, indent=2, allow_nan=False)
-        (folder / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
-        (folder / RECIPE_FILE).write_text(recipe_yaml, encoding="utf-8")
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        papers.write(folder, stored=inspect_folder(folder).summary())
     return inspect_folder(output)

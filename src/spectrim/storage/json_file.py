@@ -1,4 +1,4 @@
-"""JSON that a stranger wrote: bounded in size, and damaged files give one clear error."""
+"""JSON files: as ours are written, and as a stranger wrote them, bounded and checked."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from spectrim.storage.strict import Record, check_nesting, check_version, checke
 
 JSON_LIMIT = 64 * 2**20
 """Largest JSON file that is read, in bytes."""
+
+
+def as_json(data: Any, *, indent: int = 2) -> str:
+    """Text of a file that other tools read as JSON: no NaN, which is none."""
+    return json.dumps(data, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

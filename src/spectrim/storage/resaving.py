@@ -7,7 +7,6 @@ model carries methods of its own, which call those of its classes; copies of it 
 
 from __future__ import annotations
 
-import json
 import shutil
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import nn
 from spectrim.layers.swap import compressed_layers
 from spectrim.storage.folder import RECIPE_FILE, REPORT_FILE
 from spectrim.storage.inspect import inspect_folder
-from spectrim.storage.json_file import read_json
+from spectrim.storage.json_file import as_json, read_json
 from spectrim.storage.origin import read_origin
 
 CARD = "README.md"
@@ -99,8 +98,7 @@ def _recount(folder: Path, *, dtype: str, card: Path | None) -> None:
     )
     notes = report.get("notes")
     report["notes"] = [*(notes if isinstance(notes, list) else []), note]
-    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
-    (folder / REPORT_FILE).write_text(text, encoding="utf-8")
+    (folder / REPORT_FILE).write_text(as_json(report), encoding="utf-8")
     if card is not None:
         told = card.read_text(encoding="utf-8").rstrip()
         card.write_text(f"{told}\n\n## Since then\n\n- {note}\n", encoding="utf-8")

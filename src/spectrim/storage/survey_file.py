@@ -10,7 +10,6 @@ numbers. Planning imports no torch.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -27,7 +26,7 @@ from spectrim.allocate.curve import Curve, as_numpy
 from spectrim.errors import ArtifactError
 from spectrim.storage.atomic import new_folder
 from spectrim.storage.headers import read_header
-from spectrim.storage.json_file import check_unique, read_record
+from spectrim.storage.json_file import as_json, check_unique, read_record
 from spectrim.storage.strict import MOST_TARGETS, Finite, Name, Strict, Text
 from spectrim.storage.survey_record import Factors, Survey, SurveyKey
 from spectrim.storage.target_record import TargetRecord
@@ -116,8 +115,7 @@ def save_survey(survey: Survey, output: str | Path, *, overwrite: bool = False) 
         save_arrays(_arrays(survey), folder / CURVES_FILE)
         write_tensors(folder / FACTORS_FILE, list(_factor_slots(survey.factors)))
         data = record.model_dump(mode="json", exclude_unset=True)
-        text = json.dumps(data, indent=1, allow_nan=False)
-        (folder / SURVEY_FILE).write_text(text + "\n", encoding="utf-8")
+        (folder / SURVEY_FILE).write_text(as_json(data, indent=1), encoding="utf-8")
     return Path(output)
 
 

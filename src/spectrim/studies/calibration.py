@@ -18,7 +18,6 @@ from spectrim.errors import InputError, TextError
 from spectrim.evaluate.points import CurvePoint
 from spectrim.recipe import Recipe
 from spectrim.recipes import DEFAULT_RECIPE
-from spectrim.report.content import as_json
 from spectrim.report.drawing import new_figure
 from spectrim.report.study_figures import draw_calibration
 from spectrim.report.tables import rows_csv
@@ -27,6 +26,7 @@ from spectrim.run.reporting import environment
 from spectrim.run.resolving import resolve_recipe
 from spectrim.run.sources import sources_of
 from spectrim.run.texts import UserText, own_text
+from spectrim.storage.json_file import as_json
 from spectrim.storage.whole_file import write_text
 from spectrim.studies.files import open_study, save_pictures
 from spectrim.studies.measure import Measure, different_names, measured_on

@@ -22,7 +22,6 @@ from spectrim.evaluate.bootstrap import perplexity_difference
 from spectrim.evaluate.perplexity import Perplexity
 from spectrim.evaluate.points import CurvePoint, parse_keeps
 from spectrim.recipe import Recipe
-from spectrim.report.content import as_json
 from spectrim.report.tables import comparison_csv, comparison_markdown
 from spectrim.run.loading import load_model
 from spectrim.run.options import RunOptions
@@ -30,7 +29,7 @@ from spectrim.run.reporting import environment
 from spectrim.run.resolving import resolve_recipe
 from spectrim.run.sources import sources_of
 from spectrim.run.texts import own_text
-from spectrim.storage.json_file import read_json
+from spectrim.storage.json_file import as_json, read_json
 from spectrim.storage.whole_file import write_text
 from spectrim.studies.files import open_study
 from spectrim.studies.measure import Measure, different_names, measured_on

@@ -13,12 +13,12 @@ from spectrim.arguments import refuse_unused
 from spectrim.errors import InputError
 from spectrim.evaluate.points import curve_csv, parse_keeps
 from spectrim.recipe import Recipe
-from spectrim.report.content import as_json
 from spectrim.report.drawing import new_figure
 from spectrim.report.figures import draw_curve
 from spectrim.run.resolving import resolve_recipe
 from spectrim.run.sources import sources_of
 from spectrim.run.texts import own_text
+from spectrim.storage.json_file import as_json
 from spectrim.storage.whole_file import write_text
 from spectrim.studies.files import open_study, save_pictures
 from spectrim.studies.measure import Measure, different_names, measured_on

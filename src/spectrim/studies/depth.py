@@ -15,7 +15,7 @@ from spectrim.errors import InputError
 from spectrim.evaluate.distortion import Distortion, distortion_rows
 from spectrim.model.tracing import trace
 from spectrim.recipe import Recipe
-from spectrim.report.content import REPORT_FILE, as_json, read_result
+from spectrim.report.content import REPORT_FILE, read_result
 from spectrim.report.drawing import new_figure
 from spectrim.report.figures import draw_depth
 from spectrim.report.study_figures import draw_layer_errors, shown_projections
@@ -25,6 +25,7 @@ from spectrim.run.reporting import environment
 from spectrim.run.resolving import resolve_recipe
 from spectrim.run.sources import sources_of
 from spectrim.run.texts import own_text, vocabulary_size
+from spectrim.storage.json_file import as_json
 from spectrim.storage.whole_file import write_text
 from spectrim.studies.files import open_study, save_pictures
 from spectrim.studies.following import DepthRun, LayerError, follow, run_along_depth

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from spectrim.recipe import Recipe
 from spectrim.run.loading import LoadedModel
 from spectrim.run.progress import Progress, Silent
 from spectrim.run.texts import UserText
-from spectrim.storage.json_file import read_json
+from spectrim.storage.json_file import as_json, read_json
 from spectrim.storage.whole_file import write_text
 
 logger = logging.getLogger(__name__)
@@ -205,8 +204,7 @@ class PointStore:
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(record, indent=1, allow_nan=False)
-        write_text(self.folder / f"{key}.json", text + "\n")
+        write_text(self.folder / f"{key}.json", as_json(record, indent=1))
 
 
 def result_key(

@@ -13,8 +13,8 @@ from spectrim.run.compress import Outcome
 from spectrim.run.healing import Healed
 from spectrim.run.store.saving_elastic import save_elastic_outcome
 from spectrim.storage.attach import attach
-from spectrim.storage.card import model_card
-from spectrim.storage.folder import RECIPE_FILE, save_model
+from spectrim.storage.card import Card
+from spectrim.storage.folder import RECIPE_FILE, Papers, save_model
 from spectrim.storage.origin import HUB_ID, Origin, read_origin
 from spectrim.storage.paths import last_part
 from spectrim.storage.table import Provenance
@@ -45,15 +45,11 @@ def save_outcome(
         save_elastic_outcome(outcome, output, overwrite=overwrite, original=original)
         return
     describe_outcome(outcome)
-    origin = read_origin(report["model"])
     inspection = save_model(
         outcome.model,
         outcome.tokenizer,
         output,
-        recipe_yaml=recipe.to_yaml(),
-        report=report,
-        card=_card(report, recipe, origin),
-        companions=origin.files,
+        _papers(report, recipe, read_origin(report["model"])),
         overwrite=overwrite,
         read=None if outcome.onloader is None else outcome.onloader.tensor,
     )
@@ -103,16 +99,13 @@ def save_healed(healed: Healed, source: str | Path, output: str | Path, *, overw
         healed.model,
         healed.tokenizer,
         output,
-        recipe_yaml=recipe.to_yaml(),
-        report=healed.report,
-        card=_card(healed.report, recipe, origin),
-        companions=origin.files,
+        _papers(healed.report, recipe, origin),
         overwrite=overwrite,
     )
     healed.report["stored"] = inspection.summary()
 
 
-def _card(report: Mapping[str, Any], recipe: Recipe, origin: Origin) -> str:
+def _papers(report: Mapping[str, Any], recipe: Recipe, origin: Origin) -> Papers:
     keep = report["keep"]
     pairs = {
         "target layers": keep["target_bytes"],
@@ -131,7 +124,7 @@ def _card(report: Mapping[str, Any], recipe: Recipe, origin: Origin) -> str:
         else "No calibration data was used."
     )
     base = report["model"]
-    return model_card(
+    card = Card(
         f"{last_part(base)} at keep {recipe.keep:g}",
         base_model=base,
         recipe_name=recipe.name,
@@ -143,3 +136,4 @@ def _card(report: Mapping[str, Any], recipe: Recipe, origin: Origin) -> str:
         outside=(report.get("outside_budget") or {}).get("words", ""),
         measured=(report.get("measured") or {}).get("texts", []),
     )
+    return Papers(recipe.to_yaml(), report, card.text(), origin.files)

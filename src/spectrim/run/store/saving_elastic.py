@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from spectrim.run.options import RunOptions
 from spectrim.run.sources import sources_of
 from spectrim.storage.atomic import check_output
 from spectrim.storage.elastic import Elastic, save_elastic
+from spectrim.storage.folder import Papers
 from spectrim.storage.origin import read_origin
 from spectrim.storage.paths import last_part, without_folders
 from spectrim.storage.survey_file import load_survey
@@ -47,9 +49,7 @@ def save_elastic_outcome(
     save_elastic(
         outcome.elastic,
         output,
-        recipe_yaml=outcome.recipe.to_yaml(),
-        report=outcome.report,
-        card=_card(outcome.elastic, outcome.recipe),
+        _papers(outcome.elastic, outcome.recipe, outcome.report),
         base_model=None if base is None else base.model.to(base.stored_dtype),
         tokenizer=outcome.tokenizer,
         overwrite=overwrite,
@@ -86,18 +86,17 @@ def save_survey_as_elastic(
     opened = open_elastic(survey, RunOptions(device=HOST), base=base, score=score)
     recipe = validated(Recipe, survey.recipe, source=f"the survey of {survey.model_name}")
     elastic = opened.elastic
+    report = {
+        "format_version": 1,
+        "model": survey.model_name,
+        "calibration": survey.facts.get("calibration"),
+        "elastic": {**_sizes(elastic), "score": elastic.source},
+        "notes": list(survey.notes),
+    }
     save_elastic(
         elastic,
         output,
-        recipe_yaml=recipe.to_yaml(),
-        report={
-            "format_version": 1,
-            "model": survey.model_name,
-            "calibration": survey.facts.get("calibration"),
-            "elastic": {**_sizes(elastic), "score": elastic.source},
-            "notes": list(survey.notes),
-        },
-        card=_card(elastic, recipe),
+        _papers(elastic, recipe, report),
         base_model=opened.model.to(elastic.dtype) if self_contained else None,
         tokenizer=opened.tokenizer,
         overwrite=overwrite,
@@ -114,30 +113,26 @@ def _sizes(elastic: Elastic) -> dict[str, Any]:
     }
 
 
-def _card(elastic: Elastic, recipe: Recipe) -> str:
+def _papers(elastic: Elastic, recipe: Recipe, report: Mapping[str, Any]) -> Papers:
     order, other = elastic.order, elastic.base.other_bytes
     name = last_part(elastic.base.name)
     origin = read_origin(elastic.base.name)
     matter = {**origin.matter, "library_name": "spectrim", "tags": ["spectrim", "low-rank"]}
     if origin.hub_id:
         matter["base_model"] = origin.hub_id
-    return (
-        "\n\n".join(
-            [
-                f"---\n{yaml.safe_dump(matter, sort_keys=False)}---",
-                f"# {name} at every size",
-                f"Ordered low-rank components of the linear layers of `{name}`, made "
-                "by [spectrim](https://github.com/spectrim/spectrim) with the recipe "
-                f"`{recipe.name}`. This folder is no model by itself: it gives one of any "
-                f"size from {format_bytes(order.smallest_bytes + other)} (keep "
-                f"{order.smallest_keep:.4f}) to {format_bytes(order.dense_bytes + other)} (dense).",
-                "```python\nimport spectrim\n\n"
-                'elastic = spectrim.load_elastic("this-folder")\n'
-                f"elastic.resize({max(order.smallest_keep, 0.5):.2f})  # at once, and reversible\n"
-                "elastic.model\n```",
-                "```\nspectrim resize this-folder --keep 0.5 -o smaller\n```",
-                f"```yaml\n{without_folders(recipe.to_yaml()).rstrip()}\n```",
-            ]
-        )
-        + "\n"
-    )
+    parts = [
+        f"---\n{yaml.safe_dump(matter, sort_keys=False)}---",
+        f"# {name} at every size",
+        f"Ordered low-rank components of the linear layers of `{name}`, made "
+        "by [spectrim](https://github.com/spectrim/spectrim) with the recipe "
+        f"`{recipe.name}`. This folder is no model by itself: it gives one of any "
+        f"size from {format_bytes(order.smallest_bytes + other)} (keep "
+        f"{order.smallest_keep:.4f}) to {format_bytes(order.dense_bytes + other)} (dense).",
+        "```python\nimport spectrim\n\n"
+        'elastic = spectrim.load_elastic("this-folder")\n'
+        f"elastic.resize({max(order.smallest_keep, 0.5):.2f})  # at once, and reversible\n"
+        "elastic.model\n```",
+        "```\nspectrim resize this-folder --keep 0.5 -o smaller\n```",
+        f"```yaml\n{without_folders(recipe.to_yaml()).rstrip()}\n```",
+    ]
+    return Papers(recipe.to_yaml(), report, "\n\n".join(parts) + "\n")
