@@ -62,6 +62,7 @@ def test_the_bytes_are_those_of_a_model_in_memory(tmp_path, architecture, recipe
             text=windows(8),
             output=tmp_path / name,
             out_of_core=lazily,
+            measure=False,
             **options,
         )
     one, other = tensors(tmp_path / "a"), tensors(tmp_path / "b")
