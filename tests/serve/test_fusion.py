@@ -6,7 +6,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import spectrim.storage.quantizer  # noqa: F401  (teaches transformers to load the folders)
-from architectures import tiny, windows
+from architectures import BLOCKS, tiny, windows
 from spectrim.errors import ModelError
 from spectrim.layers.lowrank import LowRankLinear
 from spectrim.layers.packed import PackedLinear
@@ -58,7 +58,7 @@ def test_fusion_changes_no_logit(architecture, kind):
         expected = model(tokens).logits
         fusion = fuse(model)
         assert [set(last(g)) for g in fusion.groups] == [
-            set(g) for g in EXPECTED[architecture, kind] * 3
+            set(g) for g in EXPECTED[architecture, kind] * BLOCKS
         ]
         assert torch.allclose(model(tokens).logits, expected, rtol=1e-10, atol=1e-10)
         generated = model.generate(tokens[:, :3], max_new_tokens=4, do_sample=False)
@@ -227,7 +227,7 @@ def test_groups_are_found_by_tracing_and_dense_layers_are_left():
     model, _ = compressed("llama", "factored", only=("q_proj", "v_proj", "up_proj"))
     model.train()
     groups = shared_inputs(model)
-    assert [last(g) for g in groups] == [("q_proj", "v_proj")] * 3
+    assert [last(g) for g in groups] == [("q_proj", "v_proj")] * BLOCKS
     assert model.training and model.model.layers[0].self_attn.q_proj.training
 
 
