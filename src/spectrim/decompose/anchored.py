@@ -121,13 +121,16 @@ def anchored_map(
         statistic(moments, field, W.shape[1], name=name) for field in ("C", "shifted", "cross")
     )
     sizes = W.square().sum(0) if sizes is None else sizes
-    # What W leaves of the target on the shifted inputs is b W (x − x').
-    step = blend * W @ (D - C_shifted)
-    left = blend**2 * float(((W @ (C - D - D.mT + C_shifted)) * W).sum())
+    # What W leaves of the target on the shifted inputs is b W (x − x'). By products with W: sums of
+    # these moments are the largest matrices of a run.
+    read, mixed, seen = W @ C, W @ D, W @ C_shifted
+    step = blend * (mixed - seen)
+    left = blend**2 * float(((read - 2 * mixed + seen) * W).sum())
+    del read, mixed
     if ridge is None:
         ridge = evident_ridge(step, left, C_shifted, tokens_of(moments), sizes=sizes, name=name)
     V, damping = least_squares_map(
-        W @ C_shifted + step, C_shifted, start=W, name=name, ridge=ridge, sizes=sizes
+        seen + step, C_shifted, start=W, name=name, ridge=ridge, sizes=sizes
     )
     moved = V - W
     left += float(((moved @ C_shifted - 2 * step) * moved).sum())

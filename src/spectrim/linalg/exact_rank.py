@@ -28,7 +28,7 @@ def exact_rank(W: Tensor, *, name: str) -> int | None:
     W = W / torch.where(norms > 0, norms, 1.0)
     gram = W @ W.mT if W.shape[0] <= W.shape[1] else W.mT @ W
     L, info = torch.linalg.cholesky_ex(gram)
-    if pivots_hold(L, info, gram):
+    if pivots_hold(L, info, gram.diagonal()):
         return None
     values = torch.linalg.eigvalsh(gram)
     found = int((values > RANK_CUTOFF_FP64 * values[-1].clamp(min=0)).sum())

@@ -67,7 +67,7 @@ def least_squares_map(
     start = finite(start, name=name, what="the starting map")
     residual = finite(cross, name=name, what="the cross moment") - start @ C.to(torch.float64)
     scale = start.new_ones(start.shape[1]) if sizes is None else sizes.to(start).sqrt()
-    S = C * (scale[:, None] * scale)
+    S = (scale[:, None] * scale).mul_(C)
     if not S.any():
         return start, 0.0
     L, damping = cholesky_damped(S, name=name, ridge=ridge)
@@ -105,7 +105,7 @@ def evident_ridge(
         NonFiniteError, NumericalError: `C` cannot be trusted; names whose it is.
     """
     scale = sizes.to(C).sqrt()
-    S = C * (scale[:, None] * scale)
+    S = (scale[:, None] * scale).mul_(C)
     right = (residual * scale).mT
     beyond, mean = tokens - len(S), float(S.diagonal().mean())
     if beyond <= 0 or energy <= 0 or not right.any():

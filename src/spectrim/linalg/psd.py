@@ -162,13 +162,17 @@ def cholesky_damped(
     prior = C.new_full((len(C),), scale) if sizes is None else channel_prior(C, sizes)
     # What nobody reads needs a pivot all the same; its size is of no consequence.
     prior = torch.where(prior > 0, prior, scale)
-    if scale > 0:
-        for damping in _dampings(ridge):
-            damped = C.clone()
-            damped.diagonal().add_(damping * prior)
-            L, info = torch.linalg.cholesky_ex(damped)
-            if pivots_hold(L, info, damped):
-                return L, damping
+    own = C.diagonal().clone()
+    for damping in _dampings(ridge) if scale > 0 else ():
+        damped = own + damping * prior
+        # In its place for the time of the call: a copy of the matrix is what memory lacks.
+        C.diagonal().copy_(damped)
+        try:
+            L, info = torch.linalg.cholesky_ex(C)
+        finally:
+            C.diagonal().copy_(own)
+        if pivots_hold(L, info, damped):
+            return L, damping
     raise NotPositiveDefiniteError(
         f"{name}: a {C.shape[0]} x {C.shape[0]} moment matrix with mean diagonal {scale:.3g} is "
         f"not positive definite, even with a damping of {damping:.1g} of it. Use more calibration "
@@ -185,13 +189,13 @@ def _dampings(ridge: float) -> Iterator[float]:
             yield damping
 
 
-def pivots_hold(L: Tensor, info: Tensor, C: Tensor) -> bool:
-    """Whether `C = L Lᵀ` was factored, and no pivot has vanished against its own diagonal entry.
+def pivots_hold(L: Tensor, info: Tensor, diagonal: Tensor) -> bool:
+    """Whether a matrix was factored, and no pivot has vanished against its own diagonal entry.
 
     Args:
         L: lower Cholesky factor, (n, n).
         info: what `cholesky_ex` says of it.
-        C: the matrix, (n, n).
+        diagonal: of the matrix, (n,).
     """
-    share = L.diagonal().square() / C.diagonal()
+    share = L.diagonal().square() / diagonal
     return bool((share > RANK_CUTOFF_FP64).all() & (info == 0))
