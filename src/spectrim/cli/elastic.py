@@ -10,27 +10,18 @@ import typer
 from spectrim.cli import options
 from spectrim.cli.terminal import Terminal
 from spectrim.cli.words import takes
+from spectrim.run.reading_words import ElasticWords
 
 
-@takes("self_contained", "overwrite", told=("verbose", "quiet"))
+@takes(
+    *("score", "base", "self_contained", "overwrite"), of=ElasticWords, told=("verbose", "quiet")
+)
 def elastic(
     terminal: Terminal,
     survey: Annotated[
         Path, typer.Argument(metavar="SURVEY", help="A folder made by `spectrim survey`.")
     ],
     output: options.Output,
-    score: Annotated[
-        str | None,
-        typer.Option(
-            "--score",
-            help="What orders the components: kfac, second_order, first_order or energy; the best "
-            "that SURVEY holds by default.",
-        ),
-    ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option("--base", metavar="MODEL", help="Where the surveyed model lies now."),
-    ] = None,
     **words: Any,
 ) -> None:
     """Write SURVEY's components, most important first, as an elastic artifact.
@@ -40,7 +31,7 @@ def elastic(
     with terminal.working(output=output):
         from spectrim import api
 
-        made = api.elastic(survey, output, **options.given(score=score, base=base, **words))
+        made = api.elastic(survey, output, **options.given(**words))
     from spectrim.cli.render import print_facts
 
     print_facts(

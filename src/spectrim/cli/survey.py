@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from spectrim.cli import options
+from spectrim.cli.study import names
 from spectrim.cli.terminal import Terminal
 from spectrim.cli.words import CALIBRATING, takes
 
 
 @takes(
-    *("recipe", "only", "skip", *CALIBRATING, "batch", "bos", "device", "dtype", "out_of_core"),
-    *("trust_remote_code", "dequantize", "overwrite"),
+    *("scores", "recipe", "only", "skip", *CALIBRATING, "batch", "bos", "device", "dtype"),
+    *("out_of_core", "trust_remote_code", "dequantize", "overwrite"),
 )
 def survey(
     terminal: Terminal,
     model: options.Model,
     output: options.Output,
-    scores: Annotated[
-        str | None,
-        typer.Option(
-            "--scores",
-            metavar="NAMES",
-            help="first_order, second_order, kfac, measured, table; default the first two.",
-        ),
-    ] = None,
     **words: Any,
 ) -> None:
     """Measure MODEL once, for any number of plans.
@@ -41,15 +32,9 @@ def survey(
     ):
         from spectrim import api
 
-        made = api.survey(
-            model,
-            output=output,
-            progress=progress,
-            team=team,
-            **options.given(
-                **words, scores=None if scores is None else [s.strip() for s in scores.split(",")]
-            ),
-        )
+        words["scores"] = names(words["scores"])
+        given = {"output": output, "progress": progress, "team": team, **options.given(**words)}
+        made = api.survey(model, **given)
     if not team.leads:
         return
     record = {

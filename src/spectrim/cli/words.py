@@ -49,7 +49,7 @@ def takes(
         of: the function whose words they are, where it has a meaning of its own for them.
         told: of `terminal.OPTIONS`.
     """
-    words = WORDS | declared(StudyWords) if of is None else declared(of)
+    words = WORDS | declared(StudyWords) | ({} if of is None else declared(of))
 
     def wrap(function: Command) -> Command:
         signature = inspect.signature(function, eval_str=True)

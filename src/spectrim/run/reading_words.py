@@ -20,10 +20,15 @@ class ElasticWords(RestoringWords, total=False):
 
     base: Annotated[
         "str | Path | nn.Module | None",
-        Word("Where the base model lies now, if not under its recorded name."),
+        Word("Where the base model lies now, if not under its recorded name.", "MODEL"),
     ]
     score: Annotated[
-        str | None, Word("What orders the components of a survey, in place of its rule.")
+        str | None,
+        Word(
+            "What orders a survey's components: kfac, second_order, first_order or energy; default "
+            "the best that it holds.",
+            group=MAKE,
+        ),
     ]
 
 

@@ -163,7 +163,11 @@ class SurveyWords(CalibrationWords, SavingWords, total=False):
 
     scores: Annotated[
         Collection[str] | None,
-        Word("first_order, second_order, kfac, measured, table; default the first two."),
+        Word(
+            "first_order, second_order, kfac, measured, table; default the first two.",
+            "NAMES",
+            MAKE,
+        ),
     ]
 
 
