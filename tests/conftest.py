@@ -13,12 +13,15 @@ torch.set_num_threads(1)
 LONGEST = (
     "distributed/test_team.py",
     "law_suite/test_recipes.py",
-    "serve/test_browser.py",
-    "run/test_resume.py",
+    "law_suite/test_rescaling.py",
     "run/test_out_of_core.py",
+    "run/test_resume.py",
+    "serve/test_browser.py",
     "tests/test_readme.py",
-    "cli/test_program.py",
     "golden/test_two_blocks.py",
+    "studies/test_curve_runs.py",
+    "run/test_mixtures.py",
+    "run/test_elastic_model.py",
 )
 """A file is the work of one process: begun at the end, a long one would have a core to itself."""
 
