@@ -7,6 +7,7 @@ of the size of the model is kept unless the whole gradient is asked for: output 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -103,7 +104,8 @@ class _TargetSums:
         """Refuse sums that a NaN or infinite gradient has entered; once, since it never leaves."""
         panels = [] if self.G is None else self.G.panels
         sums = (*panels, self.fisher_in, self.gradient, self.squares)
-        if not all(bool(torch.isfinite(s.sum())) for s in sums if s is not None):
+        # One number of all: a device is waited for once.
+        if not math.isfinite(float(sum(s.sum() for s in sums if s is not None))):
             raise NonFiniteError(
                 f"non-finite gradient at {self.target.name}: lower the window length or use "
                 "--dtype float32"
