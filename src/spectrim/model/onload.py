@@ -8,7 +8,8 @@ block lists are not. A block is loaded in one of two ways:
 
 or by being called: a forward pass of the whole model loads one block after the other, so that
 tracing and recording need no other code than for a model in memory. While a block is worked on,
-the next one is read by a thread. Weights are looked at once, when they are first loaded.
+the next one is read by a thread, unless it is large and the work is the host's, beside which
+reading takes no time. Weights are looked at once, when they are first loaded.
 """
 
 from __future__ import annotations
@@ -26,9 +27,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spectrim.devices import on_host
 from spectrim.errors import ModelError
 from spectrim.model.tracing import block_lists
 from spectrim.model.weights import check_finite, get_module, sampled
+
+WAITING = 64e6
+"""Bytes of a block above which it does not wait in the memory that blocks are worked on in."""
 
 Source = Callable[[], Mapping[str, Tensor]]
 """Reads a block: name inside the block -> tensor on the CPU, in memory of its own."""
@@ -200,7 +205,9 @@ class Onloader:
         backwards = self._last is not None and self._last == self._after.get(unit.name)
         following = (self._before if backwards else self._after).get(unit.name)
         self._last = unit.name
-        if following is not None and not self._units[following].loaded:
+        size = sum(t.numel() * t.element_size() for t in found.values())
+        waits = on_host(self.device) and size > WAITING
+        if following is not None and not self._units[following].loaded and not waits:
             source = self._units[following].source
             self._coming = (source, self._reader.submit(source))
         return found

@@ -94,8 +94,13 @@ def _cut_span(
             balance=bool(job.recipe.refine),
         )
 
-    pieces = [(t, get_module(job.model, t.name)) for block in waiting for t in block.targets]
-    for name, layer in cut_shared(job, plan, owned, pieces, make).items():
-        replace_module(job.model, name, layer)
+    cut_shared(
+        job,
+        owned,
+        [target for block in waiting for target in block.targets],
+        lambda target: get_module(job.model, target.name),
+        make,
+        lambda target, layer: replace_module(job.model, target.name, layer),
+    )
     for block in waiting:
         job.keeper.finish(CUT, block)

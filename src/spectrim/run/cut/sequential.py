@@ -60,11 +60,26 @@ def _updated(
     return updated
 
 
+def _copied(block: Block, module: nn.Module, plan: Plan) -> nn.Module:
+    """A copy of a block to be cut; weights that will be cut away are the block's own."""
+    cut = [t for t in block.targets if plan[t.name].rank is not None]
+    weights = (p for t in cut for p in get_module(module, t.projection).parameters())
+    return copy.deepcopy(module, {id(p): p for p in weights})
+
+
 def _standing(staged: Staged, module: nn.Module, target: Target) -> nn.Module:
     """The original layer of a target, behind its gate if it has one."""
     if target.expert is None:
         return staged.module(target)
     return get_module(module, target.projection)
+
+
+def _place(staged: Staged, compressed: nn.Module, target: Target, layer: nn.Module) -> None:
+    """Put a layer where its original stood in the copy, behind its gate if it has one."""
+    if target.expert is None:
+        staged.replace(target, layer)
+    else:
+        replace_module(compressed, target.projection, layer)
 
 
 def _make(
@@ -96,7 +111,7 @@ def _cut_block(state: Streams, plan: Plan, block: Block) -> tuple[nn.Module, Str
     later = (e for e in plan.entries if e.converts and not rounds_at_cut(job.recipe, e))
     closes, inputs = state.closes and any(later), Folded[Moments]()
     module = get_module(job.model, block.name)
-    compressed = copy.deepcopy(module)
+    compressed = _copied(block, module, plan)
     # Without training nothing asks for the original inputs again: outputs take their place.
     outputs = state.original
     if state.block_step is not None:
@@ -121,18 +136,14 @@ def _cut_block(state: Streams, plan: Plan, block: Block) -> tuple[nn.Module, Str
                 for rows in state.batches():
                     outputs.write(rows, original_flow.output(rows))
             targets = [target for group in groups for target in group.targets]
-            layers = cut_shared(
+            cut_shared(
                 job,
-                plan,
                 owners_of(job.team, targets, plan),
-                [(target, _standing(first, module, target)) for target in targets],
+                targets,
+                partial(_standing, first, module),
                 partial(_make, state, plan, {g.index: g for g in groups}, found),
+                partial(_place, second, compressed),
             )
-            for target in targets:
-                if target.expert is None:
-                    second.replace(target, layers[target.name])
-                else:
-                    replace_module(compressed, target.projection, layers[target.name])
             if closes:
                 for group in groups:
                     one = found[group.index]

@@ -19,6 +19,7 @@ from spectrim.distributed.team import Team
 from spectrim.layers.quantized import built, described
 from spectrim.layers.swap import is_compressed
 from spectrim.model.anatomy import Block, Target
+from spectrim.model.onload import give_back
 from spectrim.model.weights import is_transposed, read_weight
 from spectrim.run.job import Job
 
@@ -68,37 +69,44 @@ def _balance(team: Team, blocks: Sequence[Block], plan: Plan | None) -> float:
 
 def cut_shared(
     job: Job,
-    plan: Plan,
     owned: dict[str, int],
-    pieces: Sequence[tuple[Target, nn.Module]],
+    targets: Sequence[Target],
+    original: Callable[[Target], nn.Module],
     make: Make,
-) -> dict[str, nn.Module]:
-    """The layers of some targets, each made by its owner and the same on all ranks; collective.
+    place: Callable[[Target, nn.Module], None],
+) -> None:
+    """Layers for some targets, each made by its owner and the same on all ranks; collective.
 
     Args:
         job: the run; its log gets the facts of all targets.
-        plan: rank per target.
         owned: target name -> the rank that makes it.
-        pieces: targets with their original modules.
+        targets: in the order in which they are made.
+        original: the module of a target as it is.
         make: makes a layer of the plan's rank, or returns the original where there is none.
+        place: puts it where it belongs; one process lets go of every original in its turn.
     """
     team = job.team
     made: dict[str, nn.Module] = {}
     facts: dict[str, dict[str, Any]] = {}
     rooms: dict[str, Any] = {}
-    for target, original in pieces:
+    for target in targets:
         if owned[target.name] == team.rank:
-            layer, facts[target.name] = make(target, original)
-            made[target.name] = layer
+            layer, facts[target.name] = make(target, original(target))
             rooms[target.name] = described(layer) if is_compressed(layer) else None
+            if team.size == 1:
+                place(target, layer)
+                if job.keeper.onloader is not None:
+                    give_back()
+            else:
+                made[target.name] = layer
     for found in team.gather(facts):
         for name, those in found.items():
             job.log.target(name, **those)
     if team.size > 1:
         said = {name: room for one in team.gather(rooms) for name, room in one.items()}
-        for target, original in pieces:
-            made[target.name] = _shared(team, target, original, made, said, owned[target.name])
-    return made
+        for target in targets:
+            whose = owned[target.name]
+            place(target, _shared(team, target, original(target), made, said, whose))
 
 
 def _shared(
