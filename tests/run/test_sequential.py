@@ -104,7 +104,7 @@ def test_equals_restarting_every_forward(name, way):
         layer = get_module(job.model, target.name)
         assert isinstance(layer, LowRankLinear)
         W = read_weight(get_module(expected, target.name))
-        # Norms of transformers compute in fp32, where a difference in the last bit of fp64 can show.
+        # Norms of transformers compute in fp32, where a last bit of fp64 can show.
         assert torch.dist(layer.dense_weight(), W) < 1e-6 * W.norm()
     fresh = windows(3, seed=9)
     torch.testing.assert_close(
