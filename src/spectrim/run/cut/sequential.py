@@ -124,17 +124,12 @@ def _cut_block(state: Streams, plan: Plan, block: Block) -> tuple[nn.Module, Str
         shifted_flow = (
             state.flow(second, block, compressed, state.shifted) if state.stages_shifted else None
         )
-        stages = block.stages
-        for groups in stages:
+        for groups in block.stages:
             if groups[0].expert is None:
                 position = paused.index(groups[0])
                 found = gather_group(state, position, groups[0], original_flow, shifted_flow)
             else:
                 found = gather_experts(state, block, groups, module, compressed)
-            if groups is stages[-1]:
-                # Ends here, so that the widest matrices are decomposed without what it holds.
-                for rows in state.batches():
-                    outputs.write(rows, original_flow.output(rows))
             targets = [target for group in groups for target in group.targets]
             cut_shared(
                 job,
@@ -148,8 +143,9 @@ def _cut_block(state: Streams, plan: Plan, block: Block) -> tuple[nn.Module, Str
                 for group in groups:
                     one = found[group.index]
                     inputs.put(group.targets[0].name, Moments(one.tokens, one.shifted))
-        if shifted_flow is not None and state.block_step is None:
-            for rows in state.batches():
+        for rows in state.batches():
+            outputs.write(rows, original_flow.output(rows))
+            if shifted_flow is not None and state.block_step is None:
                 state.shifted.write(rows, shifted_flow.output(rows))
     if closes:
         job.finished_inputs.keep(block, inputs)
