@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -46,7 +46,8 @@ class Turn:
         if has_triton() and runs_triton(self.W.device):
             from spectrim.linalg.triton_rounding import round_columns
 
-            round_columns(*(getattr(self, field.name) for field in fields(self)), COLUMNS)
+            of_grid = (self.divisor, self.step, self.offset, self.low, self.high)
+            round_columns(self.aims, self.N, self.W, *of_grid, self.E, self.codes, COLUMNS)
             return
         for j in range(len(self.W) - 1, -1, -1):
             aim = self.aims[j] - self.N[j + 1 :, j] @ self.E[j + 1 :]

@@ -73,7 +73,7 @@ def cut_shared(
     targets: Sequence[Target],
     original: Callable[[Target], nn.Module],
     make: Make,
-    place: Callable[[Target, nn.Module], None],
+    place: Callable[[Target, nn.Module], Any],
 ) -> None:
     """Layers for some targets, each made by its owner and the same on all ranks; collective.
 
