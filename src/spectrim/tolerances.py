@@ -1,4 +1,4 @@
-"""Every numerical tolerance of the package, by name. All are relative.
+"""Every numerical tolerance of the package, by name. All are relative but one, which says so.
 
 A tolerance multiplies a scale taken from the data (the largest eigenvalue, the mean diagonal,
 the norm of a vector). Nothing in spectrim compares with an absolute epsilon.
@@ -51,6 +51,10 @@ PIVOT_GROWTH_LIMIT = 1.01
 PACKED_ERROR_SHARE = 0.25
 """A packed target falls back to factored storage if rounding costs more than this share of
 its truncation error."""
+
+ADAM_EPSILON = 1e-8
+"""Added to the root of Adam's second moment, in the unit of a gradient: the one absolute number
+here. Results are those of `torch.optim.AdamW`, whose default it is."""
 
 KEEP_STEPS = 512
 """Parts of the reachable range of keeps that a search for a loss tells apart."""

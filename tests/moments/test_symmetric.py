@@ -85,4 +85,7 @@ def test_sums_in_the_dtype_of_their_rows_and_wider_ones_agree():
     for part in x.split(30):
         narrow.add(part)
         wide.add(part)
-    torch.testing.assert_close(narrow.whole(), wide.whole(), rtol=1e-5, atol=1e-4)
+    expected = wide.whole()
+    # Of the smallest diagonal entry: what is off it is a sum of both signs.
+    least = 5e-7 * float(expected.diagonal().min())
+    torch.testing.assert_close(narrow.whole(), expected, rtol=1e-5, atol=least)

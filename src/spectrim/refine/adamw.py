@@ -13,8 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from spectrim.tolerances import ADAM_EPSILON
+
 BETAS = 0.9, 0.999
-EPSILON = 1e-8
 
 
 class AdamW:
@@ -54,6 +55,6 @@ class AdamW:
         torch._foreach_addcmul_(squares, gradients, gradients, 1 - BETAS[1])
         sizes = torch._foreach_sqrt(squares)
         torch._foreach_div_(sizes, [share**0.5 for share in second])
-        torch._foreach_add_(sizes, EPSILON)
+        torch._foreach_add_(sizes, ADAM_EPSILON)
         lengths = [-rates[i] / share for i, share in zip(reached, first, strict=True)]
         torch._foreach_addcdiv_(values, means, sizes, lengths)
