@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,18 +142,18 @@ def seconds_per_call(call: Callable[[], Any], budget: float) -> float:
     return statistics.median(found)
 
 
-def in_a_graph(model: nn.Module, x: torch.Tensor) -> Callable[[], Any] | None:
-    """Replays one recorded call; None where there are no graphs."""
+def in_a_graph(call: Callable[[], Any]) -> Callable[[], Any] | None:
+    """Replays a recorded call; None where there are no graphs."""
     if on_host(DEVICE):
         return None
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         for _ in range(3):
-            model(x)
+            call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        model(x)
+        call()
     return graph.replay
 
 
@@ -165,9 +166,10 @@ def layers(arguments: argparse.Namespace) -> Iterator[tuple[str, Callable[[], An
             model = variant(block, name, 0.5)
             for tokens in (1, 512, 4096):
                 x = torch.randn(1, tokens, block["hidden"]).to(DEVICE, torch.bfloat16)
-                replay = in_a_graph(model, x)
+                call = partial(model, x)
+                replay = in_a_graph(call)
                 row[str(tokens)] = {
-                    "eager_us": 1e6 * seconds_per_call(lambda x=x: model(x), arguments.budget),
+                    "eager_us": 1e6 * seconds_per_call(call, arguments.budget),
                     "graph_us": replay and 1e6 * seconds_per_call(replay, arguments.budget),
                 }
         return row

@@ -13,12 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from gpu import in_a_graph, seconds_per_call
 
 from spectrim.devices import accelerator, name_of, wait_for
 from spectrim.layers.quantized import QuantizedLinear
@@ -26,6 +26,9 @@ from spectrim.serve.product import INSIDE, NATIVE, OUTSIDE, PLAIN, Product, prod
 
 CACHED = 200e6
 """Bytes that are more than caches hold."""
+
+BUDGET = 0.01
+"""Seconds behind each timing."""
 
 SHAPES = {
     "plain": [
@@ -99,27 +102,9 @@ def microseconds(kind: str, shape: tuple[int, int], tiles: Tiles) -> float:
         for copy in copies:
             _call(copy, x, tiles)
 
-    return 1e6 * graph_seconds(all_of_them) / len(copies)
-
-
-def graph_seconds(call: Callable[[], None]) -> float:
-    """The shortest of three replays of a recorded call."""
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    found = []
-    for _ in range(4):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        found.append(begin.elapsed_time(end) / 1000)
-    return min(found[1:])
+    replay = in_a_graph(all_of_them)
+    assert replay is not None  # there is a card, or `main` has ended
+    return 1e6 * seconds_per_call(replay, BUDGET) / len(copies)
 
 
 def main() -> None:
