@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -97,16 +98,17 @@ def has_kernel(operator: str, device: torch.device) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{operator}", key)
 
 
+@cache
 def has_triton() -> bool:
     """Whether Triton is installed, which comes with some builds of PyTorch only."""
     return find_spec("triton") is not None
 
 
 def runs_triton(device: torch.device) -> bool:
-    """Whether Triton, where it is, makes kernels for a device: old cards are left out."""
+    """Whether Triton is here and makes kernels for a device: old cards are left out."""
     ask = None if on_host(device) else _own(device, "get_device_capability")
     found = None if ask is None else ask(device)
-    return isinstance(found, tuple) and found >= _OLDEST_FOR_TRITON
+    return isinstance(found, tuple) and found >= _OLDEST_FOR_TRITON and has_triton()
 
 
 @contextmanager

@@ -88,14 +88,7 @@ class NumberFormat(ABC):
 
     def fast(self, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether products on a device take about as long as those of plain numbers, or less."""
-        from spectrim.devices import has_triton, on_host, runs_triton
-
-        if not self.integer:
-            return True
-        ours = not on_host(device) and has_triton() and runs_triton(device)
-        if ours and getattr(self, "bits", 0) in CODED:
-            return True
-        return self.kernel is not None and self.kernel.at_hand(device, dtype)
+        return not self.integer or (self.kernel is not None and self.kernel.at_hand(device, dtype))
 
     def path(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> str:
         """How a product with these runs, in words for people."""
@@ -157,6 +150,12 @@ class Integers(NumberFormat):
     @abstractmethod
     def unpack(self, stored: Tensor, columns: int) -> Tensor:
         """The inverse of `pack`."""
+
+    def fast(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """By the kernel of its own, or by ours for few tokens."""
+        from spectrim.devices import runs_triton
+
+        return (self.bits in CODED and runs_triton(device)) or super().fast(device, dtype)
 
     def encode(
         self, W: Tensor, metric: Metric | None = None, *, dtype: torch.dtype

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spectrim.devices import has_triton, runs_triton
+from spectrim.devices import runs_triton
 
 COLUMNS = 64
 """Columns whose corrections are added one at a time; those of all others come in one product."""
@@ -43,7 +43,7 @@ class Turn:
 
     def round_columns(self) -> None:
         """The last column first; all of them in one launch where that can be had."""
-        if has_triton() and runs_triton(self.W.device):
+        if runs_triton(self.W.device):
             from spectrim.linalg.triton_rounding import round_columns
 
             of_grid = (self.divisor, self.step, self.offset, self.low, self.high)

@@ -19,14 +19,11 @@ from spectrim.layers.lowrank import LowRankLinear
 from spectrim.layers.packed import PackedLinear
 from spectrim.layers.quantized import QuantizedLinear
 from spectrim.serve.once import OncePerInput
-from spectrim.serve.product import Product, product_of, steps
+from spectrim.serve.product import MOST, Product, product_of, steps
 
 FEW = 8
 """Tokens up to which every weight is read once per token from a cache; above it products of
 matrices are better at it."""
-
-TOGETHER = 3
-"""Layers that share launches: q, k and v."""
 
 
 def obstacle(device: torch.device) -> str:
@@ -40,7 +37,7 @@ class Together:
     """Layers that read one input: their first products are one launch, their second ones another.
 
     Args:
-        layers: at most `TOGETHER`, each of which becomes quick.
+        layers: at most `MOST`, each of which becomes quick.
     """
 
     def __init__(self, layers: Sequence[Any]):
@@ -50,18 +47,18 @@ class Together:
             layer.__class__ = _QUICK[type(layer)]
             layer.together, layer.member = self, member
 
-    def suits(self, x: Tensor) -> bool:
-        """Whether these are few tokens that the kernel multiplies."""
-        few = 0 < x.numel() <= FEW * x.shape[-1] and not torch.is_grad_enabled()
-        return few and all(fits(layer, x.dtype) for layer in self.layers)
+    def take(self, x: Tensor, member: int) -> Tensor | None:
+        """A member's output (..., out) for few tokens (..., in), None where no kernel gives it."""
+        if torch.is_grad_enabled() or not 0 < x.numel() <= FEW * x.shape[-1]:
+            return None
+        ys = self._once.take(x, member, self._outputs)
+        return None if ys is None else ys[member]
 
-    def take(self, x: Tensor, member: int) -> Tensor:
-        """The output of a member, (..., in) -> (..., out)."""
-        return self._once.take(x, member, self._outputs)[member]
-
-    def _outputs(self, x: Tensor) -> list[Tensor]:
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
+    def _outputs(self, x: Tensor) -> list[Tensor] | None:
         found: list[Any] = [steps(layer) for layer in self.layers]
+        if not all(_fit(turn, x.dtype) for turn in found):
+            return None
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
         ys = _launch([rows] * len(found), [turn[0] for turn in found])
         second = [i for i, turn in enumerate(found) if len(turn) > 1]
         if second:
@@ -84,9 +81,8 @@ class _Quick(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        if self.together.suits(x):
-            return self.together.take(x, self.member)
-        return super().forward(x)
+        y = self.together.take(x, self.member)
+        return super().forward(x) if y is None else y
 
 
 class QuickLowRank(_Quick, LowRankLinear):
@@ -121,7 +117,11 @@ _QUICK: dict[type, type] = {
 
 def fits(layer: nn.Module, dtype: torch.dtype) -> bool:
     """Whether the kernel multiplies every part of a compressed layer."""
-    return all(step is not None and step.fits(dtype) for step in steps(layer))
+    return _fit(steps(layer), dtype)
+
+
+def _fit(turn: Iterable[Product | None], dtype: torch.dtype) -> bool:
+    return all(step is not None and step.fits(dtype) for step in turn)
 
 
 def quick_codes(model: nn.Module) -> None:
@@ -143,7 +143,7 @@ def companies(
     found: list[tuple[str, ...]] = []
     for group in groups:
         known = [name for name in group if name in layers]
-        found += [tuple(known[i : i + TOGETHER]) for i in range(0, len(known), TOGETHER)]
+        found += [tuple(known[i : i + MOST]) for i in range(0, len(known), MOST)]
     alone = set(layers).difference(*found)
     return found + [(name,) for name in layers if name in alone]
 

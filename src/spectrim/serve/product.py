@@ -17,6 +17,9 @@ from spectrim.serve.fusion import FusedSlice
 PLAIN, INSIDE, OUTSIDE = 0, 1, 2
 """`W x`; `x_p + W x_n` with `[x_p; x_n] = x[order]`; `[x; W x][order]`."""
 
+MOST = 3
+"""Products of one launch: q, k and v."""
+
 NATIVE = 16
 """Stands for the bits of weights that are no codes, whatever their dtype."""
 
@@ -63,6 +66,8 @@ class Product(NamedTuple):
 
     def fits(self, dtype: torch.dtype) -> bool:
         """Whether the kernel multiplies it with tokens of a dtype."""
+        if not self.weight.is_contiguous():  # the kernel counts rows from the first number on
+            return False
         if self.bits == NATIVE:
             return self.weight.dtype == dtype
         return self.bits in CODED and self.weight.shape[1] % 4 == 0  # read in words of 32 bits

@@ -29,10 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spectrim.serve.product import NATIVE, OUTSIDE, Product
-
-MOST = 3
-"""Products of one launch."""
+from spectrim.serve.product import MOST, NATIVE, OUTSIDE, Product
 
 WARP = 32
 BYTES = 16
