@@ -66,8 +66,8 @@ def refuse_unused(reason: str, given: Mapping[str, Any]) -> None:
 
 
 def _shown(value: Any) -> str:
-    return (
-        f"{str(value)[:80]!r} ({type(value).__name__})"
-        if isinstance(value, str)
-        else (f"{str(value)[:80]} ({type(value).__name__})")
-    )
+    """A value as users wrote it; its kind as well, unless it is a number."""
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return str(value)[:80]
+    shown = str(value)[:80]
+    return f"{repr(shown) if isinstance(value, str) else shown} ({type(value).__name__})"

@@ -185,6 +185,7 @@ def test_a_whole_job_prints_results_on_stdout_and_progress_on_stderr(story):
     assert [step["code"] for step in job.values()] == [0] * len(job)
     compress = job["compress"]
     assert "keep" in compress["stdout"]
+    assert re.search(r"nats per token more +[+-]\S+ ± ", compress["stdout"])
     assert "out" in compress["new"]
     assert "done in" in compress["stderr"]
     assert "done in" not in compress["stdout"]

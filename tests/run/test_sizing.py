@@ -5,7 +5,7 @@ import torch
 
 from architectures import tiny, windows
 from spectrim import api
-from spectrim.errors import RecipeError
+from spectrim.errors import BudgetError, RecipeError, TextError
 from spectrim.formats.grouped import Grouped
 from spectrim.formats.int8 import Int8
 from spectrim.recipes import get_recipe
@@ -45,6 +45,21 @@ def test_without_fast_formats_a_size_cuts(source, monkeypatch):
     size = int(0.75 * inspect_folder(source).bytes)
     found = api.compress(source, size=size, text=windows(8), measure=False)
     assert {e.weights for e in found.plan.entries} == {"native"}
+
+
+def test_a_keep_out_of_reach_is_refused_before_any_text_is_read(source, monkeypatch):
+    monkeypatch.setattr("spectrim.run.opening.gather_windows", None)
+    for recipe in ("spectrim", "svd-llm"):
+        with pytest.raises(BudgetError, match=r"keep 0.02 cannot be reached: .* keep 0.[01]"):
+            api.compress(source, recipe=recipe, keep=0.02, text=windows(8))
+    with pytest.raises(BudgetError, match=r"keep 1\.000000"):
+        api.compress(source, keep=0.5, multiple=4096, text=windows(8))
+
+
+@pytest.mark.parametrize("words", [{"text": "no.txt"}, {"evaluation_text": "no.txt"}])
+def test_a_text_that_is_not_there_is_refused_before_the_model_is_loaded(words):
+    with pytest.raises(TextError, match=r"'no.txt' is neither an existing file"):
+        api.compress("no/such/model", keep=0.5, **words)
 
 
 def test_patterns_of_formats_are_checked():

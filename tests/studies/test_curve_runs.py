@@ -177,6 +177,7 @@ def test_what_makes_no_curve_is_refused(dense, tmp_path):
     with pytest.raises(InputError, match="needs recipes"):
         studies.curve(dense, measure=MEASURE)
     with pytest.raises(InputError, match="two recipes are called 'svd'"):
-        studies.curve(dense, recipes=["svd", "svd"], measure=MEASURE)
+        studies.curve(dense, recipes=["svd", "svd"], measure=MEASURE, output=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
     with pytest.raises(InputError, match="no size could be measured"):
         studies.curve(dense, recipes=["svd"], keep=[1e-6], measure=MEASURE)

@@ -18,6 +18,7 @@ from spectrim.api.reading import evaluate, export, inspect, plan
 from spectrim.arguments import check_fraction, check_path, refuse_unused
 from spectrim.errors import BudgetError
 from spectrim.run.compress import Outcome, run_recipe
+from spectrim.run.finding import check_brought
 from spectrim.run.learned.elastic import ElasticModel, open_elastic
 from spectrim.run.learned.resizing import settle_outcome
 from spectrim.run.loading import load_model
@@ -27,14 +28,14 @@ from spectrim.run.out_of_core import check_out_of_core, check_survey_out_of_core
 from spectrim.run.places import places
 from spectrim.run.predicting import estimate
 from spectrim.run.reading_words import ElasticWords, ResizeWords
-from spectrim.run.resolving import check_brought, check_size, resolve_recipe
+from spectrim.run.resolving import check_size, resolve_recipe
 from spectrim.run.sizing import for_size
 from spectrim.run.sources import sources_of
 from spectrim.run.store.saving import describe_outcome, save_outcome
 from spectrim.run.store.saving_elastic import save_survey_as_elastic as elastic
 from spectrim.run.survey.replanning import bring_plan
 from spectrim.run.survey.surveying import resize_survey, survey_model
-from spectrim.run.texts import own_text
+from spectrim.run.texts import look_up, own_text
 from spectrim.run.word import among, takes
 from spectrim.run.words import CompressWords, RecipeWords, SurveyWords
 from spectrim.shortage import tells_of_shortage
@@ -89,13 +90,14 @@ def compress(model: str | Path | nn.Module, **words: Unpack[CompressWords]) -> R
     output, planned, surveyed = asked["output"], asked["plan"], asked["survey"]
     check_path(output=output)
     check_brought(model, plan=planned, survey=surveyed)
-    check_size(planned, asked["keep"], asked["size"])
+    check_size(asked)
     options = RunOptions.among(asked)
     resolved = resolve_recipe(asked["recipe"], **among(asked, RecipeWords))
     if planned is not None:
         stored = {name: asked[name] for name in ("storage", "weights", "alike")}
         refuse_unused("the plan says how it is stored", stored)
     given = own_text(asked["text"])
+    look_up(asked["text"], asked["evaluation_text"])
     if output is None or not resolved.gives_every_size:
         alone = {"self_contained": options.self_contained}
         refuse_unused("no elastic artifact is written", alone)
@@ -147,6 +149,7 @@ def survey(model: str | Path | nn.Module, **words: Unpack[SurveyWords]) -> Surve
     check_path(output=output)
     check_brought(model)
     given = own_text(asked["text"])
+    look_up(asked["text"])
     read = sources_of(model=model, text=asked["text"])
     with places(output, options, sources=read) as folder:
         lazily = goes_out_of_core(

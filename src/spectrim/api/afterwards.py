@@ -13,12 +13,13 @@ from spectrim.errors import InputError
 from spectrim.recipe import Calibration, Recipe
 from spectrim.recipes import DEFAULT_RECIPE, get_recipe
 from spectrim.run.adapting import Adapter, make_adapter
+from spectrim.run.finding import check_brought
 from spectrim.run.healing import Healed, Healing, heal_model
 from spectrim.run.loading import load_model
 from spectrim.run.options import RunOptions
 from spectrim.run.places import places
 from spectrim.run.reading_words import AdapterWords, HealWords
-from spectrim.run.resolving import check_brought, resolve_recipe
+from spectrim.run.resolving import resolve_recipe
 from spectrim.run.sources import sources_of
 from spectrim.run.store.saving import save_healed
 from spectrim.run.survey.survey import surveyed_choice

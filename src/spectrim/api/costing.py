@@ -9,14 +9,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from spectrim.arguments import check_fraction
-from spectrim.errors import BudgetError, InputError
+from spectrim.errors import InputError
 from spectrim.recipe import Recipe
-from spectrim.run.resolving import resolve_recipe
+from spectrim.run.resolving import check_size, resolve_recipe
 from spectrim.run.survey.by_cost import energy_plan, loss_plan, predicted_nats
 from spectrim.run.word import among
 from spectrim.run.words import RecipeWords, SavingWords
@@ -43,8 +41,9 @@ def compress_at_cost(
         BudgetError: more than one word for the size, or a cost that is none.
         InputError: what cannot be done by cost.
     """
+    check_size(asked)
+    _check_possible(asked)
     max_loss, energy = asked.pop("max_loss"), asked.pop("energy")
-    _check(asked, max_loss, energy)
     recipe = resolve_recipe(
         asked["recipe"], **{k: v for k, v in among(asked, RecipeWords).items() if k != "keep"}
     )
@@ -86,17 +85,8 @@ def compress_at_cost(
     return result
 
 
-def _check(asked: dict[str, Any], max_loss: float | None, energy: float | None) -> None:
-    sizes = {name: asked[name] for name in ("keep", "size", "plan")}
-    words = {**sizes, "max_loss": max_loss, "energy": energy}
-    named = [name for name, value in words.items() if value is not None]
-    if len(named) > 1:
-        raise BudgetError(f"{named[0]} and {named[1]} exclude each other; give one")
-    check_fraction(energy=energy)
-    number = isinstance(max_loss, Real) and not isinstance(max_loss, bool)
-    if max_loss is not None and not (number and 0 < max_loss < float("inf")):
-        raise BudgetError(f"max_loss is {max_loss}; it is a loss in nats per token, e.g. 0.02")
-    if max_loss is not None and not isinstance(asked["model"], str | Path):
+def _check_possible(asked: dict[str, Any]) -> None:
+    if asked["max_loss"] is not None and not isinstance(asked["model"], str | Path):
         raise InputError(
             "max_loss compresses twice and needs the model as a folder or hub name, not an object "
             "that the first time changes"

@@ -40,8 +40,9 @@ def compress(
     OUT is an ordinary Hugging Face folder with a model card, the complete recipe and a report.
     With the recipe acip it is an elastic artifact, which `spectrim resize` cuts to any size.
     """
-    from spectrim.cli.crew import crew
+    from spectrim.cli.crew import answer_at_once, crew
 
+    answer_at_once(words)
     place = {} if dry_run else {"output": output, "work": words["work"]}
     with (
         terminal.working(**place, resumes=words["resume"] is not False) as progress,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -38,6 +38,18 @@ def check_alone(command: str | None) -> None:
         f"`spectrim {command}` runs in one process, and torchrun started {place.size}; start it "
         f"without torchrun (several processes share {' and '.join(SHARED_COMMANDS)})"
     )
+
+
+def answer_at_once(words: Mapping[str, Any]) -> None:
+    """Refuse wrong words before torch is imported; to several processes their crew says it, once.
+
+    Raises:
+        SpectrimError: see `run.resolving.check_words`.
+    """
+    if placement().size == 1:
+        from spectrim.run.resolving import check_words
+
+        check_words(words)
 
 
 @contextmanager

@@ -101,7 +101,8 @@ class LineProgress:
     def expect(self, seconds: Mapping[str, float]) -> None:
         """Say how long the run will take by the prediction."""
         self.forecast.expect(seconds)
-        self.write(f"about {format_seconds(self.forecast.total)} in {len(seconds)} stages")
+        stages = "one stage" if len(seconds) == 1 else f"{len(seconds)} stages"
+        self.write(f"about {format_seconds(self.forecast.total)} in {stages}")
 
     def start(self, stage: str, total: int) -> None:
         """Remember when the stage began; a short stage gets only its last line."""

@@ -56,6 +56,8 @@ def print_before_and_after(report: dict[str, Any], texts: list[dict[str, Any]]) 
         pair = (measured["dense"], measured["compressed"])
         cells = (plus_minus(m["perplexity"], m["standard_error"]) for m in pair)
         rows.append((f"perplexity, {measured['text']}", *cells))
+        if measured.get("difference"):
+            rows.append(("  nats per token more", "", more_words(measured["difference"])))
     print_table(("", "dense", "compressed"), rows, title=f"{report['model']}")
     for measured in texts:
         print_note(
@@ -186,10 +188,15 @@ def against_words(result: dict[str, Any], text: str) -> list[str]:
         return ["-", "-", "-"]
     more = result.get("difference", {}).get(text)
     return [
-        "-" if more is None else f"{more['nll']:+.3f} ± {more['nll_standard_error']:.1g}",
+        "-" if more is None else more_words(more),
         f"{near['kl']:.3g}",
         f"{near['top1']:.1%}",
     ]
+
+
+def more_words(difference: dict[str, Any]) -> str:
+    """A paired difference of losses in nats per token, with its standard error."""
+    return f"{difference['nll']:+.3g} ± {difference['nll_standard_error']:.1g}"
 
 
 def short_names(models: list[str]) -> list[str]:

@@ -24,8 +24,9 @@ def survey(
 
     OUT holds moments, spectra and scores of every target; `spectrim plan OUT` reads it.
     """
-    from spectrim.cli.crew import crew
+    from spectrim.cli.crew import answer_at_once, crew
 
+    answer_at_once(words)
     with (
         terminal.working(output=output, resumes=True) as progress,
         crew(words["device"], progress) as team,

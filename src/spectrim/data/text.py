@@ -121,33 +121,49 @@ def read_text(
     return Text.from_documents(documents, name="list")
 
 
+def find_file(source: str | Path) -> Path | None:
+    """The file that a source names; None for corpora and `self`.
+
+    Raises:
+        TextError: there is no such file, or it ends in something else than texts do.
+    """
+    if source in (*CORPORA, SELF):
+        return None
+    path = Path(source)
+    if not path.is_file():
+        found = "is a folder" if path.is_dir() else "is neither an existing file nor a known name"
+        raise TextError(
+            f"the text source {str(source)!r} {found}; known names: {', '.join((*CORPORA, SELF))}; "
+            "files: .txt, .jsonl, either also as .gz"
+        )
+    if _kind(path) not in (".txt", ".jsonl"):
+        raise TextError(
+            f"the file {path} ends in {path.suffix!r}; expected .txt or .jsonl, either also as .gz"
+        )
+    return path
+
+
+def _kind(path: Path) -> str:
+    """The last suffix, in lower case; that below .gz, which says nothing of what is inside."""
+    inner = path.with_suffix("") if path.suffix.lower() == ".gz" else path
+    return inner.suffix.lower()
+
+
 def _read_named(source: str | Path, split: Split, tokenizer: Any) -> Text:
-    if isinstance(source, str) and source in CORPORA:
-        return Text.from_documents(load_corpus(source, split), name=source)
+    path = find_file(source)
+    if path is not None:
+        return _read_file(path, tokenizer)
     if source == SELF:
         raise TextError(
             "the source 'self' is sampled from a model and cannot be read as a text here; "
             "use spectrim.data.sample_windows(model, ...), or name a file"
         )
-    path = Path(source)
-    if path.is_file():
-        return _read_file(path, tokenizer)
-    found = "is a folder" if path.is_dir() else "is neither an existing file nor a known name"
-    raise TextError(
-        f"the text source {str(source)!r} {found}; known names: {', '.join((*CORPORA, SELF))}; "
-        "files: .txt, .jsonl, either also as .gz"
-    )
+    return Text.from_documents(load_corpus(str(source), split), name=str(source))
 
 
 def _read_file(path: Path, tokenizer: Any) -> Text:
-    suffixes = [s.lower() for s in path.suffixes]
-    zipped = suffixes[-1:] == [".gz"]
-    kind = (suffixes[:-1] if zipped else suffixes)[-1:]
-    if kind not in ([".txt"], [".jsonl"]):
-        raise TextError(
-            f"the file {path} ends in {path.suffix!r}; expected .txt or .jsonl, either also as .gz"
-        )
     try:
+        zipped = path.suffix.lower() == ".gz"
         content = gzip.decompress(path.read_bytes()) if zipped else path.read_bytes()
         decoded = content.decode("utf-8")
     except (OSError, EOFError) as error:
@@ -156,7 +172,7 @@ def _read_file(path: Path, tokenizer: Any) -> Text:
         raise TextError(
             f"the file {path} is not UTF-8: {error.reason} at byte {error.start}; convert it first"
         ) from error
-    if kind == [".txt"]:
+    if _kind(path) == ".txt":
         return Text.from_documents([decoded], name=path.name)
     return _json_lines(decoded, path, tokenizer)
 

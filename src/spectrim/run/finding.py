@@ -13,11 +13,34 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from spectrim.errors import ModelError
+from torch import nn
+
+from spectrim.allocate.plan import Plan
+from spectrim.errors import InputError, ModelError
+from spectrim.storage.survey_record import Survey
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?", re.ASCII)
 PATIENCE = 5.0
 """Seconds to wait for the hub's machine to answer at all."""
+
+
+def check_brought(model: object, *, plan: object = None, survey: object = None) -> None:
+    """Refuse what is no model, plan or survey, nor the name of one.
+
+    Raises:
+        InputError: names the argument and what it is.
+    """
+    kinds = {
+        "model": (model, nn.Module, "a hub name, a folder, or a loaded model"),
+        "plan": (plan, Plan, "a plan or the file of one"),
+        "survey": (survey, Survey, "a survey or the folder of one"),
+    }
+    for name, (value, kind, expected) in kinds.items():
+        absent = value is None and name != "model"
+        if not absent and (not isinstance(value, str | Path | kind) or value == ""):
+            raise InputError(
+                f"{name} is {value!r:.80} ({type(value).__name__}); expected {expected}"
+            )
 
 
 def look_up(name: str, *, restoring: bool = False) -> None:

@@ -31,7 +31,7 @@ from spectrim.run.keeping import Keeper
 from spectrim.run.loading import LoadedModel
 from spectrim.run.memory import total_bytes
 from spectrim.run.options import RunOptions
-from spectrim.run.planning import keep_of_size
+from spectrim.run.planning import check_keep_reachable, keep_of_size
 from spectrim.run.progress import Progress
 from spectrim.run.rehearsing import check_class, rehearse
 from spectrim.run.room import choose_room, fitting_room, limit_of, peak_parts, said
@@ -80,7 +80,8 @@ def open_job(
         calibrate: whether windows are needed at all.
         size: bytes of the whole checkpoint to reach, in place of the recipe's keep.
         work: where finished pieces are kept; earlier ones of the same run are taken up.
-        brought: the user's plan and survey and other settings that the pieces depend on.
+        brought: the user's plan and survey, None for a run that plans for itself, and other
+            settings that the pieces depend on.
 
     Raises:
         SpectrimError: an unfit model, an unknown text, a size out of reach, the work of another
@@ -91,14 +92,10 @@ def open_job(
     check_model(model, elsewhere=() if loaded.onloader is None else unit_names(model))
     open_experts(loaded)
     anatomy = _targets(loaded, recipe, log)
-    dtype_bytes = loaded.stored_dtype.itemsize
-    if size is not None:
-        other = other_bytes(model, anatomy, loaded.stored_dtype)
-        reachable = keep_of_size(size, recipe, shape_curves(anatomy), other, dtype_bytes)
-        recipe = recipe.with_changes(keep=reachable)
+    brought = brought or {}
+    recipe = _sized(loaded, recipe, anatomy, size, brought)
     windows: Windows | None = None
     room: Room | None = None
-    brought = brought or {}
     if calibrate:
         planned = brought.get("plan") is not None
         recipe, windows, room = _calibrated(loaded, recipe, options, text, log, planned=planned)
@@ -115,7 +112,7 @@ def open_job(
         device=loaded.device,
         options=options,
         log=log,
-        dtype_bytes=dtype_bytes,
+        dtype_bytes=loaded.stored_dtype.itemsize,
         room=room,  # type: ignore[arg-type]
         keeper=Keeper(model, log, work=work, onloader=loaded.onloader),
     )
@@ -132,6 +129,28 @@ def _targets(loaded: LoadedModel, recipe: Recipe, log: RunLog) -> Anatomy:
     anatomy = choose_targets(anatomy, targets.only, targets.skip)
     check_patterns([own.match for own in targets.own], [t.name for t in anatomy.targets])
     return anatomy
+
+
+def _sized(
+    loaded: LoadedModel,
+    recipe: Recipe,
+    anatomy: Anatomy,
+    size: int | None,
+    brought: Mapping[str, Any],
+) -> Recipe:
+    """The recipe with the keep of a size.
+
+    Raises:
+        BudgetError: no plan has that size, or the keep of a run that plans for itself.
+    """
+    curves, dtype = shape_curves(anatomy), loaded.stored_dtype
+    if size is not None:
+        other = other_bytes(loaded.model, anatomy, dtype)
+        keep = keep_of_size(size, recipe, curves, other, dtype.itemsize)
+        return recipe.with_changes(keep=keep)
+    if all(brought.get(name, "") is None for name in ("plan", "survey")):
+        check_keep_reachable(recipe, curves, dtype.itemsize)
+    return recipe
 
 
 def _begun(

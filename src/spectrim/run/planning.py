@@ -5,6 +5,7 @@ Planning from a saved survey takes about a second, so nothing here imports torch
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -170,6 +171,26 @@ def keep_of_size(
         targets_dense_bytes=dense,
         smallest_keep=smallest_keep(curves, plan_limits(recipe, dtype_bytes)),
     )
+
+
+def check_keep_reachable(recipe: Recipe, curves: Sequence[Curve], dtype_bytes: int) -> None:
+    """Refuse a keep that no rule reaches, before anything is measured for it.
+
+    Where integers, sizes of their own or learned components reach further than ranks, the plan
+    says it.
+
+    Raises:
+        BudgetError: names the reachable range.
+    """
+    if recipe.flow == "learned" or recipe.targets.own or recipe.storage.weights != "native":
+        return
+    least = smallest_keep(curves, plan_limits(recipe, dtype_bytes))
+    if recipe.keep < least:
+        raise BudgetError(
+            f"keep {recipe.keep} cannot be reached: with every target at its least rank the "
+            f"{len(curves)} targets keep {math.ceil(least * 1e6) / 1e6:.6f} (a lower floor, a "
+            "smaller multiple of ranks, or --weights int8 go below)"
+        )
 
 
 def check_own(recipe: Recipe) -> None:

@@ -31,7 +31,7 @@ def estimate(model: str | Path, **words: Unpack[EstimateWords]) -> Estimate:
         SpectrimError: what cannot be run as asked, or is not predicted.
     """
     asked: dict[str, Any] = dict(words)
-    check_size(asked["plan"], asked["keep"], asked["size"])
+    check_size(asked)
     resolved = resolve_recipe(asked["recipe"], **among(asked, RecipeWords))
     options = RunOptions.among(asked)
     if resolved.flow == "learned":

@@ -1,25 +1,26 @@
-"""The recipe of a run: what was named, with the user's changes, validated."""
+"""The recipe of a run: what was named, with the user's changes, validated.
+
+A wrong word is answered at once, so nothing here imports torch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from spectrim.allocate.plan import Plan
 from spectrim.arguments import check_fraction, check_whole
-from spectrim.errors import BudgetError, InputError, RecipeError
+from spectrim.errors import BudgetError, RecipeError
 from spectrim.recipe import Recipe
 from spectrim.recipes import DEFAULT_RECIPE, EFFORTS, get_recipe
-from spectrim.run.texts import UserText
-from spectrim.run.word import takes
+from spectrim.run.word import among, takes
 from spectrim.run.words import WORDS, RecipeWords
-from spectrim.storage.survey_record import Survey
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from spectrim.run.texts import UserText
 
 WHOLE = (
     (1, None, ("windows", "multiple", "batch")),
@@ -28,36 +29,41 @@ WHOLE = (
 )
 """Least and largest value of words that are whole numbers."""
 
-
-def check_brought(model: object, *, plan: object = None, survey: object = None) -> None:
-    """Refuse what is no model, plan or survey, nor the name of one.
-
-    Raises:
-        InputError: names the argument and what it is.
-    """
-    kinds = {
-        "model": (model, nn.Module, "a hub name, a folder, or a loaded model"),
-        "plan": (plan, Plan, "a plan or the file of one"),
-        "survey": (survey, Survey, "a survey or the folder of one"),
-    }
-    for name, (value, kind, expected) in kinds.items():
-        absent = value is None and name != "model"
-        if not absent and (not isinstance(value, str | Path | kind) or value == ""):
-            raise InputError(
-                f"{name} is {value!r:.80} ({type(value).__name__}); expected {expected}"
-            )
+SIZES = ("plan", "keep", "size", "max_loss", "energy")
+"""Words that say how large a result is; a run has one of them."""
 
 
-def check_size(plan: object, keep: float | None, size: str | int | None) -> None:
-    """Refuse two words for the size of a result.
+def check_words(asked: Mapping[str, Any]) -> None:
+    """Refuse words of a run that are wrong by themselves, before anything is loaded.
+
+    Args:
+        asked: those given, by name; None for the others.
 
     Raises:
-        BudgetError: names both.
+        RecipeError: see `resolve_recipe`.
+        BudgetError: see `check_size`.
     """
-    given = {"plan": plan, "keep": keep, "size": size}
-    named = [name for name, value in given.items() if value is not None]
-    if len(named) > 1:
-        raise BudgetError(f"{named[0]} and {named[1]} exclude each other; give one")
+    check_size(asked)
+    resolve_recipe(asked.get("recipe") or DEFAULT_RECIPE, **among(asked, RecipeWords))
+
+
+def check_size(asked: Mapping[str, Any]) -> None:
+    """Refuse two words for the size of a result, and costs that are none.
+
+    Args:
+        asked: words of a run by name, of which `SIZES` are looked at.
+
+    Raises:
+        BudgetError: names both, or the value.
+    """
+    given = [name for name in SIZES if asked.get(name) is not None]
+    if len(given) > 1:
+        raise BudgetError(f"{given[0]} and {given[1]} exclude each other; give one")
+    check_fraction(energy=asked.get("energy"))
+    loss = asked.get("max_loss")
+    number = isinstance(loss, Real) and not isinstance(loss, bool)
+    if loss is not None and not (number and 0 < float(loss) < float("inf")):
+        raise BudgetError(f"max_loss is {loss}; it is a loss in nats per token, e.g. 0.02")
 
 
 @takes(RecipeWords)

@@ -13,7 +13,7 @@ from torch import Tensor
 from spectrim.allocate.budget import format_bytes
 from spectrim.data.mixing import interleave
 from spectrim.data.self_text import sample_windows
-from spectrim.data.text import SELF, read_text, split_sources
+from spectrim.data.text import SELF, find_file, read_text, split_sources
 from spectrim.data.windows import (
     Windows,
     calibration_windows,
@@ -65,6 +65,17 @@ def own_text(text: Any) -> Sequence[str] | Tensor | None:
             "give files as one text, separated by commas"
         )
     return text
+
+
+def look_up(*texts: Any) -> None:
+    """Refuse names without a file before a model is loaded for them.
+
+    Raises:
+        TextError: see `data.text.find_file`.
+    """
+    for text in texts:
+        for name, _ in split_sources(text) if isinstance(text, str | Path) else ():
+            find_file(name)
 
 
 def is_file(name: str | Path) -> bool:

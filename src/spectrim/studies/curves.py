@@ -55,6 +55,7 @@ def curve(
     """
     measure = measured_on(measure, calibration.get("text"))
     keeps = parse_keeps(keep) if isinstance(keep, str) else list(keep)
+    resolved = different_names([resolve_recipe(r, **calibration) for r in recipes])
     texts = [calibration.get("text"), measure.text]
     folder, store = open_study(
         output,
@@ -71,7 +72,6 @@ def curve(
     else:
         if not recipes:
             raise InputError("a curve needs recipes, for example svd-llm,aa-svd")
-        resolved = different_names([resolve_recipe(r, **calibration) for r in recipes])
         found = recipe_curve(
             measure.reference(model),
             resolved,
