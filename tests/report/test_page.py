@@ -191,6 +191,13 @@ def test_the_page_begins_with_one_sentence_and_two_bars():
     assert places == sorted(places)
 
 
+def test_a_predicted_loss_stands_beside_the_measured_one():
+    told = {**report(), "predicted_loss": 0.04, "predicted_loss_unit": "nats per token"}
+    said = "0.04 nats per token; measured +0.094 ± 0.01 on heldout.txt, 2.4 times as much"
+    assert said in render_page(PageContent(report={**told, "measured": measured()}))
+    assert "such predictions were off" in render_page(PageContent(report=told))
+
+
 def test_without_a_measurement_the_page_says_why():
     absent = {"texts": [], "why_not": "the recipe reads no text"}
     html = render_page(PageContent(report={**report(), "measured": absent}))

@@ -148,6 +148,20 @@ def test_the_dot_moves_along_the_curve_and_the_dense_model_is_its_reference(tabs
     assert "dense" in tab.text_content("#curve")
 
 
+def test_a_size_that_writes_nothing_sensible_does_not_flatten_the_curve(engine, tabs, monkeypatch):
+    dense = engine.facts()["curve"][-1]["perplexity"]
+    heights = {}
+    for last in (64.0, 1e6):
+        monkeypatch.setattr(engine, "_measured", {1.0: dense, 0.5: 2 * dense, 0.25: last})
+        tab = tabs()
+        until(tab, "curve", bool)
+        points = tab.locator("#curve .point").all()
+        heights[last] = abs(points[0].bounding_box()["y"] - points[-1].bounding_box()["y"])
+        top = tab.evaluate("document.querySelector('#curve .axis + .axis').getBBox().y")
+        assert all(float(p.get_attribute("cy")) >= top for p in points)
+    assert heights[1e6] > 50
+
+
 def test_this_size_is_saved(tabs):
     tab = tabs()
     move(tab, 0.4)
@@ -185,6 +199,18 @@ def test_a_second_tab_writes_while_the_first_does(engine, tabs):
     second.close()
     first.click("#go")
     until(first, "speed-dense", lambda text: text.startswith("32 tokens"))
+
+
+def test_without_a_text_no_room_is_left_for_a_curve_and_the_page_says_how_to_get_one(
+    engine, tabs, monkeypatch
+):
+    shown, hidden = tabs(), "document.getElementById('{}').getBoundingClientRect().height === 0"
+    assert not shown.evaluate(hidden.format("curve")) and shown.evaluate(hidden.format("without"))
+    monkeypatch.setattr(engine, "windows", None)
+    monkeypatch.setattr(engine, "facts", lambda facts=engine.facts(): {**facts, "curve": []})
+    bare = tabs()
+    assert bare.evaluate(hidden.format("curve")) and not bare.evaluate(hidden.format("without"))
+    assert "--evaluation-text" in bare.text_content("#without")
 
 
 def test_nothing_overflows_or_overlaps(tabs):

@@ -1,6 +1,6 @@
 """Compression by cost: survey once, plan, and for a loss measure it and correct the plan once.
 
-Predicted losses have been off by factors from 0.8 to 8 (`docs/evaluation.md`), so the first plan is
+Predicted losses have been off by factors from 0.6 to 8 (`docs/evaluation.md`), so the first plan is
 only a trial: what it really loses on windows that the run did not read corrects the prediction.
 """
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from spectrim.cli.progress import format_seconds
 from spectrim.cli.render import format_count, print_facts, print_note, print_table
-from spectrim.cli.summary import loss_words
 from spectrim.cli.target_tables import TargetRow, print_projections, print_targets
+from spectrim.report.predicted import loss_words
 from spectrim.sizes import format_bytes
 
 REPORT_FILE = "spectrim_report.json"

@@ -17,6 +17,7 @@ from spectrim.errors import MissingExtraError
 from spectrim.evaluate.distortion import distortion_rows
 from spectrim.report.content import PageContent
 from spectrim.report.pictures import pictures_of
+from spectrim.report.predicted import loss_words
 from spectrim.storage.paths import last_part, without_folders
 
 PAGE_MARK = "Compression report by spectrim"
@@ -141,7 +142,7 @@ def _remarks(content: PageContent) -> list[str]:
     found = []
     dense = sum(1 for t in report["targets"] if t.get("rank") is None)
     if dense:
-        found.append(f"{dense} of {len(report['targets'])} layers were left as they were.")
+        found.append(f"Left as they were: {dense} of {len(report['targets'])} layers.")
     outside = report.get("outside_budget")
     if outside:
         found.append(f"Outside the budget: {without_folders(outside['words'])}.")
@@ -184,9 +185,11 @@ def _summary(content: PageContent) -> list[tuple[str, str]]:
         ("layers", f"{len(report['targets'])}, {dense} left dense"),
         ("ranks chosen by", str(report["rule"])),
     ]
-    if isinstance(report.get("predicted_loss"), int | float):
-        unit = report.get("predicted_loss_unit") or ""
-        facts.append(("predicted loss", f"{number(report['predicted_loss'])} {unit}".strip()))
+    measured = (report.get("measured") or {}).get("texts") or []
+    unit = report.get("predicted_loss_unit")
+    predicted = loss_words(report.get("predicted_loss"), unit, measured)
+    if predicted is not None:
+        facts.append(("predicted loss", without_folders(predicted)))
     facts.append(("time", f"{sum(_finite(report['seconds'].values())):.0f} s"))
     if isinstance(report.get("peak_memory_bytes"), int):
         facts.append(("peak memory", format_bytes(report["peak_memory_bytes"])))
