@@ -207,7 +207,8 @@ def test_without_a_text_no_room_is_left_for_a_curve_and_the_page_says_how_to_get
     shown, hidden = tabs(), "document.getElementById('{}').getBoundingClientRect().height === 0"
     assert not shown.evaluate(hidden.format("curve")) and shown.evaluate(hidden.format("without"))
     monkeypatch.setattr(engine, "windows", None)
-    monkeypatch.setattr(engine, "facts", lambda facts=engine.facts(): {**facts, "curve": []})
+    facts = {**engine.facts(), "curve": []}
+    monkeypatch.setattr(engine, "facts", lambda: facts)
     bare = tabs()
     assert bare.evaluate(hidden.format("curve")) and not bare.evaluate(hidden.format("without"))
     assert "--evaluation-text" in bare.text_content("#without")
