@@ -109,6 +109,19 @@ def test_answers_of_single_questions_are_kept_for_pairs(model, words):
 
 
 @needs_lm_eval
+def test_bars_of_lm_eval_are_off_where_the_command_line_says_so(
+    model, words, monkeypatch, capfd, caplog
+):
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    with caplog.at_level("INFO", "spectrim"):
+        found = zero_shot(model, words, ["spectrim_tense"], limit=4)
+    shown = capfd.readouterr().err
+    assert "Tokenizing" not in shown and "Running" not in shown
+    said = f"spectrim_tense: {100 * found.mean:.1f} % of 4 questions"
+    assert said in [record.getMessage() for record in caplog.records]
+
+
+@needs_lm_eval
 def test_data_that_cannot_be_fetched_is_skipped_and_the_rest_runs(model, words, tmp_path):
     (tmp_path / "piqa.yaml").write_text(
         "task: piqa\ndataset_path: json\ndataset_kwargs:\n  data_files:\n"

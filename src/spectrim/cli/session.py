@@ -54,6 +54,9 @@ def session(
     quiet = quiet or follows
     set_up_logging(console, verbose=verbose and not follows, quiet=quiet)
     silence_foreign_bars()
+    if not verbose:
+        # It warns of data sets in Python, which its task files may have, ours among them.
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
     progress = new_progress(console, quiet=quiet)
     before = neighbors(output)
     try:

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +177,8 @@ def zero_shot(
     wrap: Any = huggingface.HFLM
     more = {"add_bos_token": True} if bos else {}
     wrapped = wrap(pretrained=model, tokenizer=tokenizer, batch_size=batch, device=device, **more)
+    if os.environ.get("TQDM_DISABLE") == "1":  # which lm-eval overrules unless it is told
+        wrapped.loglikelihood = partial(wrapped.loglikelihood, disable_tqdm=True)
     result = ZeroShot(protocol=_protocol(model, limit, batch, bos))
     training = model.training
     model.eval()
@@ -239,6 +243,8 @@ def _add(result: ZeroShot, name: str, model: Any, manager: Any, limit: int | Non
             result.skipped[task] = f"{task!r} reports no accuracy, only {', '.join(values)}"
             continue
         result.tasks[task] = _facts(values, found, task)
+        of = result.tasks[task]
+        logger.info("%s: %.1f %% of %s questions", task, 100 * of["accuracy"], of["samples"])
         rows = found.get("samples", {}).get(task, [])
         result.right[task] = {row["doc_id"]: float(row["acc"]) for row in rows}
 
