@@ -172,13 +172,8 @@ def zero_shot(
             f"no task is called {unknown[0]!r}; `spectrim lm-eval ls tasks` lists them, "
             f"`offline` stands for {', '.join(OFFLINE_TASKS)}"
         )
-    device = str(next(model.parameters()).device)
     # Registered by decorators that hide the signature from type checkers.
-    wrap: Any = huggingface.HFLM
-    more = {"add_bos_token": True} if bos else {}
-    wrapped = wrap(pretrained=model, tokenizer=tokenizer, batch_size=batch, device=device, **more)
-    if os.environ.get("TQDM_DISABLE") == "1":  # which lm-eval overrules unless it is told
-        wrapped.loglikelihood = partial(wrapped.loglikelihood, disable_tqdm=True)
+    wrapped = _wrapped(huggingface.HFLM, model, tokenizer, batch, bos)
     result = ZeroShot(protocol=_protocol(model, limit, batch, bos))
     training = model.training
     model.eval()
@@ -188,6 +183,16 @@ def zero_shot(
     finally:
         model.train(training)
     return result
+
+
+def _wrapped(wrap: Any, model: Any, tokenizer: Any, batch: int, bos: bool) -> Any:
+    """The model as lm-eval asks it."""
+    device = str(next(model.parameters()).device)
+    more = {"add_bos_token": True} if bos else {}
+    wrapped = wrap(pretrained=model, tokenizer=tokenizer, batch_size=batch, device=device, **more)
+    if os.environ.get("TQDM_DISABLE") == "1":  # which lm-eval overrules unless it is told
+        wrapped.loglikelihood = partial(wrapped.loglikelihood, disable_tqdm=True)
+    return wrapped
 
 
 def task_manager(names: Sequence[str], folders: Sequence[Path]) -> Any:

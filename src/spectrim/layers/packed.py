@@ -9,7 +9,7 @@ side, so the gather is as short as it can be and the shapes tell the side. `basi
 `LowRankLinear`. How the pivots are chosen is in `linalg/pivot.py` (arXiv 2501.19090).
 
 Packing is exact in exact arithmetic, but it rounds 3 to 4 times as much as plain factors do,
-because the coefficients pass on the noise of the basis. `packed_error` measures it; a run stores a
+because the coefficients pass on the noise of the basis. A run measures it, and stores a
 target otherwise where that is the better use of its bytes.
 """
 
@@ -211,35 +211,6 @@ class PackedLinear(CompressedLayer):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"rank={self.rank}, side={self.side}"
         )
-
-
-def packed_error(
-    packed: Packed,
-    up: Tensor,
-    down: Tensor,
-    dtype: torch.dtype,
-    *,
-    C: Tensor | None = None,
-) -> float:
-    """Relative error of the packed parts as they are stored, against the exact product.
-
-    Args:
-        packed: the parts in fp64.
-        up: `B`, shape (m, k).
-        down: `A`, shape (k, n).
-        dtype: the storage dtype.
-        C: second moment of the inputs, (n, n), any scale; the error is then that of the outputs,
-            `‖E X‖ / ‖B A X‖`, otherwise that of the weight, in Frobenius norms.
-    """
-    exact = up.double() @ down.double()
-    error = packed.to(dtype).to(torch.float64).product() - exact
-    scale = _norm(exact, C)
-    return float(_norm(error, C) / scale) if scale > 0 else 0.0
-
-
-def _norm(E: Tensor, C: Tensor | None) -> Tensor:
-    """Frobenius norm of `E`, or of `E X` with `C = Σ x xᵀ`."""
-    return E.norm() if C is None else ((E @ C.to(E)) * E).sum().clamp_min(0.0).sqrt()
 
 
 def _gather(x: Tensor, order: Tensor) -> Tensor:

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from spectrim.errors import ModelError
 from spectrim.layers.swap import compressed_layers
-from spectrim.model.weights import new_linear
 from spectrim.serve.once import OncePerInput
 
 
@@ -154,22 +153,6 @@ def fuse(model: nn.Module, groups: Iterable[Sequence[str]] | None = None) -> Fus
             else:
                 left[members[0]] = "no other layer of its group can be joined with it"
     return Fusion(tuple(found), left)
-
-
-def unfuse(model: nn.Module) -> int:
-    """Give every fused layer its own first factor back; returns the number of layers."""
-    count = 0
-    for layer in compressed_layers(model).values():
-        child = _reader_name(layer)
-        fused = getattr(layer, child, None)
-        if isinstance(fused, FusedSlice):
-            own = new_linear(fused.in_features, fused.out_features, False)
-            own.weight = nn.Parameter(
-                fused.weight.detach().clone(), requires_grad=fused.shared.weight.requires_grad
-            )
-            setattr(layer, child, own.train(layer.training))
-            count += 1
-    return count
 
 
 def shared_inputs(model: nn.Module) -> list[tuple[str, ...]]:

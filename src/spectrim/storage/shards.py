@@ -43,10 +43,6 @@ class Shards:
         """Bytes of all tensors."""
         return sum(file.entries[name].bytes for name, file in self._home.items())
 
-    def size_of(self, name: str) -> int:
-        """Bytes of one tensor."""
-        return self._home[name].entries[name].bytes
-
     def outline(self, name: str) -> Tensor:
         """Shape and dtype of one tensor, on the meta device."""
         return self._home[name].outline(name)
