@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from spectrim.errors import ModelError
+from spectrim.layers.layout import layout_of
 from spectrim.layers.swap import compressed_layers
 from spectrim.model.tail import Tail, blocks_in_sequence
 from spectrim.model.weights import cast_parameters
@@ -28,10 +29,6 @@ from spectrim.storage.folder import REPORT_FILE
 from spectrim.storage.json_file import read_json
 
 STAGE = "heal"
-
-FIRST = {"factored": "down", "packed": "basis"}
-SECOND = {"factored": "up", "packed": "coefficients"}
-"""The parts that get adapters one after the other: never both factors of a product at once."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +193,13 @@ def _trainable(loaded: LoadedModel) -> dict[str, Any]:
 
 
 def _stages(layers: Mapping[str, Any]) -> list[list[tuple[Any, str]]]:
-    return [[(layer, of[layer.storage]) for layer in layers.values()] for of in (FIRST, SECOND)]
+    """Layers and the part that gets an adapter: never both factors of a product at once."""
+    readers = [(layer, layer.reader[0]) for layer in layers.values()]
+    others = []
+    for layer, reader in readers:
+        (other,) = set(layout_of(layer.storage).formats) - {reader}
+        others.append((layer, other))
+    return [readers, others]
 
 
 def _tails(
