@@ -144,6 +144,17 @@ def test_logging_follows_the_flags(flags, heard, capsys: pytest.CaptureFixture[s
     assert [line.split()[-1] for line in printed.err.splitlines()] == heard
 
 
+@pytest.mark.usefixtures("restore_logger")
+def test_warnings_of_the_hub_are_heard_where_every_step_is():
+    hub = logging.getLogger("huggingface_hub")
+    before = hub.level
+    for verbose in (True, False):
+        hub.setLevel(logging.WARNING)
+        with session(verbose=verbose):
+            assert hub.isEnabledFor(logging.WARNING) is verbose
+    hub.setLevel(before)
+
+
 @pytest.mark.parametrize("name", [word for word, one in WORDS.items() if one.field])
 def test_a_word_of_the_recipe_names_a_field_of_its_kind(name):
     """`--windows N` sets `calibration.windows`, which is a whole number there too."""

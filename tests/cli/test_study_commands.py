@@ -90,7 +90,7 @@ def test_the_report_command_writes_a_page(folders, tmp_path):
         (("calibration-study", "m", "-o", "{}", "--windows", "8,x"), "numbers from 1"),
         (("curve", "m", "-o", "{}", "--recipes", "svd,svd"), "two recipes are called"),
         (("slider", "{}"), "neither an elastic artifact nor a survey"),
-        (("report", "{}"), "cannot be read"),
+        (("report", "{}"), "is no result of"),
     ],
 )
 def test_refusals_are_errors_with_words(arguments, words, tmp_path):

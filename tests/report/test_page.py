@@ -244,6 +244,8 @@ def test_equal_content_gives_equal_bytes():
 
 
 def test_a_folder_is_read_and_damage_is_named(tmp_path):
+    with pytest.raises(ArtifactError, match="is no result of `spectrim compress`"):
+        read_result(tmp_path)
     (tmp_path / "spectrim_report.json").write_text(json.dumps(report()))
     (tmp_path / "recipe.yaml").write_text("name: x\n")
     content = read_result(tmp_path)

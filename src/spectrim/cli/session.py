@@ -55,8 +55,10 @@ def session(
     set_up_logging(console, verbose=verbose and not follows, quiet=quiet)
     silence_foreign_bars()
     if not verbose:
-        # It warns of data sets in Python, which its task files may have, ours among them.
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        # Of data sets in Python, which task files may have, ours among them; of every time that
+        # the hub is asked again, before the error that we say in our words.
+        for name in ("lm_eval", "huggingface_hub"):
+            logging.getLogger(name).setLevel(logging.ERROR)
     progress = new_progress(console, quiet=quiet)
     before = neighbors(output)
     try:

@@ -54,6 +54,11 @@ def read_result(folder: str | Path) -> PageContent:
         ArtifactError: a file or a value is missing or of another kind; names it.
     """
     path = Path(folder) / REPORT_FILE
+    if not path.is_file():
+        raise ArtifactError(
+            f"{folder} is no result of `spectrim compress`: it has no {REPORT_FILE} (points of "
+            "`spectrim curve` join a result's page with --curve)"
+        )
     report = read_record(path, ReportRecord, FORMAT_VERSION, absent=1).model_dump()
     recipe = Path(folder) / RECIPE_FILE
     text = ""
