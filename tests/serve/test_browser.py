@@ -36,7 +36,7 @@ def engine():
         smallest_keep=0.25,
         other_bytes=500,
         model_name="tiny <model>",
-        save=lambda keep: Path(f"tiny-{keep:.2f}"),
+        write=lambda keep: Path(f"tiny-{keep:.2f}"),
         windows=windows,
         measured={1.0: perplexity(dense, windows).perplexity, 0.25: 64.0},
     )
@@ -152,7 +152,7 @@ def test_a_size_that_writes_nothing_sensible_does_not_flatten_the_curve(engine, 
     dense = engine.facts()["curve"][-1]["perplexity"]
     heights = {}
     for last in (64.0, 1e6):
-        monkeypatch.setattr(engine, "_measured", {1.0: dense, 0.5: 2 * dense, 0.25: last})
+        monkeypatch.setattr(engine, "measured", {1.0: dense, 0.5: 2 * dense, 0.25: last})
         tab = tabs()
         until(tab, "curve", bool)
         points = tab.locator("#curve .point").all()

@@ -171,7 +171,7 @@ def test_a_size_is_saved_where_the_server_says(served, tmp_path):
     assert ask(served, "/facts")[1]["saves"] is False
     assert "may not write" in ask(served, "/save", {"keep": 0.5})[1]["error"]
     asked = []
-    served.engine._save = lambda keep: asked.append(keep) or tmp_path / "there"
+    served.engine.write = lambda keep: asked.append(keep) or tmp_path / "there"
     status, saved = ask(served, "/save", {"keep": 0.5, "folder": "/etc"})
     assert (status, saved["folder"], saved["bytes"]) == (200, str(tmp_path / "there"), 1000)
     assert asked == [0.5]

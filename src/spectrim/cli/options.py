@@ -49,10 +49,6 @@ Compressed = Annotated[Path, typer.Argument(metavar="OUT", help="A compressed fo
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace OUT if it exists and is not empty.")
 ]
-Against = Annotated[
-    str | None,
-    typer.Option("--against", metavar="MODEL", help="The dense model to compare with."),
-]
 Every = Annotated[bool, typer.Option("--all", help="Every target instead of a summary.")]
 
 

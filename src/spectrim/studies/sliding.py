@@ -81,7 +81,7 @@ def slider(
         known=known,
         measured=measured,
         model_name=last_part(elastic.elastic.base.name),
-        save=partial(_save, Path(artifact), Path.cwd()) if host in LOCAL_NAMES else None,
+        write=partial(_save, Path(artifact), Path.cwd()) if host in LOCAL_NAMES else None,
     )
     return SliderServer(engine, host=host, port=port)
 

@@ -13,6 +13,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -53,12 +54,12 @@ class Resizable(Protocol):
         ...
 
 
+@dataclass(eq=False)
 class Engine:
     """Answers requests one at a time.
 
-    Args:
+    Attributes:
         name: of the artifact, for the page.
-        model_name: what it was made from, for the page.
         dense: the original model.
         elastic: resized in place; shares nothing with `dense` that it changes.
         tokenizer: of both.
@@ -67,42 +68,33 @@ class Engine:
         windows: to measure perplexity on; None shows no perplexity.
         known: keep -> perplexity of an earlier study on the same text, for predictions.
         measured: keep -> perplexity measured on the windows.
-        save: writes the size of a keep to a folder and returns its path; None where the page may
+        model_name: what it was made from, for the page; the artifact's name by default.
+        write: writes the size of a keep to a folder and returns its path; None where the page may
             not write.
+
+    Raises:
+        TextError: there is no tokenizer.
     """
 
-    def __init__(
-        self,
-        *,
-        name: str,
-        dense: nn.Module,
-        elastic: Resizable,
-        tokenizer: Any,
-        smallest_keep: float,
-        other_bytes: int,
-        windows: Windows | None = None,
-        known: Mapping[float, float] | None = None,
-        measured: Mapping[float, float] | None = None,
-        model_name: str = "",
-        save: Callable[[float], Path] | None = None,
-    ):
-        if tokenizer is None:
-            raise TextError(f"{name!r} has no tokenizer; the page cannot read prompts")
-        self.name = name
-        self.dense = dense
-        self.elastic = elastic
-        self.tokenizer = tokenizer
-        self.smallest_keep = smallest_keep
-        self.other_bytes = other_bytes
-        self.windows = windows
-        self._known = dict(known or {})
-        self._measured = dict(measured or {})
-        self.model_name = model_name or name
-        self._save = save
-        self._lock = threading.Lock()
-        self._saving = threading.Lock()
-        self._size: float | None = None
-        self._longest = longest_window(dense.config)  # type: ignore[arg-type]
+    name: str
+    dense: nn.Module
+    elastic: Resizable
+    tokenizer: Any
+    smallest_keep: float
+    other_bytes: int
+    windows: Windows | None = None
+    known: Mapping[float, float] = field(default_factory=dict)
+    measured: dict[float, float] = field(default_factory=dict)
+    model_name: str = ""
+    write: Callable[[float], Path] | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+    _saving: threading.Lock = field(default_factory=threading.Lock, init=False)
+    _size: float | None = field(default=None, init=False)
+
+    def __post_init__(self):
+        if self.tokenizer is None:
+            raise TextError(f"{self.name!r} has no tokenizer; the page cannot read prompts")
+        self._longest = longest_window(self.dense.config)  # type: ignore[arg-type]
 
     @contextmanager
     def _alone(self, lock: threading.Lock, *, wait: float = PATIENCE) -> Iterator[None]:
@@ -124,13 +116,13 @@ class Engine:
 
     def facts(self) -> dict[str, Any]:
         """What the page needs to draw itself."""
-        points = sorted({**self._known, **self._measured}.items())
+        points = sorted({**self.known, **self.measured}.items())
         return {
             "name": self.name,
-            "model": self.model_name,
+            "model": self.model_name or self.name,
             "smallest_keep": self.smallest_keep,
             "measures": self.windows is not None,
-            "saves": self._save is not None,
+            "saves": self.write is not None,
             "most_tokens": MOST_TOKENS,
             "curve": [{"keep": keep, "perplexity": value} for keep, value in points],
         }
@@ -157,7 +149,7 @@ class Engine:
             "bytes": stored + self.other_bytes,
             "dense_bytes": dense + self.other_bytes,
             "estimated": self._estimate(achieved),
-            "measured": self._measured.get(achieved),
+            "measured": self.measured.get(achieved),
         }
 
     def measure(self, keep: float) -> dict[str, Any]:
@@ -171,11 +163,11 @@ class Engine:
             raise InputError("there is no text to measure on; start with --evaluation-text")
         found = self.size(keep)
         with self._at(float(keep)):
-            if found["keep"] not in self._measured:
-                self._measured[found["keep"]] = perplexity(
+            if found["keep"] not in self.measured:
+                self.measured[found["keep"]] = perplexity(
                     self.elastic.model, self.windows
                 ).perplexity
-        return found | {"measured": self._measured[found["keep"]]}
+        return found | {"measured": self.measured[found["keep"]]}
 
     def save(self, keep: float) -> dict[str, Any]:
         """Write the size as an ordinary folder; returns where it is and its facts.
@@ -185,15 +177,15 @@ class Engine:
             OutputError: the folder exists or cannot be written.
             BusyError: another size is being written.
         """
-        if self._save is None:
+        if self.write is None:
             raise InputError("this page may not write; it is served to other machines")
         found = self.size(keep)
         with self._alone(self._saving):
-            return found | {"folder": str(self._save(float(keep)))}
+            return found | {"folder": str(self.write(float(keep)))}
 
     def _estimate(self, keep: float) -> float | None:
         """Perplexity between measured sizes, straight in its logarithm; None outside them."""
-        points = sorted({**self._known, **self._measured}.items())
+        points = sorted({**self.known, **self.measured}.items())
         place = bisect_left([k for k, _ in points], keep)
         if place < len(points) and points[place][0] == keep:
             return points[place][1]
