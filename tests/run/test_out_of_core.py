@@ -189,7 +189,7 @@ def story(name):
         nonlocal peak
         while not over.wait(0.002):
             peak = max(peak, anonymous_bytes())
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     api.compress(sys.argv[1], recipe=recipe, text=text, output=output, out_of_core=True)
     over.set()

@@ -13,7 +13,7 @@ from spectrim.data.windows import Windows, given_windows, longest_window
 from spectrim.errors import TextError
 from spectrim.model.tail import LOGITS_AT_ONCE, PROBED_TOKENS, Tail, blocks_in_sequence
 
-WHOLE_LOGITS = 4 * LOGITS_AT_ONCE
+WHOLE_LOGITS = 8 * LOGITS_AT_ONCE
 """A batch with fewer logits gives them at once."""
 
 

@@ -102,6 +102,10 @@ class Stream:
             raise ValueError(f"states are {tuple(states.shape)}, expected {tuple(place.shape)}")
         place.copy_(states)
 
+    def leading(self, count: int) -> Stream:
+        """The first `count` windows, in the memory of this stream."""
+        return Stream(self._states[:count])
+
     def duplicate(self, folder: Path | str | None = None) -> Stream:
         """A second stream with the same states, in memory or in `folder`."""
         other = Stream.empty(*self.shape, self.dtype, folder)

@@ -26,8 +26,8 @@ from spectrim.model.forward import (
 from spectrim.model.weights import get_module
 from spectrim.tolerances import SAME_LOGITS
 
-LOGITS_AT_ONCE = 2**24
-"""Logits of a piece: 64 MiB in fp32, a few times over while a loss is taken."""
+LOGITS_AT_ONCE = 2**23
+"""Logits of a piece: 32 MiB in fp32, a few times over while a loss is taken."""
 
 PROBED_TOKENS = 16
 """Tokens on which pieces are compared with the model's own logits."""

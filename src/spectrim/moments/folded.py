@@ -49,6 +49,11 @@ class Folded(Mapping[str, Record]):
             for name, record in records.items():
                 self.put(name, record)
 
+    def merge(self, records: Mapping[str, Record]) -> None:
+        """Add other sums to those of the same names."""
+        for name, record in records.items():
+            self.put(name, self[name].merge(record))
+
     def only(self, names: Iterable[str]) -> Folded[Record]:
         """Some of the records, in the same memory."""
         chosen = Folded[Record](self._dtype)

@@ -23,11 +23,14 @@ class ComponentScores:
         first: `ΔL_i = -⟨∂L/∂W, B_i A_i⟩` over all windows, shape (r,).
         halves: the same over the even and the odd windows, shape (2, r): sign stability.
         squares: mean over windows of the squared per-window change, shape (r,): Fisher weight.
+        tails: mean over tokens of what a token loses to second order, levelled off, when the
+            components from one on are dropped together, nats, (r,); None if not asked for.
     """
 
     first: Tensor
     halves: Tensor
     squares: Tensor
+    tails: Tensor | None = None
 
     @property
     def sign_stability(self) -> float:

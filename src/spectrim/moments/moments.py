@@ -8,6 +8,15 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 
+def _added(left: Any, right: Any) -> list[Any]:
+    """Sums field by field; shares of an expert's pool are means over the tokens."""
+    sums = {f.name: _add(getattr(left, f.name), getattr(right, f.name)) for f in fields(left)}
+    if sums["pooled"] is not None:
+        parts = sum(one.pooled * one.tokens for one in (left, right))
+        sums["pooled"] = parts / sums["tokens"] if sums["tokens"] else 1.0
+    return list(sums.values())
+
+
 def _add(left: Any, right: Any) -> Any:
     if (left is None) != (right is None):
         raise ValueError("only moments that hold the same statistics can be merged")
@@ -47,7 +56,7 @@ class Moments:
 
     def merge(self, other: Moments) -> Moments:
         """Exact addition of two sets of moments of the same group."""
-        return Moments(*(_add(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
+        return Moments(*_added(self, other))
 
 
 @dataclass(frozen=True)
@@ -78,9 +87,7 @@ class OutputMoments:
 
     def merge(self, other: OutputMoments) -> OutputMoments:
         """Exact addition of two sets of gradient moments of the same target."""
-        return OutputMoments(
-            *(_add(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
-        )
+        return OutputMoments(*_added(self, other))
 
 
 Record = TypeVar("Record", Moments, OutputMoments)

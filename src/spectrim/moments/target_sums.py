@@ -27,6 +27,11 @@ from spectrim.moments.moments import Moments, OutputMoments
 from spectrim.moments.symmetric import SymmetricSum, reduction_dtype
 
 
+LEVEL = 1.0
+"""Nats at which the loss of one token levels off: a divergence does, its quadratic form does not,
+and few tokens with large gradients would decide for all."""
+
+
 class _TargetSums:
     """Running sums of one target over windows."""
 
@@ -50,11 +55,12 @@ class _TargetSums:
         self.fisher_out = zeros(m) if "fisher" in needs else None
         self.gradient = zeros(m, n) if "gradient" in needs else None
         self.factors = None
-        self.halves = self.squares = None
+        self.halves = self.squares = self.tails = None
         if factors is not None:
             self.factors = tuple(f.to(device) for f in factors)
             r = self.factors[0].shape[1]
             self.halves, self.squares = zeros(2, r), zeros(r)
+            self.tails = zeros(r) if "tails" in needs else None
         self.tokens = self.windows = self.rows = 0
 
     def add(self, x: Tensor, g: Tensor, number: int) -> None:
@@ -77,10 +83,14 @@ class _TargetSums:
                 self._add_gradient(one_g.mT @ one_x)
         if self.factors is not None and self.halves is not None and self.squares is not None:
             up, down = (f.to(work) for f in self.factors)
-            change = -((g @ up) * (x.to(work) @ down.mT)).sum(1).double()  # (B, r)
+            by_token = (g @ up) * (x.to(work) @ down.mT)  # (B, T, r)
+            change = -by_token.sum(1).double()
             halves = (number + torch.arange(len(x))) % 2
             self.halves.index_add_(0, halves.to(change.device), change)
             self.squares += change.square().sum(0)
+            if self.tails is not None:
+                loss = by_token.flip(-1).cumsum(-1).flip(-1).square_().mul_(0.5)
+                self.tails += (loss / (1 + loss / LEVEL)).sum((0, 1), dtype=torch.float64)
         self.windows += x.shape[0]
 
     def _add_gradient(self, whole: Tensor) -> None:
@@ -94,7 +104,14 @@ class _TargetSums:
 
     def reduce(self, team: Team) -> None:
         """Add the sums of all ranks."""
-        kept = (self.fisher_in, self.fisher_out, self.gradient, self.halves, self.squares)
+        kept = (
+            self.fisher_in,
+            self.fisher_out,
+            self.gradient,
+            self.halves,
+            self.squares,
+            self.tails,
+        )
         numbers = torch.tensor([self.tokens, self.windows, self.rows])
         panels = [] if self.G is None else self.G.panels
         team.sum_([*panels, *(s for s in kept if s is not None), numbers])
@@ -128,6 +145,7 @@ class _TargetSums:
             first=self.halves.sum(0) / tokens,
             halves=self.halves / tokens * 2,
             squares=self.squares / self.windows / per_window**2,
+            tails=None if self.tails is None else self.tails / tokens,
         )
 
 
@@ -145,7 +163,7 @@ class PassSums:
 
     Args:
         groups: all of a model's or of a block's.
-        needs: any of `G`, `fisher`, `gradient`: which output statistics to accumulate.
+        needs: any of `G`, `fisher`, `gradient`, `tails`: which output statistics to accumulate.
         input_needs: statistics of the group inputs to accumulate in the same pass.
         factors: target name -> (up (out, r), down (r, in)) or None; gives component scores.
         clip: token gradients in `G` are clipped to this multiple of the window's mean norm.

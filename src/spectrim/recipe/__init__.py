@@ -134,8 +134,8 @@ class Allocation(Section):
         default=False, description="zero_sum: as published, reverted targets keep their sum"
     )
     gradient_windows: int = Field(default=32, ge=1, description="windows behind gradient scores")
-    probe_windows: int = Field(
-        default=0, ge=0, description="knapsack: windows to measure planned losses on; 0 is none"
+    held_out: float = Field(
+        default=0.0, ge=0, le=0.5, description="kfac: share of the windows that losses are seen on"
     )
     sensitivity_windows: int = Field(
         default=32, ge=1, description="windows behind ASVD's measured sensitivities"

@@ -20,7 +20,8 @@ from spectrim.decompose import OBJECTIVES
 from spectrim.devices import in_widest, on_host
 from spectrim.moments.symmetric import panel_numbers
 from spectrim.recipe import BlockRefinement, DistillRefinement, LoraRefinement, Recipe
-from spectrim.run.footprint import Room, Setting, Sizes, has_gradients
+from spectrim.run.footprint import Room, Setting, Sizes
+from spectrim.run.phases import has_gradients
 
 FORWARDS = {"whole": 1, "recomputed": 2, "by block": 3}
 """Forward passes of a gradient pass; its backward pass is worth one more."""
@@ -84,6 +85,12 @@ def costs(recipe: Recipe, setting: Setting, sizes: Sizes, room: Room) -> dict[st
         if "G" in objective.outputs:
             products += outputs + inputs
         found["gradients"] = Cost(share * products)
+        held = recipe.allocate.held_out if gathers and recipe.allocate.score == "kfac" else 0.0
+        if held:
+            again = (FORWARDS["by block"] - FORWARDS[room.backward]) * forward
+            again += 2.0 * tokens * sizes.blocks * sum(min(s) * sum(s) for s in sizes.linears)
+            found["gradients"] = Cost((1 - held) * products)
+            found["held out"] = Cost(held * (products + again), VECTORS * work)
     sequential = recipe.flow == "sequential"
     if RULES[recipe.allocate.rule].surveys:
         plain = 0.0 if gathers or not objective.original else forward + inputs

@@ -21,7 +21,6 @@ from spectrim.run.job import Job
 from spectrim.run.parts.passing import CUT
 from spectrim.run.planning import make_plan
 from spectrim.run.survey.backward import output_moments
-from spectrim.run.survey.correcting import corrected_survey
 from spectrim.run.survey.families import measured_scale
 from spectrim.run.survey.survey import make_survey, surveyed_choice
 from spectrim.storage.survey_file import held_ranks
@@ -42,6 +41,11 @@ class Choice:
     survey: Survey | None
     given: bool
 
+    def give_survey(self) -> Survey | None:
+        """The survey, whose factors are let go of here."""
+        survey, self.survey = self.survey, None
+        return survey
+
 
 def choose(job: Job, *, plan: Plan | None = None, survey: Survey | None = None) -> Choice:
     """Ranks for every target; surveys the model if the rule needs it and nobody has done so.
@@ -53,14 +57,10 @@ def choose(job: Job, *, plan: Plan | None = None, survey: Survey | None = None) 
     recipe = job.recipe
     if plan is None and survey is None and RULES[recipe.allocate.rule].surveys:
         # A sequential flow makes factors anew: all that it takes from a survey are the ranks.
-        # Factors as well where families of forms are compared, or targets cut to see what it costs.
-        probes = recipe.allocate.probe_windows > 0 and RULES[recipe.allocate.rule].weighs_forms
-        wanted = probes or recipe.flow != "sequential" or recipe.storage.weights == AUTO
+        # Factors as well where families of forms are compared.
+        wanted = recipe.flow != "sequential" or recipe.storage.weights == AUTO
         survey = make_survey(job, vectors=wanted)
         job.log.notes.extend(survey.notes)
-        if probes:
-            first = make_plan(recipe, dtype_bytes=job.dtype_bytes, survey=survey)
-            survey = corrected_survey(job, survey, first)
     made = plan or make_plan(
         recipe,
         dtype_bytes=job.dtype_bytes,
@@ -117,13 +117,13 @@ def cut_targets(job: Job, choice: Choice) -> Plan:
 
     A one-shot flow cuts from the survey's decompositions where it has them for this objective.
     """
-    recipe, plan, survey = job.recipe, choice.plan, choice.survey
-    same = _same_objective(recipe, survey)
+    recipe, plan = job.recipe, choice.plan
+    same = _same_objective(recipe, choice.survey)
     step = next((s for s in recipe.refine if isinstance(s, ProjectedGradientRefinement)), None)
     if step is not None and step.stages > 1:
-        return cut_in_stages(
-            job, step, plan=plan if choice.given else None, survey=survey if same else None
-        )
+        first = choice.give_survey if same else lambda: None
+        return cut_in_stages(job, step, plan=plan if choice.given else None, first=first)
+    survey = choice.survey
     finished = job.keeper.all_finished(CUT, job.anatomy.blocks)
     if recipe.flow == "sequential":
         cut_sequentially(job, plan, {} if finished else output_moments(job))

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectrim.allocate.rules import RULES
 from spectrim.allocate.sensitivity import TABLE
 from spectrim.errors import ArtifactError, InputError, ModelError
 from spectrim.model.onload import Onloader, unit_names
@@ -94,8 +93,7 @@ def _reason(recipe: Recipe, planned: bool) -> str | None:
         if isinstance(step, ProjectedGradientRefinement) and step.stages > 1:
             return f"the refinement {step.step!r} moves all blocks together (one stage moves none)"
     scores = frozenset() if planned else recipe.allocate.needed_scores
-    probes = recipe.allocate.probe_windows > 0 and RULES[recipe.allocate.rule].weighs_forms
-    if scores & {"measured", TABLE} or (probes and not planned):
+    if scores & {"measured", TABLE}:
         return f"the rule {recipe.allocate.rule!r} evaluates the model once for every target"
     return None
 

@@ -14,11 +14,10 @@ import torch
 from spectrim.devices import on_host
 from spectrim.errors import InputError
 from spectrim.recipe import Recipe
-from spectrim.run.footprint import (
+from spectrim.run.footprint import Room, Setting, Sizes
+from spectrim.run.phases import (
     Phase,
-    Room,
-    Setting,
-    Sizes,
+    correction_phase,
     cut_phase,
     gradient_phase,
     has_gradients,
@@ -164,7 +163,10 @@ def peak_parts(
     recipe: Recipe, setting: Setting, sizes: Sizes, room: Room, *, planned: bool
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes by what takes them at the peak, on the host and on the accelerator."""
-    held = [cut_phase(recipe, setting, sizes, room)]
+    held = [
+        cut_phase(recipe, setting, sizes, room),
+        correction_phase(recipe, setting, sizes),
+    ]
     if has_gradients(recipe, planned=planned)[1]:
         held.append(gradient_phase(recipe, setting, sizes, room))
     weights = weight_parts(setting, sizes)

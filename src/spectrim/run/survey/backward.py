@@ -30,10 +30,10 @@ def backward_pass(
     *,
     needs: frozenset[str] | None = None,
     input_needs: frozenset[str] = frozenset(),
-    windows: int | None = None,
+    ids: Tensor | None = None,
     factors: ComponentsOf | None = None,
 ) -> Iterator[tuple[Block, GradientPass]]:
-    """Gradients of the first windows, block by block, all targets of a block at once.
+    """Gradients of some windows, block by block, all targets of a block at once.
 
     The run's room says how: one forward and one backward for all blocks, the same with a block's
     graph at a time, or block by block from the last to the first, with as much in memory as one
@@ -44,13 +44,13 @@ def backward_pass(
         choice: objective and clipping.
         needs: output statistics; by default those of the objective.
         input_needs: input statistics to collect on the way.
-        windows: how many, by default all.
+        ids: windows, by default all of the run's.
         factors: components to score.
 
     Raises:
         NonFiniteError: a gradient or the loss is not finite; names the target.
     """
-    ids = job.ids if windows is None else job.ids[:windows]
+    ids = job.ids if ids is None else ids
     options = {
         "needs": OBJECTIVES[choice.objective].outputs if needs is None else needs,
         "input_needs": input_needs,
@@ -60,23 +60,38 @@ def backward_pass(
         "team": job.team,
     }
     if by_block(job):
-        job.progress.start(STAGE, 2 * len(job.anatomy.blocks))
-        yield from gradients_by_block(
-            recorded(job, ids),
-            job.anatomy,
-            ids,
-            at_hand=job.keeper.at_hand,
-            device=job.device,
-            folder=job.options.streams,
-            on_block=lambda: job.progress.advance(STAGE),
-            **options,
-        )
-    else:
-        whole = _all_blocks(job, ids, options)
-        give_back()
-        for block in job.anatomy.blocks:
-            yield block, whole.of(block)
+        yield from pass_by_block(job, ids, STAGE, **options)
+        return
+    whole = _all_blocks(job, ids, options)
+    give_back()
+    for block in job.anatomy.blocks:
+        yield block, whole.of(block)
     job.progress.finish(STAGE)
+
+
+def pass_by_block(
+    job: Job, ids: Tensor, stage: str, **options: Any
+) -> Iterator[tuple[Block, GradientPass]]:
+    """Gradients of some windows from the last block to the first; components in a block's turn.
+
+    Args:
+        job: the run; its model is left as it is.
+        ids: windows.
+        stage: for progress.
+        options: of `gradients_by_block`.
+    """
+    job.progress.start(stage, 2 * len(job.anatomy.blocks))
+    yield from gradients_by_block(
+        recorded(job, ids),
+        job.anatomy,
+        ids,
+        at_hand=job.keeper.at_hand,
+        device=job.device,
+        folder=job.options.streams,
+        on_block=lambda: job.progress.advance(stage),
+        **options,
+    )
+    job.progress.finish(stage)
 
 
 def _all_blocks(job: Job, ids: Tensor, options: dict[str, Any]) -> GradientPass:
@@ -103,6 +118,7 @@ def gathered_moments(
     job: Job,
     choice: Decompose,
     *,
+    ids: Tensor | None = None,
     input_needs: frozenset[str] = frozenset(),
     stage: str = "cut",
 ) -> tuple[Mapping[str, OutputMoments], Mapping[str, Moments]]:
@@ -114,6 +130,7 @@ def gathered_moments(
     Args:
         job: the run.
         choice: objective and clipping.
+        ids: windows, by default all of the run's.
         input_needs: input statistics to collect on the way.
         stage: whose gradients these are; what an earlier run gathered for it is used again.
     """
@@ -123,7 +140,7 @@ def gathered_moments(
     dtype = folded_dtype(job.model)
     outputs, inputs = Folded[OutputMoments](dtype), Folded[Moments](dtype)
     if not all(keeper.has(name) for name in names.values()):
-        for block, found in backward_pass(job, choice, input_needs=input_needs):
+        for block, found in backward_pass(job, choice, ids=ids, input_needs=input_needs):
             if not keeper.has(names[block]):
                 keeper.save(names[block], *flattened({"out": found.outputs, "in": found.inputs}))
             if not lies:

@@ -47,7 +47,7 @@ def score_components(
         job,
         choice,
         needs=frozenset({"G"} if weigh else ()),
-        windows=windows,
+        ids=job.ids[:windows],
         factors=components,
     )
     for _, result in blocks:

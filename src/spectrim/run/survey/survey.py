@@ -36,6 +36,7 @@ from spectrim.run.parts.sharing import owners_of, spans
 from spectrim.run.planning import TABLE
 from spectrim.run.recorded import recorded
 from spectrim.run.survey.backward import gathered_moments
+from spectrim.run.survey.held_out import see_losses, windows_held_out
 from spectrim.run.survey.pieces import (
     Found,
     KeptFactors,
@@ -170,7 +171,11 @@ def _limits(job: Job) -> Limits:
 
 
 def moments_by_block(
-    job: Job, stage: str, choice: Decompose, input_needs: frozenset[str]
+    job: Job,
+    stage: str,
+    choice: Decompose,
+    input_needs: frozenset[str],
+    found: Found | None = None,
 ) -> Generator[tuple[Block, Mapping[int, Moments], Mapping[str, OutputMoments]], None, None]:
     """Every block, at hand, with its groups' input moments and its targets' output moments.
 
@@ -181,14 +186,21 @@ def moments_by_block(
         stage: under which blocks are kept when they are surveyed.
         choice: objective and clipping.
         input_needs: statistics of inputs to collect.
+        found: a survey, which gets the losses of the windows that are held out, if any are.
     """
     blocks = job.anatomy.blocks
     finished = [job.keeper.has(piece_name(stage, block)) for block in blocks]
     outputs: Mapping[str, OutputMoments] = {}
     inputs: Mapping[str, Moments] = {}
     replay = None
+    held = 0 if found is None or "kfac" not in found.wanted else windows_held_out(job, choice)
     if OBJECTIVES[choice.objective].outputs:
-        outputs, inputs = gathered_moments(job, choice, input_needs=input_needs, stage=stage)
+        gathered = {"ids": job.ids[held:], "input_needs": input_needs, "stage": stage}
+        outputs, inputs = gathered_moments(job, choice, **gathered)
+        if found is not None and held:
+            seen = see_losses(job, job.ids[:held], choice, stage, outputs, inputs)
+            outputs, inputs = seen.outputs, seen.inputs
+            found.losses["kfac"] = seen.losses
         job.outputs = outputs
         job.inputs = inputs if "C" in input_needs else None
     elif input_needs and not all(finished):
@@ -223,7 +235,7 @@ def _decompose_all(
     keep = None if found.vectors else job.recipe.keep
     forms = judged_forms(limits, [*shapes.values()], keep) if choice.objective == "kfac" else ()
     job.progress.start("survey", len(job.anatomy.blocks))
-    with closing(moments_by_block(job, stage, choice, needs)) as gathered:
+    with closing(moments_by_block(job, stage, choice, needs, found)) as gathered:
         for span in spans(job):
             owned = owners_of(job.team, [target for block in span for target in block.targets])
             moments: dict[str, Callable[[], Moments | None]] = {}
@@ -259,7 +271,7 @@ def _decompose_all(
                 note_block(job.keeper, stage, block, found, shapes, known, job.device)
                 job.progress.advance("survey", block.name)
     job.progress.finish("survey")
-    if "kfac" in found.wanted and choice.objective == "kfac":
+    if "kfac" in found.wanted and choice.objective == "kfac" and "kfac" not in found.losses:
         for curve in found.curves:
             note_loss(found, "kfac", curve.name, torch.from_numpy(np.array(curve.energy)))
 

@@ -22,7 +22,8 @@ def survey_key(loaded: LoadedModel, recipe: Recipe, windows: Windows | None) -> 
     settings = {f"decompose.{name}": value for name, value in options.items()}
     settings["decompose.objective"] = choice.objective
     settings["decompose.clip"] = choice.clip
-    settings["allocate.gradient_windows"] = recipe.allocate.gradient_windows
+    for name in ("gradient_windows", "held_out"):
+        settings[f"allocate.{name}"] = getattr(recipe.allocate, name)
     return SurveyKey(
         model=loaded.identity(),
         tokenizer="" if loaded.tokenizer is None else tokenizer_hash(loaded.tokenizer),
