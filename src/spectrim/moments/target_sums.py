@@ -26,7 +26,6 @@ from spectrim.moments.gradient_record import ComponentScores, ComponentsOf, Grad
 from spectrim.moments.moments import Moments, OutputMoments
 from spectrim.moments.symmetric import SymmetricSum, reduction_dtype
 
-
 LEVEL = 1.0
 """Nats at which the loss of one token levels off: a divergence does, its quadratic form does not,
 and few tokens with large gradients would decide for all."""
