@@ -98,6 +98,16 @@ def test_bytes_have_decimal_units_and_three_digits():
     assert spoken == ["0 B", "999 B", "1.00 kB", "1000 kB", "13.8 MB", "3.50 GB", "7000 TB"]
 
 
+def test_of_several_values_each_has_its_line_and_none_is_left_out(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
+    notes = ["one", "two words " * 6]
+    render.print_facts({"keep": 0.6, "notes": notes, "none": [], "absent": None})
+    assert capsys.readouterr().out.splitlines() == [
+        *("keep   0.6", "notes", "  - one"),
+        *("  - two words two words two words two", "    words two words two words"),
+    ]
+
+
 def test_json_is_for_programs(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "20")
     data = {"text": "é " * 50, "value": 0.1, "none": None}

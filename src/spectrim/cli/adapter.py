@@ -48,7 +48,7 @@ def print_adapter(facts: dict[str, Any]) -> None:
         "metric": facts["objective"],
         "of the difference": f"{share:.1%} ({facts['unit']})",
         "not held": ", ".join(facts["outside"]) or None,
-        "notes": "; ".join(facts["notes"]) or None,
+        "notes": list(facts["notes"]),
     }
     if facts["calibration"] is None:
         said["metric"] = "plain SVD of the weights: no --text was given to weigh errors by"

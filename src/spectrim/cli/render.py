@@ -74,14 +74,22 @@ def build_table(headers: Sequence[str], rows: Sequence[Sequence[str | Text]], wo
 
 
 def print_facts(facts: Mapping[str, Any], *, title: str | None = None) -> None:
-    """Print names and values, one pair per line; None values are left out."""
+    """Print names and values, one pair per line, several values on lines below.
+
+    None and empty lists are left out.
+    """
     console = stdout_console()
     if title:
         console.print(title, style="bold")
-    shown = {name: str(value) for name, value in facts.items() if value is not None}
+    shown = {name: value for name, value in facts.items() if value is not None and value != []}
     width = max((len(name) for name in shown), default=0)
     for name, value in shown.items():
-        print_wrapped(console, f"{name:<{width}}  {value}", first="", rest="  ")
+        if not isinstance(value, list):
+            print_wrapped(console, f"{name:<{width}}  {value}", first="", rest="  ")
+            continue
+        console.print(name)
+        for one in value:
+            print_wrapped(console, one, first="  - ", rest="    ")
 
 
 def print_note(text: str) -> None:

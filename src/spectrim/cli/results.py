@@ -40,7 +40,7 @@ def print_compression(report: dict[str, Any]) -> None:
             "time": format_seconds(sum(report["seconds"].values())),
             "peak memory": format_bytes(report["peak_memory_bytes"]),
             "outside the budget": (report["outside_budget"] or {}).get("words"),
-            "notes": "; ".join(report["notes"]) or None,
+            "notes": report["notes"],
             "output": report["output"],
         }
     )

@@ -28,7 +28,7 @@ def print_plan_summary(
             "target bytes": f"{format_bytes(stored)} of {format_bytes(dense)}",
             "targets": f"{len(plan.entries)}, {whole} left dense",
             "predicted loss": loss_words(plan.predicted_loss, plan.unit),
-            "notes": "; ".join(plan.notes) or None,
+            "notes": list(plan.notes),
             "output": output,
         }
     )

@@ -60,7 +60,7 @@ def print_survey(record: dict[str, Any]) -> None:
             "scores": ", ".join(record["scores"]),
             "seconds": None,
             "time": format_seconds(record["seconds"]),
-            "notes": "; ".join(record["notes"]) or None,
+            "notes": record["notes"],
             "next": f"spectrim plan {record['output']} --keep 0.6",
         }
     )
