@@ -57,6 +57,7 @@ HEAVY = {
 DEVICES = re.compile(r"(cpu|cuda|hip|mps|xpu)(:\d*)?")
 PICKLES = {"_pickle", "cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
 PICKLING_CALLS = {("torch", "load"), ("torch", "save"), ("pd", "read_pickle")}
+UNIX_ONLY = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60
 
 
@@ -220,6 +221,15 @@ def test_help_imports_nothing_heavy():
                 pending.append(found.target)
     assert not wrong, "\n".join(wrong)
     assert "spectrim.cli.compress" in seen
+
+
+def test_what_windows_lacks_is_not_needed_to_import_anything():
+    assert [
+        f"{path.relative_to(SOURCE)}:{found.line} imports {found.target}"
+        for path in FILES
+        for found in imports(path)
+        if found.eager and found.target in UNIX_ONLY
+    ] == []
 
 
 def test_files_and_functions_are_short_and_never_unpickle():

@@ -38,7 +38,9 @@ def print_compression(report: dict[str, Any]) -> None:
             ),
             "not measured": measured["why_not"],
             "time": format_seconds(sum(report["seconds"].values())),
-            "peak memory": format_bytes(report["peak_memory_bytes"]),
+            "peak memory": None
+            if report["peak_memory_bytes"] is None
+            else format_bytes(report["peak_memory_bytes"]),
             "outside the budget": (report["outside_budget"] or {}).get("words"),
             "notes": report["notes"],
             "output": report["output"],

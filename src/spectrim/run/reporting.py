@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import resource
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -34,8 +33,12 @@ def environment() -> dict[str, Any]:
     }
 
 
-def peak_memory_bytes() -> int:
-    """Peak resident memory of this process in bytes."""
+def peak_memory_bytes() -> int | None:
+    """Peak resident memory of this process in bytes, None where the system does not say."""
+    try:
+        import resource
+    except ImportError:
+        return None  # on Windows
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if platform.system() == "Darwin" else peak * 1024
 
