@@ -147,3 +147,12 @@ def test_a_recipe_that_chooses_nothing_keeps_its_hash_and_a_choice_changes_it():
     assert (
         Recipe.from_yaml(own_recipe({"match": "*", "rank": 3}).to_yaml()).targets.own[0].rank == 3
     )
+
+
+def test_a_recipe_written_before_a_field_went_is_read_unless_it_asks_for_what_is_gone():
+    data = get_recipe("spectrim").model_dump(mode="json")
+    data["allocate"]["probe_windows"] = 0
+    assert Recipe.model_validate(data) == get_recipe("spectrim")
+    data["allocate"]["probe_windows"] = 4
+    with pytest.raises(ValueError, match="probe_windows"):
+        Recipe.model_validate(data)

@@ -64,6 +64,14 @@ def test_healing_lowers_the_loss_on_fresh_text_and_continues_the_report(parts, r
     assert moved and all(name.startswith(inside) for name in moved)
 
 
+def test_a_text_that_is_learned_by_heart_is_not_called_held_out(result):
+    apart = api.heal(result, text=windows(8, 16), **FAST)
+    assert apart.report["healing"][-1]["notes"] == []
+    twice = windows(4, 16).repeat(4, 1)
+    (said,) = api.heal(result, text=twice, **FAST).report["healing"][-1]["notes"]
+    assert said.startswith("100% of the held-out text stands in the windows that were trained on")
+
+
 def test_a_teacher_draws_the_distribution_to_its_own(result):
     teacher = AutoModelForCausalLM.from_pretrained(result.parent / "dense").eval()
     before = AutoModelForCausalLM.from_pretrained(result).eval()

@@ -53,6 +53,7 @@ def print_healing(entry: dict[str, Any], model: str) -> None:
             "trained": f"{entry['parts']}, {entry['loss']}",
             "held out": f"{entry['before']:.4f} -> {entry['after']:.4f} nats per token, "
             f"{entry['held_out_windows']} windows",
+            "notes": entry["notes"],
             "time": format_seconds(entry["seconds"]),
             "output": entry["output"],
             "next": f"spectrim evaluate {entry['output']} --against {model}",

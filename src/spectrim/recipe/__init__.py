@@ -141,6 +141,14 @@ class Allocation(Section):
         default=32, ge=1, description="windows behind ASVD's measured sensitivities"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _as_written_before(cls, data: Any) -> Any:
+        # Results and surveys of earlier versions name a field that is gone; 0 was its default.
+        if isinstance(data, dict) and data.get("probe_windows") == 0:
+            return {name: value for name, value in data.items() if name != "probe_windows"}
+        return data
+
     @property
     def needed_scores(self) -> frozenset[str]:
         """What a survey must hold besides spectra; `table` for measured sensitivities."""

@@ -25,6 +25,7 @@ from spectrim.run.log import RunLog
 from spectrim.run.options import RunOptions
 from spectrim.run.progress import Progress
 from spectrim.run.texts import UserText, gather_windows
+from spectrim.run.thinness import seen_notes
 from spectrim.storage.folder import REPORT_FILE
 from spectrim.storage.json_file import read_json
 
@@ -150,8 +151,7 @@ def heal_model(
                 made = recover(own, chosen, windows.ids, course, training, teacher=other)
             else:
                 parameters = [p for layer in layers.values() for p in layer.parameters()]
-                settings = healing.settings()
-                made = tune(own, parameters, windows.ids, course, settings, teacher=other)
+                made = tune(own, parameters, windows.ids, course, healing.settings(), teacher=other)
             fits.append(made)
     progress.finish(STAGE)
     cast_parameters(loaded.model, loaded.stored_dtype)
@@ -160,6 +160,7 @@ def heal_model(
         "loss": "next token" if teacher is None else f"divergence from {teacher.name}",
         "text": windows.record(),
         "held_out_windows": len(held),
+        "notes": seen_notes(windows.ids[held], windows.ids[train]),
         "before": fits[0].before,
         "after": fits[-1].after,
         "stages": [asdict(one) for one in fits],

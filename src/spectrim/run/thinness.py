@@ -57,9 +57,32 @@ def thin_notes(windows: Windows, anatomy: Anatomy, longest: int | None) -> Itera
 
 def distinct_share(ids: torch.Tensor) -> float:
     """Share of the sequences of `SEQUENCE` tokens in windows (N, T) that are new."""
+    keys = _sequences(ids)
+    return len(keys.unique()) / len(keys)
+
+
+def seen_notes(held: torch.Tensor, trained: torch.Tensor) -> list[str]:
+    """What has to be said where held-out windows (N, T) are not apart from those (M, T) trained on.
+
+    A training is judged by them, and by text that it learns by heart it looks like a success.
+    """
+    if not len(held):
+        return []
+    seen = float(torch.isin(_sequences(held), _sequences(trained)).double().mean())
+    if seen < 1 - DISTINCT:
+        return []
+    return [
+        f"{seen:.0%} of the held-out text stands in the windows that were trained on as well, so "
+        "its loss is of text that was learned: give more text or fewer windows, and measure on "
+        "another text"
+    ]
+
+
+def _sequences(ids: torch.Tensor) -> torch.Tensor:
+    """A key, int64, of every sequence of `SEQUENCE` tokens inside windows (N, T)."""
     sequences = ids.unfold(1, min(SEQUENCE, ids.shape[1]), 1).flatten(0, 1)
     # A polynomial of the tokens modulo 2^64: equal sequences have equal keys, others hardly ever.
     keys = torch.zeros(len(sequences), dtype=torch.int64)
     for column in sequences.cpu().unbind(1):
         keys = keys * 6364136223846793005 + column + 1442695040888963407
-    return len(keys.unique()) / len(keys)
+    return keys
