@@ -52,7 +52,9 @@ class _TargetSums:
         self.G = SymmetricSum(m, dtype, device) if "G" in needs else None
         self.fisher_in = zeros(n) if "fisher" in needs else None
         self.fisher_out = zeros(m) if "fisher" in needs else None
-        self.gradient = zeros(m, n) if "gradient" in needs else None
+        # As large as the weight: in no more than the precision of other sums of many targets.
+        wide = {"dtype": dtype, "device": device}
+        self.gradient = torch.zeros(m, n, **wide) if "gradient" in needs else None
         self.factors = None
         self.halves = self.squares = self.tails = None
         if factors is not None:

@@ -40,8 +40,9 @@ def _ours(name: str, title: str, refine: tuple[Refinement, ...]) -> Recipe:
         equation="min ½ tr(Eᵀ G E),  E = W X − W' X';  ranks: min Σ loss_t(k_t) within the bytes",
         differences=(
             "The anchored target and output-side curvature are solved in one closed form, which "
-            "no paper that we know does; ranks come from losses in nats, by a Lagrangian with "
-            "exact repair; packed storage buys rank at equal bytes."
+            "no paper that we know does; ranks come from losses in nats, seen token by token on "
+            "windows held out, by a Lagrangian with exact repair; packed storage buys rank at equal "
+            "bytes."
         ),
         flow="sequential",
         calibration=Calibration(text="self"),

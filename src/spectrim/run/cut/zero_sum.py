@@ -185,7 +185,7 @@ def _gradient(job: Job, row: int) -> dict[str, Tensor]:
         gradient = result.outputs[name].gradient
         assert gradient is not None
         sets[name] = gradient.float().cpu()
-        result.outputs.forget([name])  # summed in fp64: twice what is kept
+        result.outputs.forget([name])
     return sets
 
 

@@ -201,6 +201,7 @@ def moments_by_block(
             seen = see_losses(job, job.ids[:held], choice, stage, outputs, inputs)
             outputs, inputs = seen.outputs, seen.inputs
             found.losses["kfac"] = seen.losses
+            found.notes.append(f"losses were seen on {held} of {len(job.ids)} windows, held out")
         job.outputs = outputs
         job.inputs = inputs if "C" in input_needs else None
     elif input_needs and not all(finished):
