@@ -41,8 +41,8 @@ def _ours(name: str, title: str, refine: tuple[Refinement, ...]) -> Recipe:
         differences=(
             "The anchored target and output-side curvature are solved in one closed form, which "
             "no paper that we know does; ranks come from losses in nats, seen token by token on "
-            "windows held out, by a Lagrangian with exact repair; packed storage buys rank at equal "
-            "bytes."
+            "windows held out, by a Lagrangian with exact repair; packed storage buys rank at "
+            "equal bytes."
         ),
         flow="sequential",
         calibration=Calibration(text="self"),
