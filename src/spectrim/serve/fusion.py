@@ -80,16 +80,9 @@ class FusedSlice(nn.Module):
         # A copy, because file formats refuse tensors that share memory.
         destination[f"{prefix}weight"] = self.weight if keep_vars else self.weight.detach().clone()
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *told: Any) -> None:
+        # Local metadata, strictness, then lists: missing keys, unexpected keys, errors.
+        missing_keys, _, error_msgs = told[2:]
         rows = state_dict.get(f"{prefix}weight")
         if rows is None:
             missing_keys.append(f"{prefix}weight")

@@ -94,19 +94,12 @@ class PrepackedLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}weight"] = self.weight
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *told: Any) -> None:
+        # Local metadata, strictness, then lists: missing keys, unexpected keys, errors.
+        metadata, strict, missing_keys, _, error_msgs = told
         key, shape = f"{prefix}weight", (self.out_features, self.in_features)
         super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, [], error_msgs
+            state_dict, prefix, metadata, strict, missing_keys, [], error_msgs
         )
         weight = state_dict.get(key)
         if weight is None:

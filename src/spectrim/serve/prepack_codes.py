@@ -86,14 +86,6 @@ class PrepackedCodes(nn.Module):
         for name, tensor in self.kernel.unpack(self._packed).items():
             destination[f"{prefix}{name}"] = tensor
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        error_msgs.append(f"{prefix}codes is prepacked for a kernel; load first and prepack then")
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *told: Any) -> None:
+        # Local metadata, strictness, then lists: missing keys, unexpected keys, errors.
+        told[-1].append(f"{prefix}codes is prepacked for a kernel; load first and prepack then")
