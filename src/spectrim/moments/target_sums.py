@@ -184,7 +184,7 @@ class PassSums:
         first: int,
         dtype: torch.dtype,
     ):
-        self._dtype = dtype
+        self._dtype, self._like = dtype, {"dtype": dtype, "device": device}
         self._sums = {
             t.name: _TargetSums(t, needs, clip, factors(t.name) if factors else None, device, dtype)
             for group in groups
@@ -267,8 +267,11 @@ class PassSums:
             outputs.put(name, one.outputs(pools.get((one.target.block, one.target.matrix))))
         for groups in self._by_block() if self._inputs else ():
             sums = {group.index: self._inputs.pop(group.targets[0].name) for group in groups}
-            for accumulator in sums.values():
-                accumulator.reduce(team)
+            for group in groups:
+                if not self._windows:  # zeros, which the other processes' sums are added to
+                    width = group.targets[0].in_features
+                    sums[group.index].add(torch.empty(0, width, **self._like))
+                sums[group.index].reduce(team)
             moments = BlockMoments(groups, sums)
             for group in groups:
                 inputs.put(group.targets[0].name, moments[group.index])
