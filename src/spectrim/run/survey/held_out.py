@@ -12,6 +12,9 @@ nats per token, levelled off where the quadratic form runs away: for all ranks o
 one pass, block by block, over a few windows.
 Afterwards the moments of the held-out windows are added to the others, so that what is cut in the
 end has seen them all.
+
+What is seen is few tokens' and takes each token by itself; what energies predict is all tokens' and
+takes inputs and gradients apart. Both are off by factors, so plans go by the geometric mean.
 """
 
 from __future__ import annotations
@@ -119,6 +122,17 @@ def see_losses(
         seen.outputs = KeptMoments(keeper.load, job.device, names, "out", OutputMoments)
         seen.inputs = KeptMoments(keeper.load, job.device, names, "in", Moments)
     return seen
+
+
+def weighed(predicted: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """The geometric mean of predicted losses at rank 0..r and of those seen, (r + 1,).
+
+    Components that were not there without the windows held out count as seen to cost nothing.
+    """
+    room = np.zeros_like(predicted)
+    count = min(len(room), len(seen))
+    room[:count] = seen[:count]
+    return np.sqrt(predicted * room)
 
 
 def _by_rank(tails: Tensor | None) -> Tensor:

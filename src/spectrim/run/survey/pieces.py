@@ -22,7 +22,7 @@ class Found:
 
     `spread` holds `a_i C̄ a_iᵀ` per component, the mean squared size of each component's
     intermediate value, for K-FAC losses of any decomposition. `full` holds every component,
-    `vectors` any at all.
+    `vectors` any at all; `seen` holds losses on windows held out, at rank 0..r.
     """
 
     wanted: frozenset[str]
@@ -32,6 +32,7 @@ class Found:
     factors: dict[str, Factors] = field(default_factory=dict)
     spread: dict[str, Tensor] = field(default_factory=dict)
     losses: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    seen: dict[str, np.ndarray] = field(default_factory=dict)
     stability: dict[str, float] = field(default_factory=dict)
     damping: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)

@@ -36,7 +36,7 @@ from spectrim.run.parts.sharing import owners_of, spans
 from spectrim.run.planning import TABLE
 from spectrim.run.recorded import recorded
 from spectrim.run.survey.backward import gathered_moments
-from spectrim.run.survey.held_out import see_losses, windows_held_out
+from spectrim.run.survey.held_out import see_losses, weighed, windows_held_out
 from spectrim.run.survey.pieces import (
     Found,
     KeptFactors,
@@ -200,7 +200,7 @@ def moments_by_block(
         if found is not None and held:
             seen = see_losses(job, job.ids[:held], choice, stage, outputs, inputs)
             outputs, inputs = seen.outputs, seen.inputs
-            found.losses["kfac"] = seen.losses
+            found.seen = seen.losses
             found.notes.append(f"losses were seen on {held} of {len(job.ids)} windows, held out")
         job.outputs = outputs
         job.inputs = inputs if "C" in input_needs else None
@@ -272,9 +272,12 @@ def _decompose_all(
                 note_block(job.keeper, stage, block, found, shapes, known, job.device)
                 job.progress.advance("survey", block.name)
     job.progress.finish("survey")
-    if "kfac" in found.wanted and choice.objective == "kfac" and "kfac" not in found.losses:
+    if "kfac" in found.wanted and choice.objective == "kfac":
         for curve in found.curves:
             note_loss(found, "kfac", curve.name, torch.from_numpy(np.array(curve.energy)))
+            if curve.name in found.seen:
+                losses = found.losses["kfac"]
+                losses[curve.name] = weighed(losses[curve.name], found.seen[curve.name])
 
 
 def _facts(job: Job, found: Found) -> dict:
