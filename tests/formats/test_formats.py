@@ -10,8 +10,6 @@ from spectrim.formats import FORMATS, format_of, formats_of
 from spectrim.formats.affine4 import GROUP
 from spectrim.formats.packing import packed_codes, unpacked_codes
 
-INTEGERS = sorted(name for name, row in FORMATS.items() if row.integer)
-
 
 def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -43,6 +41,26 @@ def test_int4_is_within_a_step_of_its_group(m, n, seed):
     every = row.unpack(stored["codes"], n).double()
     group = torch.arange(n) // GROUP
     assert torch.allclose(back, every * scale[:, group].double() + zero[:, group].double())
+
+
+@given(m=st.integers(1, 9), n=st.integers(0, 70), seed=st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_fp8_is_torchs_own_cast_and_the_nearest_of_all_codes(m, n, seed):
+    W = draw(m, n, seed=seed) * torch.exp(3 * draw(m, n, seed=seed + 1))
+    row = format_of("fp8")
+    stored = row.encode(W, dtype=torch.float32)
+    scale = stored["scale"].double()[:, None]
+    cast = (W / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+    assert torch.equal(stored["codes"].view(torch.uint8), cast.view(torch.uint8))
+    if n:
+        assert stored["codes"].float().abs().amax(dim=1).eq(448).all()
+    # Every byte, by what IEEE says of four bits of exponent and three behind the point.
+    byte = torch.arange(127)
+    power, rest = byte // 8, (byte % 8).double()
+    every = torch.where(power > 0, (8 + rest) * 2.0 ** (power - 10), rest * 2.0**-9)
+    every = torch.cat([every, -every])
+    least = (W[..., None] - scale[..., None] * every).abs().amin(dim=2)
+    assert torch.allclose((row.decode(stored, n).double() - W).abs(), least, rtol=1e-5, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", sorted(FORMATS))

@@ -52,6 +52,21 @@ def test_feedback_beats_nearest_and_is_nearest_without_correlation(seed):
     assert torch.equal(alone.codes(W, g), g.codes(W))
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_feedback_on_the_numbers_of_float8_loses_less_than_the_nearest_ones(seed):
+    n = COLUMNS + 9
+    W = draw(12, n, seed=seed)
+    g = Grid((W.abs().amax(dim=1, keepdim=True) / 448).expand(-1, n), None, -448, 448, float8=True)
+    C = moment(n, seed=seed + 10)
+    metric = Metric.of(C, name="t")
+    codes = metric.codes(W, g)
+    assert torch.equal(codes, codes.to(torch.float8_e4m3fn).float())
+    shaped, nearest = (g.values(c, dtype=torch.float64) - W for c in (codes, g.codes(W)))
+    assert metric.loss(shaped).sum() < 0.7 * metric.loss(nearest).sum()
+    alone = Metric.of(torch.diag(C.diagonal()), name="t").codes(W, g)
+    assert (alone != g.codes(W)).double().mean() < 1e-3  # halves, met in fp32
+
+
 def test_rescaled_channels_are_rounded_alike():
     """Inputs times s, columns and steps over s: the same codes."""
     n = 40

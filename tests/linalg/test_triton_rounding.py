@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-@pytest.mark.parametrize("weights", ["int4", "int3-g32", "stacked"])
+@pytest.mark.parametrize("weights", ["int4", "int3-g32", "fp8", "stacked"])
 def test_the_kernel_gives_the_codes_of_ordinary_operators(weights, monkeypatch):
     draw = torch.Generator().manual_seed(0)
     W = torch.randn(40, 150, dtype=torch.float64, generator=draw)

@@ -10,7 +10,7 @@ from spectrim.layers.quantized import QuantizedLinear, trained_scales
 from spectrim.layers.swap import compressed_layers
 from spectrim.recipes import get_recipe
 
-FORMATS = ("int8", "int4", "int4-g32", "int3-g64", "int2-g128")
+FORMATS = ("int8", "fp8", "int4", "int4-g32", "int3-g64", "int2-g128")
 
 
 def layer_of(weights):

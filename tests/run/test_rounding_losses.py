@@ -56,7 +56,7 @@ def stored(case, form, rank):
     return layer.stored(source, rank, form.weights, dtype=torch.float64).dense_weight()
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4-g32", "int3-g64", "int2-g32"])
+@pytest.mark.parametrize("weights", ["int8", "fp8", "int4-g32", "int3-g64", "int2-g32"])
 def test_dense_forms_lose_what_is_predicted(case, weights):
     form = Form("dense", weights)
     found = rounding_losses("t", *_given(case), CHOICE, [form])[form.key]
@@ -64,7 +64,7 @@ def test_dense_forms_lose_what_is_predicted(case, weights):
     assert float(found[0]) == pytest.approx(loss(case, stored(case, form, None)), rel=1e-6)
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4-g32", "int3-g32+int3-g64"])
+@pytest.mark.parametrize("weights", ["int8", "fp8", "int4-g32", "int3-g32+int3-g64"])
 @pytest.mark.parametrize("rank", [16, 32])
 def test_factored_forms_lose_about_what_is_predicted_at_every_rank(case, weights, rank):
     form = Form("factored", weights)
@@ -75,8 +75,17 @@ def test_factored_forms_lose_about_what_is_predicted_at_every_rank(case, weights
     assert (found.diff() >= 0).all()
     up, down = whole.cut(rank)
     added = loss(case, stored(case, form, rank)) - loss(case, up @ down)
-    # The prediction leaves out what solving again makes up for.
-    assert 0.3 * float(found[rank]) < added < 1.3 * float(found[rank])
+    # The prediction leaves out what solving again makes up for: more where small numbers are finer.
+    least = 0.15 if weights == "fp8" else 0.3
+    assert least * float(found[rank]) < added < 1.3 * float(found[rank])
+
+
+def test_forms_are_judged_together_as_each_alone(case):
+    forms = [Form("dense", weights) for weights in ("int8", "fp8", "int4-g32")]
+    both = rounding_losses("t", *_given(case), CHOICE, forms)
+    for form in forms:
+        alone = rounding_losses("t", *_given(case), CHOICE, [form])
+        torch.testing.assert_close(both[form.key], alone[form.key])
 
 
 def test_native_forms_and_targets_without_gradients_have_none(case):

@@ -60,6 +60,7 @@ def source(tmp_path_factory):
         ("packed", "native", "uniform"),
         ("auto", "native", "knapsack"),
         ("factored", "int8", "knapsack"),
+        ("factored", "fp8", "knapsack"),
         ("auto", "int8", "uniform"),
         ("factored", "int4", "uniform"),
     ],
@@ -190,7 +191,7 @@ def test_a_fallback_is_counted_and_reported():
     assert any(f"{len(changed)} of {len(plan.entries)}" in note for note in job.log.notes)
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("weights", ["int8", "int4", "fp8"])
 @pytest.mark.parametrize("storage", ["factored", "packed"])
 @pytest.mark.parametrize(("m", "n"), [(40, 64), (64, 40)])
 def test_solving_for_the_rounded_factor_beats_plain_rounding(m, n, storage, weights):

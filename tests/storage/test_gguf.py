@@ -137,6 +137,16 @@ def test_what_cannot_be_held_is_named(tmp_path):
     assert set(compressed_layers(model)) and not (tmp_path / "out").exists()
 
 
+def test_float8_is_refused_with_the_nearest_type(tmp_path):
+    model = result(LlamaForCausalLM, LlamaConfig, tmp_path / "source")
+    W = model.model.layers[0].mlp.up_proj.weight
+    layer = QuantizedDense(QuantizedLinear.from_weight(W, None, "fp8", dtype=torch.float32))
+    swap_in(model, "model.layers.0.mlp.up_proj", layer)
+    model.save_pretrained(tmp_path / "float8")
+    with pytest.raises(InputError, match=r"layers.0.mlp.up_proj has fp8 .*int8-g32"):
+        api.export(tmp_path / "float8", output=tmp_path / "out", to="gguf")
+
+
 def test_another_architecture_is_refused(tmp_path):
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 

@@ -18,8 +18,12 @@ EVERY = ("*",)
 _FACTOR_BITS = (4, 3)
 
 _NEVER = ("int4", "int8-g32", "int8-g64")
-"""Formats that no plan takes by itself: zero points, and small groups of eight bits, cost more than
-they save."""
+"""Formats that no plan takes: zero points, and small groups of eight bits, cost more than they
+save."""
+
+_NAMED = ("fp8",)
+"""Formats that a plan takes only where a pattern other than `*` fits them: int8 has the same bytes
+and mostly less error, so this is for engines that want them."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +49,9 @@ class Form:
         return layout_of(self.storage, self.weights).low_rank
 
     @property
-    def integer(self) -> bool:
-        """Whether anything in it is rounded to integers."""
-        return layout_of(self.storage, self.weights).integer
+    def coded(self) -> bool:
+        """Whether anything in it is rounded to codes."""
+        return layout_of(self.storage, self.weights).coded
 
     @property
     def rounding_share(self) -> float:
@@ -73,15 +77,15 @@ def low_rank_forms(storage: str, weights: str, formats: Sequence[str] = EVERY) -
         for bits in _FACTOR_BITS
         for up, down in ((32, 32), (32, 64), (32, 128), (64, 64), (64, 128))
     ]
-    every = (Form("factored", pair) for pair in ("int8", *pairs))
+    every = (Form("factored", pair) for pair in ("int8", "fp8", *pairs))
     return (*native, *(form for form in every if _allowed(form, formats)))
 
 
 def dense_forms(weights: str, formats: Sequence[str] = EVERY) -> tuple[Form, ...]:
-    """The forms of targets that are not cut: their own numbers, and integers where asked for."""
+    """The forms of targets that are not cut: their own numbers, and codes where asked for."""
     native = Form("dense")
     if weights == AUTO:
-        every = [name for name, row in FORMATS.items() if row.integer and name not in _NEVER]
+        every = [name for name, row in FORMATS.items() if row.coded and name not in _NEVER]
         forms = (Form("dense", name) for name in every)
         return (native, *(form for form in forms if _allowed(form, formats)))
     return (native,) if weights == "native" else (native, Form("dense", weights))
@@ -89,5 +93,8 @@ def dense_forms(weights: str, formats: Sequence[str] = EVERY) -> tuple[Form, ...
 
 def _allowed(form: Form, formats: Sequence[str]) -> bool:
     """Whether the formats of all parts fit one of the patterns."""
-    names = form.weights.split(JOINT)
-    return all(any(fnmatchcase(name, pattern) for pattern in formats) for name in names)
+    fits = {
+        name: {pattern for pattern in formats if fnmatchcase(name, pattern)}
+        for name in form.weights.split(JOINT)
+    }
+    return all(found - {*EVERY} if name in _NAMED else found for name, found in fits.items())

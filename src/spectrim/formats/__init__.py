@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 from spectrim.errors import ArtifactError
 from spectrim.formats.affine4 import Affine4
+from spectrim.formats.float8 import Float8
 from spectrim.formats.grouped import Grouped
 from spectrim.formats.int8 import Int8
 from spectrim.formats.native import Native
@@ -37,6 +38,7 @@ FORMATS: Mapping[str, NumberFormat] = MappingProxyType(
             Native(),
             Int8(),
             Affine4(),
+            Float8(),
             *(Grouped(bits, group) for bits in (8, 4, 3, 2) for group in (32, 64, 128)),
         )
     }

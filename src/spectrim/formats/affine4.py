@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from spectrim.formats.kernels import Int4Kernel
-from spectrim.formats.number_format import Integers, Shape
+from spectrim.formats.number_format import Coded, Shape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +21,7 @@ GROUP = 32
 TOP, MIDDLE = 15, 8
 
 
-class Affine4(Integers):
+class Affine4(Coded):
     """4-bit codes with a scale and a zero point per group."""
 
     name, bits = "int4", 4

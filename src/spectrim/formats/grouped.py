@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from spectrim.formats.kernels import Int4Kernel
-from spectrim.formats.number_format import Integers, Shape
+from spectrim.formats.number_format import Coded, Shape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +27,7 @@ SHARES = {2: 0.13, 3: 0.035, 4: 0.009, 8: 5e-5}
 """Relative squared error of Gaussian groups of 64, rounded to nearest, by bits."""
 
 
-class Grouped(Integers):
+class Grouped(Coded):
     """Codes of b bits in groups.
 
     Args:

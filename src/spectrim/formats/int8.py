@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from spectrim.formats.number_format import Integers, Shape
+from spectrim.formats.number_format import Coded, Shape
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,7 @@ KERNEL_MULTIPLE = 16
 KERNEL = "_weight_int8pack_mm"
 
 
-class Int8(Integers):
+class Int8(Coded):
     """8-bit codes with a scale per row."""
 
     name, bits = "int8", 8

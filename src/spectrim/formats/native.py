@@ -18,12 +18,8 @@ class Native(NumberFormat):
     """bf16, fp16 or fp32, whatever the checkpoint has."""
 
     name = "native"
+    coded = integer = False
     main = "weight"
-
-    @property
-    def integer(self) -> bool:
-        """False."""
-        return False
 
     def tensors(self, rows: int, columns: int) -> dict[str, tuple[Shape, str]]:
         """The matrix itself."""

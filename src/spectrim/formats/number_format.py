@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 Shape: TypeAlias = tuple[int, ...]
 
-BYTES = {"int8": 1, "uint8": 1, "fp32": 4, "bf16": 2}
+BYTES = {"int8": 1, "uint8": 1, "fp8": 1, "fp32": 4, "bf16": 2}
 """Bytes of a stored number; `native` numbers have those of the model's dtype."""
 
 
@@ -27,6 +27,8 @@ class NumberFormat(ABC):
 
     Attributes:
         name: the word for it.
+        coded: whether the stored tensors are codes and scales.
+        integer: whether codes are integers, which is what kernels read and other files hold.
         main: the tensor that takes the linear layer's own name on disk. Where the codes have the
             shape of the matrix it is another one, so that no loader takes codes for weights.
         rounding_share: loss of rounding to nearest, as a share of losing the whole matrix.
@@ -35,19 +37,16 @@ class NumberFormat(ABC):
     """
 
     name: str
+    coded: bool = True
+    integer: bool = True
     main: str = "scale"
     rounding_share: float = 0.0
     reference: bool = False
     kernel: Kernel | None = None
 
-    @property
-    def integer(self) -> bool:
-        """Whether the stored tensors are codes and scales."""
-        return True
-
     @abstractmethod
     def tensors(self, rows: int, columns: int) -> dict[str, tuple[Shape, str]]:
-        """Name -> (shape, int8|uint8|fp32|bf16|native) of what a matrix is stored as."""
+        """Name -> (shape, int8|uint8|fp8|fp32|bf16|native) of what a matrix is stored as."""
 
     def bytes(self, rows: Any, columns: Any, dtype_bytes: int) -> Any:
         """Bytes of a matrix; rows and columns may be arrays of sizes."""
@@ -88,7 +87,7 @@ class NumberFormat(ABC):
 
     def fast(self, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether products on a device take about as long as those of plain numbers, or less."""
-        return not self.integer or (self.kernel is not None and self.kernel.at_hand(device, dtype))
+        return not self.coded or (self.kernel is not None and self.kernel.at_hand(device, dtype))
 
     def path(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> str:
         """How a product with these runs, in words for people."""
@@ -121,8 +120,8 @@ class Kernel(ABC):
         """(tokens, columns) -> (tokens, rows)."""
 
 
-class Integers(NumberFormat):
-    """A format of integer codes on a grid of scales and offsets.
+class Coded(NumberFormat):
+    """A format of codes on a grid of scales and offsets.
 
     Attributes:
         bits: of a code.
@@ -155,7 +154,8 @@ class Integers(NumberFormat):
         """By the kernel of its own, or by ours for few tokens."""
         from spectrim.devices import runs_triton
 
-        return (self.bits in CODED and runs_triton(device)) or super().fast(device, dtype)
+        ours = self.integer and self.bits in CODED and runs_triton(device)
+        return ours or super().fast(device, dtype)
 
     def encode(
         self, W: Tensor, metric: Metric | None = None, *, dtype: torch.dtype

@@ -70,14 +70,14 @@ class Layout:
         return dict(zip(parts, formats_of(self.weights, len(parts)), strict=True))
 
     @property
-    def integer(self) -> bool:
+    def coded(self) -> bool:
         """Whether any part holds codes."""
-        return any(one.integer for one in self.formats.values())
+        return any(one.coded for one in self.formats.values())
 
     @property
     def states_shape(self) -> bool:
         """Whether a table says (out, in), since the shapes of the tensors do not."""
-        return self.sides is None or self.integer
+        return self.sides is None or self.coded
 
     @property
     def weight_key(self) -> str:

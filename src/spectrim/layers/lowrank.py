@@ -85,7 +85,7 @@ class LowRankLinear(CompressedLayer):
         assert source.factors is not None
         up, down = source.factors
         first, second = (one.name for one in layout_of("factored", weights).formats.values())
-        if not layout_of("factored", weights).integer:
+        if not layout_of("factored", weights).coded:
             return cls.from_factors(up, down, source.bias, dtype=dtype, device=up.device)
         pairs = _Pairs(source, first, second, dtype)
         up, down = source.orthonormal(up, down)

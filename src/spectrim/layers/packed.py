@@ -116,7 +116,7 @@ class PackedLinear(CompressedLayer):
         assert source.factors is not None
         up, down = source.factors
         parts = pack(up, down)
-        if not layout_of("packed", weights).integer:
+        if not layout_of("packed", weights).coded:
             return cls.from_packed(parts, source.bias, dtype=dtype, device=up.device)
         layer = cls.from_packed(parts, None, dtype=torch.float64, device=up.device)
         layer.bias = (

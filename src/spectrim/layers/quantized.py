@@ -1,4 +1,4 @@
-"""The parts of compressed layers: `nn.Linear`, or a linear layer of integer numbers, `y = W x + b`.
+"""The parts of compressed layers: `nn.Linear`, or a linear layer of codes, `y = W x + b`.
 
 `QuantizedLinear` stands in for the `nn.Linear` parts of a compressed layer. Its tensors and its
 product are those of its number format (`spectrim.formats`). Scales keep their dtype whatever the
@@ -19,11 +19,17 @@ from spectrim.layers.layout import layout_of
 from spectrim.linalg.rounding import Metric
 from spectrim.model.weights import new_linear
 
-_DTYPES = {"int8": torch.int8, "uint8": torch.uint8, "fp32": torch.float32, "bf16": torch.bfloat16}
+_DTYPES = {
+    "int8": torch.int8,
+    "uint8": torch.uint8,
+    "fp8": torch.float8_e4m3fn,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+}
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer with integer weights, its tensors named as its format names them.
+    """A linear layer whose weights are codes, its tensors named as its format names them.
 
     Attributes:
         bias: (out,) or None.
@@ -154,7 +160,7 @@ def rounded(W: Tensor, weights: str, dtype: torch.dtype, metric: Metric | None =
 def wide_weight(linear: nn.Module) -> Tensor:
     """The weight of a linear part in fp32 or better, however it is stored."""
     restore: Any = getattr(linear, "wide_weight", None)
-    if restore is not None:  # integers, in whatever order they lie
+    if restore is not None:  # codes, in whatever order they lie
         return restore()
     weight: Any = linear.weight
     return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
@@ -169,7 +175,7 @@ def part_of(
     metric: Metric | None = None,
 ) -> nn.Linear | QuantizedLinear:
     """A part that holds `W` (out, in) in one number format; shares no memory with it."""
-    if format_of(weights).integer:
+    if format_of(weights).coded:
         return QuantizedLinear.from_weight(W, bias, weights, dtype=dtype, metric=metric)
     part = new_linear(W.shape[1], W.shape[0], bias is not None, dtype=dtype)
     part.weight = nn.Parameter(W.detach().to(dtype, copy=True).contiguous())
@@ -205,7 +211,7 @@ def skeleton(
     """A compressed layer on the meta device, ready to be loaded into.
 
     Args:
-        storage: a storage kind; `dense` with integer weights only.
+        storage: a storage kind; `dense` with coded weights only.
         weights: number formats of its parts.
         shape: (out, in).
         rank: None for dense storage and only for it.
@@ -215,7 +221,7 @@ def skeleton(
     layout = layout_of(storage, weights)
     layer = layout.layer_class().empty(shape[1], shape[0], rank, bias, dtype=dtype)
     for part, one in layout.formats.items():
-        if one.integer:
+        if one.coded:
             old = layer.get_submodule(part)
             new = QuantizedLinear(
                 old.in_features,

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from spectrim.linalg.psd import cholesky_damped, symmetrized
-from spectrim.linalg.turn import COLUMNS, Turn
+from spectrim.linalg.turn import COLUMNS, Turn, nearest
 from spectrim.tolerances import ROUNDING_DAMPING
 
 
@@ -34,30 +34,37 @@ class Grid:
         offset: (rows, columns), or None for 0.
         low: smallest code, an int, or one per row, (rows, 1).
         high: largest code, likewise.
+        float8: whether codes are numbers of float8 (e4m3) instead of integers.
     """
 
     step: Tensor
     offset: Tensor | None
     low: Any
     high: Any
+    float8: bool = False
 
     @classmethod
     def stacked(cls, grids: Sequence[Grid]) -> Grid:
-        """Grids without offsets, one below the other: many roundings at the price of one pass."""
+        """Grids of one kind of code without offsets, one below the other.
+
+        Many roundings at the price of one pass.
+        """
         ends = [
             torch.cat([torch.full_like(g.step[:, :1], end).double() for g, end in pairs])
             for pairs in ([(g, g.low) for g in grids], [(g, g.high) for g in grids])
         ]
-        return cls(torch.cat([g.step.double() for g in grids]), None, *ends)
+        step = torch.cat([g.step.double() for g in grids])
+        return cls(step, None, *ends, float8=grids[0].float8)
 
     def codes(self, values: Tensor, columns: slice = slice(None)) -> Tensor:
-        """The codes nearest to fp64 values of some columns, int64."""
+        """The codes nearest to fp64 values of some columns, int64, or fp64 if float8."""
         step = self.step[:, columns].double()
         # A group of zeros, or one below what its scale's dtype holds, has step 0 and codes 0.
         divisor = torch.where(step != 0, step, torch.ones_like(step))
         shifted = values if self.offset is None else values - self.offset[:, columns].double()
-        codes = (shifted / divisor).round().clamp(self.low, self.high)
-        return (codes * (step != 0)).long()
+        codes = nearest((shifted / divisor).clamp(self.low, self.high), self.float8)
+        codes *= step != 0
+        return codes if self.float8 else codes.long()
 
     def values(self, codes: Tensor, columns: slice = slice(None), dtype=torch.float32) -> Tensor:
         """What the codes of some columns stand for."""
@@ -117,7 +124,7 @@ class Metric:
         return ((E @ self.C) * E).sum(dim=1)
 
     def codes(self, W: Tensor, grid: Grid) -> Tensor:
-        """Codes of `W` (rows, n) on a grid, int64, by rounding with feedback."""
+        """Codes of `W` (rows, n) on a grid by rounding with feedback, int64, or fp32 if float8."""
         # Transposed, so that what one column of the matrix needs lies side by side. In fp32: a code
         # is one of a few numbers, and what decides near the middle between two costs the same.
         order, N = self.order, self.N.float()
@@ -134,7 +141,9 @@ class Metric:
             at = slice(max(0, stop - COLUMNS), stop)
             aims = W[at] - N[stop:, at].mT @ E[stop:]
             parts = (W[at], divisor[at], step[at], None if offset is None else offset[at])
-            Turn(aims, N[at, at], *parts, low, high, E[at], codes[at]).round_columns()
+            out = (E[at], codes[at], grid.float8)
+            Turn(aims, N[at, at], *parts, low, high, *out).round_columns()
         found = torch.empty_like(codes)
         found[order] = codes
-        return found.mT.contiguous().long()
+        found = found.mT.contiguous()
+        return found if grid.float8 else found.long()

@@ -24,7 +24,8 @@ _HALVES = 12582912.0
 def _round(
     aims_ptr, N_ptr, W_ptr, divisor_ptr, step_ptr, offset_ptr, low_ptr, high_ptr, E_ptr, codes_ptr,
     columns, rows,
-    OFFSET: tl.constexpr, HALVES: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    OFFSET: tl.constexpr, FLOAT8: tl.constexpr, HALVES: tl.constexpr,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     exists = r < rows
@@ -45,7 +46,11 @@ def _round(
             error += offset
         code = aim / tl.load(divisor_ptr + place, mask=exists, other=1.0)
         code = tl.minimum(tl.maximum(code, low - 1), high + 1)
-        code = tl.minimum(tl.maximum((code + HALVES) - HALVES, low), high)
+        halves = HALVES
+        if FLOAT8:  # an eighth of the number's power of two, and of 2^-6 at least
+            power = (code.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+            halves = tl.maximum(power, 0.015625) * (HALVES / 8)
+        code = tl.minimum(tl.maximum((code + halves) - halves, low), high)
         error += code * step
         tl.store(codes_ptr + place, code, mask=exists)
         tl.store(E_ptr + place, error, mask=exists)
@@ -55,12 +60,13 @@ def _round(
 
 def round_columns(
     aims: Tensor, N: Tensor, W: Tensor, divisor: Tensor, step: Tensor, offset: Tensor | None,
-    low: Tensor, high: Tensor, E: Tensor, codes: Tensor, most: int,
+    low: Tensor, high: Tensor, E: Tensor, codes: Tensor, most: int, *, float8: bool = False,
 ) -> None:  # fmt: skip
     """`Turn.round_columns` on a card, for a turn's tensors and no more than `most` columns."""
     columns, rows = W.shape
     _round[(triton.cdiv(rows, ROWS),)](  # type: ignore[index]
         aims, N.contiguous(), W, divisor, step, W if offset is None else offset, low, high, E,
         codes, columns, rows,
-        OFFSET=offset is not None, HALVES=_HALVES, COLUMNS=most, ROWS=ROWS, num_warps=1,
+        OFFSET=offset is not None, FLOAT8=float8, HALVES=_HALVES,
+        COLUMNS=most, ROWS=ROWS, num_warps=1,
     )  # fmt: skip

@@ -31,7 +31,7 @@ def for_size(recipe: Recipe, asked: Mapping[str, Any], loaded: LoadedModel) -> R
     if asked.get("size") is None or said or not weighs or recipe.storage.weights != "native":
         return recipe
     device, dtype = loaded.device, loaded.stored_dtype
-    known = [form.weights for form in dense_forms(AUTO) if form.integer]
+    known = [form.weights for form in dense_forms(AUTO) if form.coded]
     fast = [name for name in known if format_of(name).fast(device, dtype)]
     if not fast:
         return recipe

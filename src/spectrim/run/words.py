@@ -102,7 +102,7 @@ class RecipeWords(CalibrationWords, total=False):
     weights: Annotated[
         str | None,
         Word(
-            "native, int8, int4, intB-gN (B 2 to 8, N 32 to 128), or auto.",
+            "native, int8, fp8, int4, intB-gN (B 2 to 8, N 32 to 128), or auto.",
             None,
             MAKE,
             "storage.weights",

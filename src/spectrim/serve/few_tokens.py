@@ -127,7 +127,7 @@ def _fit(turn: Iterable[Product | None], dtype: torch.dtype) -> bool:
 def quick_codes(model: nn.Module) -> None:
     """Let every integer matrix of a model be restored by the kernel, in place."""
     for module in model.modules():
-        if type(module) is QuantizedLinear:
+        if type(module) is QuantizedLinear and module.format.integer:
             module.__class__ = QuickCodes
 
 

@@ -76,7 +76,7 @@ class Product(NamedTuple):
 def product_of(part: Any, mode: int = PLAIN, **more: Any) -> Product | None:
     """The product of a part of a layer, None for a module that is neither plain nor integers."""
     facts = {"order": None, "bias": None, "rank": 0} | more
-    if isinstance(part, QuantizedLinear):
+    if isinstance(part, QuantizedLinear) and part.format.integer:
         bits, zero = getattr(part.format, "bits", 0), part.stored.get("zero")
         facts |= {"weight": part.codes, "scale": part.scale, "zero": zero, "bits": bits}
     elif type(part) in (nn.Linear, FusedSlice):

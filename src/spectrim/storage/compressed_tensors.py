@@ -1,8 +1,9 @@
-"""Export: integer matrices as `compressed-tensors`, which inference servers multiply as they are.
+"""Export: coded matrices as `compressed-tensors`, which inference servers multiply as they are.
 
-Each rounded target becomes `weight_packed` (codes of b bits, offset by 2^(b-1), as many as fit
-into an int32, the first in its lowest bits), `weight_scale` and `weight_shape`; everything else
-keeps its name. Only targets that were not cut can be held: the format has no layer of two factors.
+A target of integers becomes `weight_packed` (codes of b bits, offset by 2^(b-1), as many as fit
+into an int32, the first in its lowest bits), `weight_scale` and `weight_shape`, one of float8
+`weight`, its codes, and `weight_scale`; everything else keeps its name. Only targets that were not
+cut can be held: the format has no layer of two factors.
 """
 
 from __future__ import annotations
@@ -15,13 +16,17 @@ import torch
 from torch import Tensor
 
 from spectrim.errors import InputError
+from spectrim.formats.float8 import Float8
 from spectrim.formats.grouped import Grouped
 from spectrim.formats.int8 import Int8
+from spectrim.formats.number_format import Coded
 from spectrim.storage.atomic import check_output, new_folder
 from spectrim.storage.dense import write_beside
 from spectrim.storage.inspect import FolderInspection, StoredTarget
 from spectrim.storage.tensor_file import Slot, write_tensors
-from spectrim.storage.whole_matrices import WholeMatrices, integers
+from spectrim.storage.whole_matrices import WholeMatrices, coded
+
+_PACKED = "pack-quantized"
 
 
 def packed_int32(codes: Tensor, bits: int) -> Tensor:
@@ -37,7 +42,7 @@ def packed_int32(codes: Tensor, bits: int) -> Tensor:
 def export_compressed_tensors(
     folder: str | Path, output: str | Path, *, overwrite: bool = False
 ) -> Path:
-    """Write a result of dense integer targets as a `compressed-tensors` checkpoint.
+    """Write a result of dense coded targets as a `compressed-tensors` checkpoint.
 
     Args:
         folder: a result of spectrim.
@@ -63,14 +68,14 @@ def export_compressed_tensors(
 
 def _check(target: StoredTarget) -> None:
     """Refuse what the format cannot hold."""
-    row = integers(target)
+    row = coded(target)
     if isinstance(row, Grouped) and target.in_features % row.group:
         raise InputError(
             f"{target.name} has {target.in_features} inputs, which are no whole groups of "
             f"{row.group}; compressed-tensors has no group that is not full. int8, with a scale "
             "per row, always fits"
         )
-    if not isinstance(row, Grouped | Int8):
+    if not isinstance(row, Grouped | Int8 | Float8):
         raise InputError(
             f"{target.name} has {target.weights} numbers with zero points of their own kind; "
             f"int4-g32 is the nearest format that compressed-tensors holds"
@@ -84,11 +89,14 @@ def _slots(matrices: WholeMatrices) -> Iterator[Slot]:
         done |= set(matrices.tensors_of(target).values())
         shape = torch.tensor([target.out_features, target.in_features])
         codes, scales = matrices.codes(target)
-        bits = integers(target).bits
+        row = coded(target)
         values = scales["scale"].to(_dtype(matrices.found)).contiguous()
-        yield Slot.of(f"{target.name}.weight_packed", packed_int32(codes, bits))
         yield Slot.of(f"{target.name}.weight_scale", values)
-        yield Slot.of(f"{target.name}.weight_shape", shape)
+        if row.integer:
+            yield Slot.of(f"{target.name}.weight_packed", packed_int32(codes, row.bits))
+            yield Slot.of(f"{target.name}.weight_shape", shape)
+        else:
+            yield Slot.of(f"{target.name}.weight", row.pack(codes))
     for name in matrices.found.tensors:
         if name not in done:
             yield Slot.of(name, matrices.read(name))
@@ -103,14 +111,15 @@ def _dtype(found: FolderInspection) -> torch.dtype:
 def _scheme(found: FolderInspection, rounded: list[StoredTarget]) -> dict[str, Any]:
     """The `quantization_config`: one group per format, its targets by name."""
     groups: dict[str, Any] = {}
-    formats = {target.weights: integers(target) for target in rounded}
+    kinds = sorted({_kind(coded(target)) for target in rounded}) or [_PACKED]
+    formats = {target.weights: coded(target) for target in rounded}
     for weights, row in sorted(formats.items()):
         group = getattr(row, "group", None)
         groups[f"group_{len(groups)}"] = {
             "targets": [target.name for target in rounded if target.weights == weights],
             "weights": {
                 "num_bits": row.bits,
-                "type": "int",
+                "type": "int" if row.integer else "float",
                 "symmetric": True,
                 "dynamic": False,
                 "strategy": "channel" if group is None else "group",
@@ -119,11 +128,18 @@ def _scheme(found: FolderInspection, rounded: list[StoredTarget]) -> dict[str, A
             "input_activations": None,
             "output_activations": None,
         }
+        if len(kinds) > 1:
+            groups[f"group_{len(groups) - 1}"]["format"] = _kind(row)
     kept = [target.name for target in found.targets if target.weights == "native"]
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": kinds[0] if len(kinds) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": ["lm_head", *kept],
     }
+
+
+def _kind(row: Coded) -> str:
+    """The package's word for how the codes of a format lie."""
+    return _PACKED if row.integer else "float-quantized"

@@ -28,7 +28,7 @@ from spectrim.storage.gguf_metadata import (
 )
 from spectrim.storage.inspect import StoredTarget
 from spectrim.storage.origin import LICENSES
-from spectrim.storage.whole_matrices import WholeMatrices, integers
+from spectrim.storage.whole_matrices import WholeMatrices, coded
 
 FILE = "model.gguf"
 """The file in the folder that is written."""
@@ -76,6 +76,11 @@ def export_gguf(folder: str | Path, output: str | Path, *, overwrite: bool = Fal
             f"{', '.join(ARCHITECTURES)}. Export it --dense and use the engine's own script"
         )
     for target in matrices.rounded:
+        if not coded(target).integer:
+            raise InputError(
+                f"{target.name} has {target.weights} numbers, of which GGUF has no type; int8-g32 "
+                "is the nearest format that it holds"
+            )
         if target.in_features % BLOCK:
             raise InputError(
                 f"{target.name} has {target.in_features} inputs, which are no whole blocks of "
@@ -135,7 +140,7 @@ def _entries(
         done |= set(matrices.tensors_of(target).values())
         weight, shape = f"{target.name}.weight", (target.out_features, target.in_features)
         rows = _rows(weight, shape[0], config, architecture)
-        kind = block_type(integers(target).bits, "zero" in matrices.tensors_of(target))
+        kind = block_type(coded(target).bits, "zero" in matrices.tensors_of(target))
         yield _Entry(name_of(weight), kind, shape, partial(_rounded, matrices, target, rows))
     for tensor, stored in matrices.found.tensors.items():
         if tensor not in done:
@@ -147,7 +152,7 @@ def _entries(
 
 def _rounded(matrices: WholeMatrices, target: StoredTarget, rows: Tensor | None) -> Tensor:
     codes, scales = matrices.codes(target)
-    found = blocks(codes, scales, integers(target).bits, name=target.name)
+    found = blocks(codes, scales, coded(target).bits, name=target.name)
     return found if rows is None else found[rows]
 
 

@@ -199,7 +199,7 @@ class _Finder:
         layout = layout_of(entry.storage, entry.weights)
         path = self._path(name)
         keys = layout.tensors(1, 1, 1, bias=False)
-        integers = layout.integer
+        integers = layout.coded
         found = {key: self._tensor(f"{path}.{layout.disk_key(key)}", name) for key in keys}
         shapes = {layout.disk_key(key): tensor.shape for key, tensor in found.items()}
         bias = self.tensors.get(f"{path}.bias")

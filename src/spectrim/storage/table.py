@@ -137,7 +137,7 @@ def parse_table(data: Mapping[str, Any], *, source: str) -> Table:
             layout = layout_of(entry.storage, entry.weights)
         except ArtifactError as error:
             raise ArtifactError(f"{source}: {name}: {error}") from error
-        if not layout.low_rank and not layout.integer:
+        if not layout.low_rank and not layout.coded:
             raise ArtifactError(
                 f"{source}: {name}: unknown storage {entry.storage!r} with native weights; an "
                 "ordinary layer has no entry"

@@ -63,7 +63,12 @@ def check_files(model: Any, quantizer: Any, files: Iterable[str]) -> None:
 
 
 _FLOATS = ("F32", "BF16", "F16", "F64")
-_DTYPES = {torch.int32: ("I32",), torch.int8: ("I8",), torch.uint8: ("U8",)}
+_DTYPES = {
+    torch.int32: ("I32",),
+    torch.int8: ("I8",),
+    torch.uint8: ("U8",),
+    torch.float8_e4m3fn: ("F8_E4M3",),
+}
 
 
 def _check_places(model: Any, paths: list[Path]) -> None:

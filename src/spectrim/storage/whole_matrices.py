@@ -1,4 +1,4 @@
-"""A result whose targets are whole matrices, as exports of integer codes read it."""
+"""A result whose targets are whole matrices, as exports of codes read it."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 
 from spectrim.errors import ArtifactError, InputError
 from spectrim.formats import format_of
-from spectrim.formats.number_format import Integers
+from spectrim.formats.number_format import Coded
 from spectrim.storage.inspect import FolderInspection, StoredTarget, inspect_folder
 from spectrim.storage.tensor_file import TensorFile
 
 
-def integers(target: StoredTarget) -> Integers:
+def coded(target: StoredTarget) -> Coded:
     """The format of a rounded target."""
     row = format_of(target.weights)
-    assert isinstance(row, Integers)
+    assert isinstance(row, Coded)
     return row
 
 
@@ -59,7 +59,7 @@ class WholeMatrices:
 
     @property
     def rounded(self) -> list[StoredTarget]:
-        """Targets in integers."""
+        """Targets in codes."""
         return [target for target in self.found.targets if target.weights != "native"]
 
     def read(self, name: str) -> Tensor:
@@ -77,5 +77,5 @@ class WholeMatrices:
     def codes(self, target: StoredTarget) -> tuple[Tensor, dict[str, Tensor]]:
         """Codes (out, in) of a rounded target, and its scales (out, groups), one if per row."""
         stored = {key: self.read(name) for key, name in self.tensors_of(target).items()}
-        codes = integers(target).unpack(stored.pop("codes"), target.in_features)
+        codes = coded(target).unpack(stored.pop("codes"), target.in_features)
         return codes, {key: t if t.ndim == 2 else t[:, None] for key, t in stored.items()}

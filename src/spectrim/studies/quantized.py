@@ -48,9 +48,9 @@ def quantized_points(
     store = store or PointStore(None)
     points = []
     for weights in formats:
-        if weights not in FORMATS or not FORMATS[weights].integer:
-            known = [name for name, row in FORMATS.items() if row.integer]
-            raise InputError(f"{weights!r} is no integer format; use {', '.join(known)}")
+        if weights not in FORMATS or not FORMATS[weights].coded:
+            known = [name for name, row in FORMATS.items() if row.coded]
+            raise InputError(f"{weights!r} keeps no codes; use {', '.join(known)}")
         storage = StorageChoice(weights=weights)
         recipe = Recipe(name=dense_name(weights), keep=1.0, storage=storage)
         key = store.key(recipe, reference, None)

@@ -24,6 +24,7 @@ _DTYPES = {
     "native": None,
     "int8": torch.int8,
     "uint8": torch.uint8,
+    "fp8": torch.float8_e4m3fn,
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
 }

@@ -14,7 +14,7 @@ from spectrim.decompose.anchored import anchored_map
 from spectrim.decompose.balance import balanced
 from spectrim.decompose.decomposition import Decomposition
 from spectrim.decompose.kfac import output_root
-from spectrim.formats.number_format import Integers
+from spectrim.formats.number_format import Coded
 from spectrim.layers.layout import layout_of
 from spectrim.layers.lowrank import LowRankLinear
 from spectrim.layers.source import Source
@@ -162,12 +162,12 @@ def rounds_at_cut(recipe: Recipe, entry: PlanEntry) -> bool:
     at the end.
     """
     formats = layout_of(entry.storage, entry.weights).formats.values()
-    if recipe.flow != "sequential" or not any(row.integer for row in formats):
+    if recipe.flow != "sequential" or not any(row.coded for row in formats):
         return False
     if not recipe.refine:
         return True
     frozen = all(isinstance(s, BlockRefinement | DistillRefinement) for s in recipe.refine)
-    return frozen and all(isinstance(r, Integers) and r.bits <= FEW_BITS for r in formats)
+    return frozen and all(isinstance(r, Coded) and r.bits <= FEW_BITS for r in formats)
 
 
 def _stored_target(

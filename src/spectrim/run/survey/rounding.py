@@ -19,7 +19,7 @@ from spectrim.decompose.decomposition import Decomposition
 from spectrim.decompose.kfac import output_root
 from spectrim.decompose.statistics import tokens_of
 from spectrim.formats import NumberFormat, formats_of
-from spectrim.formats.number_format import Integers
+from spectrim.formats.number_format import Coded
 from spectrim.linalg.psd import shrunk
 from spectrim.linalg.rounding import Grid, Metric
 from spectrim.linalg.scaling import row_and_column_sizes
@@ -45,7 +45,7 @@ def rounding_losses(
         moments: of the inputs, must hold `C`.
         output: must hold `G`.
         choice: how the moments were shrunk.
-        forms: those with integers are judged.
+        forms: those with codes are judged.
 
     Raises:
         NotPositiveDefiniteError, NonFiniteError, NumericalError: see `Metric.of`.
@@ -60,7 +60,7 @@ def rounding_losses(
     L, _ = root
     C, G = shrunk(C, choice.shrink_in, columns), L @ L.mT
     metric = Metric.of(moments.C, name=name)
-    forms = [form for form in forms if form.integer]
+    forms = [form for form in forms if form.coded]
     whole_forms = [form for form in forms if not form.low_rank]
     errors = _errors(W, [_row(form.weights) for form in whole_forms], metric)
     # In fp32: these are predictions, and sums of products without cancellation.
@@ -88,23 +88,25 @@ def _row(weights: str) -> NumberFormat:
 
 def _errors(W: Tensor, rows: Sequence[NumberFormat], metric: Metric) -> list[Tensor]:
     """What rounding with feedback leaves of a matrix in each of some formats."""
-    if not rows:
-        return []
-    grids = []
-    for row in rows:
-        assert isinstance(row, Integers)
-        grids.append(row.grid(row.scales(W, metric.importance), W.shape[1]))
-    every = Grid.stacked(grids)
-    repeated = W.repeat(len(rows), 1)
-    E = every.values(metric.codes(repeated, every), dtype=torch.float64) - repeated
-    return list(E.split(W.shape[0]))
+    found: dict[str, Tensor] = {}
+    for integer in (True, False):  # what one pass rounds has one kind of code
+        alike = [row for row in rows if row.integer is integer]
+        if alike:
+            every = Grid.stacked([_grid(W, row, metric.importance) for row in alike])
+            repeated = W.repeat(len(alike), 1)
+            E = every.values(metric.codes(repeated, every), dtype=torch.float64) - repeated
+            found |= zip((row.name for row in alike), E.split(W.shape[0]), strict=True)
+    return [found[row.name] for row in rows]
+
+
+def _grid(W: Tensor, row: NumberFormat, importance: Tensor) -> Grid:
+    assert isinstance(row, Coded)
+    return row.grid(row.scales(W, importance), W.shape[1])
 
 
 def _columns_lost(whole: Decomposition, G: Tensor, row: NumberFormat) -> Tensor:
     """Loss of rounding `up` to a format, by column, (r,)."""
-    assert isinstance(row, Integers)
     # The mean size of a component's value is its metric: nothing is passed on between columns.
-    scales = row.scales(whole.up, whole.energy.clamp_min(torch.finfo(torch.float64).tiny))
-    grid = row.grid(scales, whole.rank)
+    grid = _grid(whole.up, row, whole.energy.clamp_min(torch.finfo(torch.float64).tiny))
     E = grid.values(grid.codes(whole.up), dtype=torch.float64) - whole.up
     return whole.energy * ((G @ E) * E).sum(dim=0)
