@@ -63,6 +63,14 @@ def test_fp8_is_torchs_own_cast_and_the_nearest_of_all_codes(m, n, seed):
     assert torch.allclose((row.decode(stored, n).double() - W).abs(), least, rtol=1e-5, atol=1e-12)
 
 
+def test_every_code_of_fp8_is_the_number_that_torch_reads():
+    byte = torch.arange(256, dtype=torch.uint8).view(2, 128)[:, :127]  # the last is no number
+    codes = byte.contiguous().view(torch.float8_e4m3fn)
+    found, expected = format_of("fp8").unpack(codes, 127), codes.float()
+    assert torch.equal(found, expected)
+    assert torch.equal(found.signbit(), expected.signbit())
+
+
 @pytest.mark.parametrize("name", sorted(FORMATS))
 @pytest.mark.parametrize(("m", "n"), [(5, 70), (16, 64), (3, 1), (4, 0)])
 def test_bytes_and_shapes_are_those_of_what_is_stored(name, m, n):

@@ -108,7 +108,7 @@ def test_what_cannot_be_healed_is_refused_in_words(result, tmp_path):
     with pytest.raises(ModelError, match="nothing to heal"):
         api.heal(result.parent / "dense", text=IDS)
     api.compress(tiny("llama")[0], recipe="svd", weights="int8", output=tmp_path / "int8")
-    with pytest.raises(ModelError, match=r"integer weights.*int8"):
+    with pytest.raises(ModelError, match=r"coded weights.*int8"):
         api.heal(tmp_path / "int8", text=IDS)
     save(compressed(), tmp_path / "bare")
     (tmp_path / "bare" / "spectrim_report.json").unlink()

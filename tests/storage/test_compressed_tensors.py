@@ -115,7 +115,7 @@ def test_the_package_reads_the_same_logits(rounded, dtype, tmp_path):
     api.export(source, output=tmp_path / "out", to="compressed-tensors")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     ids = windows(2) % 64
-    atol = 1e-4 if dtype == torch.float32 else 2e-2
+    atol = 1e-4 if dtype == torch.float32 else 5e-3
     assert torch.allclose(logits(loaded, ids), logits(model, ids), atol=atol)
 
 

@@ -26,7 +26,7 @@ def export(
         typer.Option(
             "--format",
             metavar="NAME",
-            help="compressed-tensors, gguf (integers as they are) or onnx (two products a layer).",
+            help="compressed-tensors, gguf (codes as they are) or onnx (two products a layer).",
         ),
     ] = None,
     overwrite: Annotated[

@@ -12,7 +12,7 @@ from spectrim.model.weights import new_linear
 
 
 class QuantizedDense(CompressedLayer):
-    """A target that was not cut, with integer weights.
+    """A target that was not cut, with coded weights.
 
     Attributes:
         inner: the layer itself.

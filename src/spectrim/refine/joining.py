@@ -29,7 +29,7 @@ def join(layer: Any, up: Tensor, down: Tensor, *, grow: bool = False) -> tuple[n
         The layer, and what was lost of the update, rounding included: `‖lost‖ / ‖up · down‖`.
 
     Raises:
-        ModelError: the layer has integer weights.
+        ModelError: the layer has coded weights.
     """
     check_joinable(layer, "a layer")
     first, second = layer.factors()
@@ -60,7 +60,7 @@ def check_joinable(layer: Any, where: str) -> None:
     """Refuse a layer that cannot take an update in.
 
     Raises:
-        ModelError: it has integer weights; `where` is its name.
+        ModelError: it has coded weights; `where` is its name.
     """
     if layer.weights != "native":
         raise ModelError(

@@ -27,7 +27,7 @@ def merge_adapter(model: Any, *, grow: bool = False) -> tuple[Any, dict[str, flo
 
     Raises:
         MissingExtraError: PEFT is not installed.
-        ModelError: a layer with integer weights has an adapter; nothing is merged.
+        ModelError: a layer with coded weights has an adapter; nothing is merged.
     """
     require_peft()
     from spectrim.refine.peft_layers import LoraCompressed

@@ -63,7 +63,7 @@ class LoraCompressed(Linear):
         """Join adapters with the layer.
 
         Raises:
-            ModelError: the layer has integer weights, or the adapter a bias of its own.
+            ModelError: the layer has coded weights, or the adapter a bias of its own.
         """
         self.check_mergeable("a layer")
         for name in check_adapters_to_merge(self, adapter_names):
@@ -85,7 +85,7 @@ class LoraCompressed(Linear):
         """Refuse what cannot be joined.
 
         Raises:
-            ModelError: the layer has integer weights, or an adapter a bias of its own.
+            ModelError: the layer has coded weights, or an adapter a bias of its own.
         """
         check_joinable(self.get_base_layer(), where)
         if any(up.bias is not None for up in self.lora_B.values()):
@@ -115,7 +115,7 @@ def _prepare_compressed(self: Any, peft_config: Any, model: Any) -> None:
     rounded = [name for name, layer in layers.items() if layer.weights != "native"]
     if rounded and str(peft_config.target_modules).lower() == "all-linear":
         raise InputError(
-            f"target_modules='all-linear' would leave out {len(rounded)} layers with integer "
+            f"target_modules='all-linear' would leave out {len(rounded)} layers with coded "
             f"weights ({rounded[0]}, ...), whose parts are no linear modules; name the "
             "projections, as in ['q_proj', 'v_proj']"
         )

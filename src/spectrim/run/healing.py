@@ -127,7 +127,7 @@ def heal_model(
         teacher: the original, whose next-token distribution is then the aim instead of the text.
 
     Raises:
-        ModelError: nothing compressed, integer weights, or a teacher with another vocabulary.
+        ModelError: nothing compressed, coded weights, or a teacher with another vocabulary.
         ArtifactError: the result has no report to continue.
         MissingExtraError: adapters without PEFT.
         TextError, InputError: too little text.
@@ -177,7 +177,7 @@ def _trainable(loaded: LoadedModel) -> dict[str, Any]:
     """The compressed layers, all of native numbers.
 
     Raises:
-        ModelError: there are none, or some have integer weights.
+        ModelError: there are none, or some have coded weights.
     """
     layers = compressed_layers(loaded.model)
     if not layers:
@@ -186,9 +186,9 @@ def _trainable(loaded: LoadedModel) -> dict[str, Any]:
     if rounded:
         name, layer = next(iter(rounded.items()))
         raise ModelError(
-            f"{len(rounded)} of {len(layers)} layers of {loaded.name} have integer weights ({name} "
+            f"{len(rounded)} of {len(layers)} layers of {loaded.name} have coded weights ({name} "
             f"{layer.weights}), which do not train; heal a result in native numbers, or train a "
-            "PEFT adapter beside the integers"
+            "PEFT adapter beside the codes"
         )
     return layers
 

@@ -122,7 +122,7 @@ def uncut_bytes(model: Any, work: Work) -> dict[str, int]:
 
 
 def paths_of(model: nn.Module) -> dict[str, int]:
-    """How the products with integer weights run -> how many matrices; empty without any."""
+    """How the products with coded weights run -> how many matrices; empty without any."""
     found: Counter[str] = Counter()
     for module in model.modules():
         if isinstance(module, PrepackedCodes):

@@ -3,7 +3,7 @@
 What is stored best does not always run best. Six changes are known, each exact up to the rounding
 of a product, and each is made where it pays:
 
-- *restored*: integer weights that no kernel reads here are restored once, not for every product;
+- *restored*: coded weights that no kernel reads here are restored once, not for every product;
 - *unpacked*: away from CPUs, where a gather and a cat are two launches more, a packed layer becomes
   two factors with the very numbers that it stores, for k² numbers more;
 - *ordered*: weights and codes go into the order of a device's kernels, if it has any (`prepack`);

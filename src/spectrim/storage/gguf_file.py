@@ -76,16 +76,7 @@ def export_gguf(folder: str | Path, output: str | Path, *, overwrite: bool = Fal
             f"{', '.join(ARCHITECTURES)}. Export it --dense and use the engine's own script"
         )
     for target in matrices.rounded:
-        if not coded(target).integer:
-            raise InputError(
-                f"{target.name} has {target.weights} numbers, of which GGUF has no type; int8-g32 "
-                "is the nearest format that it holds"
-            )
-        if target.in_features % BLOCK:
-            raise InputError(
-                f"{target.name} has {target.in_features} inputs, which are no whole blocks of "
-                f"{BLOCK}; protect it with --skip '{target.name}', and it is written as it is"
-            )
+        _check(target)
     with new_folder(output, overwrite=overwrite) as destination:
         writer: Any = gguf.GGUFWriter(destination / FILE, architecture)
         add_network(writer, config, name=config.name_or_path or source.name)
@@ -108,6 +99,20 @@ def export_gguf(folder: str | Path, output: str | Path, *, overwrite: bool = Fal
             if path.is_file() and LICENSES.fullmatch(path.name):
                 shutil.copyfile(path, destination / path.name)
     return Path(output)
+
+
+def _check(target: StoredTarget) -> None:
+    """Refuse what no type of GGUF holds."""
+    if not coded(target).integer:
+        raise InputError(
+            f"{target.name} has {target.weights} numbers, of which GGUF has no type; int8-g32 is "
+            "the nearest format that it holds"
+        )
+    if target.in_features % BLOCK:
+        raise InputError(
+            f"{target.name} has {target.in_features} inputs, which are no whole blocks of "
+            f"{BLOCK}; protect it with --skip '{target.name}', and it is written as it is"
+        )
 
 
 def _bytes_dtype() -> Any:

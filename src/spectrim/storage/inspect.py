@@ -168,7 +168,7 @@ def _native_dtype(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry])
 def _stated(entry: LayerEntry) -> tuple[int, int, int]:
     """(out, in, rank) from the configuration, with rank 0 for a layer that was not cut."""
     if entry.shape is None:
-        raise ValueError("an entry with integer weights has a shape, see parse_table")
+        raise ValueError("an entry with coded weights has a shape, see parse_table")
     return (*entry.shape, entry.rank or 0)
 
 

@@ -53,7 +53,7 @@ def export_onnx(folder: str | Path, output: str | Path, *, overwrite: bool = Fal
 
     Raises:
         MissingExtraError: `onnxscript` is not installed.
-        InputError: integer weights, which the engines' own compression makes.
+        InputError: coded weights, which the engines' own compression makes.
         ModelError: the architecture cannot be written as one graph; gives torch's reason.
         ArtifactError: `folder` is damaged.
         OutputError: the destination is taken or cannot be written.
@@ -66,7 +66,7 @@ def export_onnx(folder: str | Path, output: str | Path, *, overwrite: bool = Fal
     rounded = [name for name, entry in layers.items() if entry.weights != "native"]
     if rounded:
         raise InputError(
-            f"{len(rounded)} layers of {source} have integer weights ({rounded[0]}, ...), which "
+            f"{len(rounded)} layers of {source} have coded weights ({rounded[0]}, ...), which "
             "ONNX engines make themselves of a graph in native numbers; export a result with "
             "--weights native and let the engine round it"
         )

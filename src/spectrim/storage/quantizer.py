@@ -151,7 +151,7 @@ class SpectrimQuantizer(HfQuantizer):
     def is_qat_trainable(self) -> bool:
         """Lets transformers' `Trainer` train all parameters, where all weights are parameters.
 
-        With integer weights it would train norms and embeddings and nothing else; it asks for an
+        With coded weights it would train norms and embeddings and nothing else; it asks for an
         adapter instead.
         """
         table = self.quantization_config.table

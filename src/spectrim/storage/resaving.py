@@ -24,7 +24,7 @@ CARD = "README.md"
 
 
 def take_casts(model: Any) -> None:
-    """Let a model with compressed layers be cast; scales of integer weights keep their dtype."""
+    """Let a model with compressed layers be cast; scales of coded weights keep their dtype."""
     model.half = partial(nn.Module.half, model)
     model.float = partial(nn.Module.float, model)
 

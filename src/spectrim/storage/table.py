@@ -35,10 +35,10 @@ class LayerEntry(BaseModel):
     """How one compressed layer is stored.
 
     Attributes:
-        rank: components kept; None for a target that was not cut but has integer weights.
+        rank: components kept; None for a target that was not cut but has coded weights.
         storage: a kind of `layers.layout`.
         weights: number formats of its parts, joined by `+` where they differ.
-        shape: (out, in), with integer weights, whose tensors do not tell.
+        shape: (out, in), with coded weights, whose tensors do not tell.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")

@@ -66,7 +66,7 @@ class Piece:
         outputs: rows that one rank computes, by the parts that vLLM shards separately. A piece
             that is fused in the checkpoint already (a stored `qkv_proj`) has several.
         weights: number formats of its parts.
-        shape: (out, in) as stored, where it has integer weights.
+        shape: (out, in) as stored, where it has coded weights.
     """
 
     name: str
