@@ -103,6 +103,16 @@ def test_the_fast_kernel_computes_what_the_portable_path_computes():
 
 
 @pytest.mark.parametrize("weights", FORMATS)
+def test_products_in_fp16_are_finite_wherever_their_values_are(weights):
+    W = draw(32, 512, seed=1) / 50
+    x = 300 * draw(3, 512, seed=2)
+    layer = QuantizedLinear.from_weight(W, None, weights, dtype=torch.float16)
+    exact = x @ layer.wide_weight().double().mT
+    assert 200 < exact.abs().max() < 1000
+    assert torch.allclose(layer(x.half()).double(), exact, rtol=1e-2, atol=1)
+
+
+@pytest.mark.parametrize("weights", FORMATS)
 def test_casting_the_model_leaves_the_stored_numbers(weights):
     layer = compressed("factored", 24, 40, 8, weights)
     before = copy.deepcopy(layer.state_dict())

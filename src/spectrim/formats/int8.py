@@ -62,9 +62,11 @@ class Int8(Coded):
         return stored
 
     def multiply(self, x: Tensor, tensors: Mapping[str, Tensor], columns: int) -> Tensor:
-        """`(x qᵀ) scale`, by torch's kernel where it suits."""
+        """`(x qᵀ) scale`, by torch's kernel where it suits; in fp16 the restored matrix."""
         import torch
 
+        if x.dtype == torch.float16:  # sums of codes leave its range where outputs do not
+            return super().multiply(x, tensors, columns)
         codes, scale = tensors["codes"], tensors["scale"]
         if not x.requires_grad and self.reads_codes(tensors, x.dtype):  # has no gradient
             # Scales of one: the kernel would round ours to bf16, one error for a whole row.
@@ -91,6 +93,10 @@ class Int8(Coded):
 
     def path(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> str:
         """The kernel's name where it runs."""
+        import torch
+
+        if dtype == torch.float16:
+            return super().path(tensors, dtype)
         suits = self.reads_codes(tensors, dtype)
         return "torch's int8 kernel" if suits else "codes cast for every product"
 
