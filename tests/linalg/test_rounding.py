@@ -5,6 +5,7 @@ import torch
 
 from spectrim.errors import NonFiniteError
 from spectrim.linalg.rounding import COLUMNS, Grid, Metric
+from spectrim.linalg.scaling import row_and_column_sizes
 
 
 def draw(*shape, seed=0):
@@ -112,3 +113,20 @@ def test_stacked_grids_round_as_each_alone():
     fine = grid(4, n)
     both = metric.codes(W.repeat(2, 1), Grid.stacked([coarse, fine]))
     assert torch.equal(both, torch.cat([metric.codes(W, coarse), metric.codes(W, fine)]))
+
+
+def test_a_channel_that_others_predict_does_not_take_up_all_errors():
+    # Two channels that are one and a little noise: without the prior the second rounds away what
+    # the first cannot hold, by many of its own steps, and other tokens pay for it.
+    n = 24
+    base = draw(4096, n)
+    base[:, 1] = 20 * base[:, 0] + 1e-4 * base[:, 1]
+    C = base.mT @ base / len(base)
+    W = draw(16, n)
+    columns = row_and_column_sizes(W)[1]
+    g = Grid(torch.full((16, n), 0.02, dtype=torch.float64), None, -127, 127)
+    plain, calm = Metric.of(C, name="t"), Metric.of(C, name="t", sizes=columns)
+    errors = [g.values(m.codes(W, g), dtype=torch.float64) - W for m in (plain, calm)]
+    assert torch.equal(calm.C, plain.C)
+    assert errors[1].norm() < errors[0].norm()
+    assert calm.loss(errors[1]).sum() < 1.2 * plain.loss(errors[0]).sum()

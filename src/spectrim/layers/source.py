@@ -11,6 +11,7 @@ from torch import Tensor
 from spectrim.linalg.least_squares import least_squares_map
 from spectrim.linalg.psd import cholesky_damped
 from spectrim.linalg.rounding import Metric
+from spectrim.linalg.scaling import row_and_column_sizes
 from spectrim.tolerances import LEAST_SQUARES_RIDGE
 
 
@@ -40,7 +41,8 @@ class Source:
         """Of the inputs, for rounding; None without moments or where no input was ever seen."""
         if self.C is None or not self.C.any():
             return None
-        return Metric.of(self.C.to(self.W), name=self.name)
+        _, columns = row_and_column_sizes(self.W)
+        return Metric.of(self.C.to(self.W), name=self.name, sizes=columns)
 
     def metric_behind(self, first: Tensor) -> Metric | None:
         """Of what a first factor (k, in) passes on: `first C firstᵀ`."""

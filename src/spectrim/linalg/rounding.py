@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectrim.linalg.psd import cholesky_damped, symmetrized
+from spectrim.linalg.psd import cholesky_damped, shrunk, symmetrized
 from spectrim.linalg.turn import COLUMNS, Turn, nearest
-from spectrim.tolerances import ROUNDING_DAMPING
+from spectrim.tolerances import ROUNDING_DAMPING, ROUNDING_PRIOR
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,15 +94,20 @@ class Metric:
     d: Tensor
 
     @classmethod
-    def of(cls, C: Tensor, *, name: str) -> Metric:
+    def of(cls, C: Tensor, *, name: str, sizes: Tensor | None = None) -> Metric:
         """Factor a moment matrix, damped.
+
+        With the squared sizes of the columns that are rounded it is shrunk a little toward
+        channels of equal worth. A channel that others predict, or that hardly speaks, would
+        otherwise take up everything they pass on, to the end of its grid and beyond.
 
         Raises:
             NotPositiveDefiniteError, NonFiniteError, NumericalError: see `cholesky_damped`.
         """
         C = symmetrized(C, name=name)
-        order = C.diagonal().argsort(stable=True)
-        damped = C[order][:, order].clone()
+        weighed = C if sizes is None else shrunk(C, ROUNDING_PRIOR, sizes.to(C))
+        order = weighed.diagonal().argsort(stable=True)
+        damped = weighed[order][:, order].clone()
         # A channel that calibration never saw is as important as the least that it has seen.
         own = damped.diagonal().clone()
         seen = own[own > 0]

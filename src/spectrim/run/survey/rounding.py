@@ -59,7 +59,7 @@ def rounding_losses(
         return {}  # nothing is at stake here, and shares of nothing are as good
     L, _ = root
     C, G = shrunk(C, choice.shrink_in, columns), L @ L.mT
-    metric = Metric.of(moments.C, name=name)
+    metric = Metric.of(moments.C, name=name, sizes=columns)
     forms = [form for form in forms if form.coded]
     whole_forms = [form for form in forms if not form.low_rank]
     errors = _errors(W, [_row(form.weights) for form in whole_forms], metric)
