@@ -6,10 +6,10 @@ own, and compares the peak resident memory of that process with the size of the 
 
     python benchmarks/out_of_core.py --folder /tmp/big --recipes svd-llm svd
     python benchmarks/out_of_core.py --folder /tmp/big --experts 64 --blocks 12 --width 2048 \
-        --inner 768 --recipes svd-llm --only 'model.layers.0.*' 'model.layers.6.*' \
+        --inner 768 --recipes svd-llm --only 'model.layers.6.*' \
         --result benchmarks/results/out_of_core_experts.json
 
-The second is a mixture; a block takes minutes, so only two are compressed, and the others are read,
+The second is a mixture; a block takes minutes, so only one is compressed, and the others are read,
 run and written.
 """
 
