@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-NATS = "nats per token"
+from spectrim.allocate.rules import NATS
 
 OFF = "such predictions were off by factors from 0.6 to 8 where they were measured"
 """docs/evaluation.md has the measurements."""

@@ -84,12 +84,11 @@ def costs(recipe: Recipe, setting: Setting, sizes: Sizes, room: Room) -> dict[st
         products = (FORWARDS[room.backward] + 1) * forward + 2 * head
         if "G" in objective.outputs:
             products += outputs + inputs
-        found["gradients"] = Cost(share * products)
         held = recipe.allocate.held_out if gathers and recipe.allocate.score == "kfac" else 0.0
+        found["gradients"] = Cost((share - held) * products)
         if held:
             again = (FORWARDS["by block"] - FORWARDS[room.backward]) * forward
             again += 2.0 * tokens * sizes.blocks * sum(min(s) * sum(s) for s in sizes.linears)
-            found["gradients"] = Cost((1 - held) * products)
             found["held out"] = Cost(held * (products + again), VECTORS * work)
     sequential = recipe.flow == "sequential"
     if RULES[recipe.allocate.rule].surveys:

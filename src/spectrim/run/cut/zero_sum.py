@@ -121,18 +121,19 @@ def _corrected_weights(
         The fp32 weights of the corrected targets: the modules' own, or copies where those are
         narrower.
     """
-    cut = [t for t in job.anatomy.targets if plan[t.name].rank is not None]
-    for target in job.anatomy.targets:
-        rank = plan[target.name].rank
+    ranks = [(target, plan[target.name].rank) for target in job.anatomy.targets]
+    for target, rank in ranks:
         whole = originals[target.name] if rank is None else _at_rank(job, survey, target, rank)
         _write(job, target, whole)
     give_back()
     gradients = _gradients(job, step.windows, draws)
     exact = {}
-    for target in cut:
+    for target, rank in ranks:
+        if rank is None:
+            continue
         moved = corrected(
             originals[target.name].to(job.device),
-            _at_rank(job, survey, target, plan[target.name].rank or 0),
+            _at_rank(job, survey, target, rank),
             [g.pop(target.name).to(job.device) for g in gradients],
             name=target.name,
         )

@@ -24,6 +24,7 @@ from spectrim.model.stream import Stream
 from spectrim.model.weights import get_module, replace_module
 from spectrim.run.job import Job
 from spectrim.run.parts.cutting import cut_layer
+from spectrim.run.parts.passing import advance
 from spectrim.run.recorded import recorded
 from spectrim.storage.survey_record import Factors
 
@@ -157,7 +158,7 @@ def _probe(
         for part in parts:
             for block in blocks[passed : part[0].block.index]:
                 with job.keeper.at_hand(block):
-                    replay.advance(block.index, replay.stream, job.batch, job.device)
+                    advance(job, replay, block)
             passed = part[0].block.index
             sums += judge(replay, _run_together(job, replay, part, factors, stage))
         totals = torch.tensor(sums, dtype=torch.float64)
