@@ -1,12 +1,18 @@
 """What layer classes store: exact losses against plain rounding, and no loss where none is due."""
 
+import itertools
+from dataclasses import replace
+
 import pytest
 import torch
 
 from spectrim.layers.dense import QuantizedDense
 from spectrim.layers.lowrank import LowRankLinear
 from spectrim.layers.quantized import quantize_layer, rounded
+from spectrim.layers.residual import ResidualLinear
 from spectrim.layers.source import Source
+
+DTYPE = torch.float32
 
 
 def draw(*shape, seed=0):
@@ -60,3 +66,62 @@ def test_without_moments_everything_is_rounded_to_nearest():
     W = draw(24, 40)
     stored = QuantizedDense.stored(Source("t", W), None, "int4-g32", dtype=torch.float32)
     assert torch.equal(stored.dense_weight().double(), rounded(W, "int4-g32", torch.float32))
+
+
+@pytest.mark.parametrize("base", ["int4-g64", "int3-g32", "int2-g64"])
+def test_a_residual_loses_less_than_its_base_and_less_with_every_component(base):
+    one = source()
+    alone = exact(one, QuantizedDense.stored(one, None, base, dtype=torch.float32).dense_weight())
+    losses = [alone]
+    for rank in (2, 4, 8, 16):
+        layer = ResidualLinear.stored(one, rank, f"{base}+int8", dtype=torch.float32)
+        losses.append(exact(one, layer.dense_weight()))
+        assert (layer.storage, layer.weights, layer.rank) == ("residual", f"{base}+int8", rank)
+    assert all(b < 0.9 * a for a, b in itertools.pairwise(losses))
+
+
+def test_turns_lose_less_than_the_residual_of_a_base_rounded_alone():
+    one = source()
+    base = QuantizedDense.stored(one, None, "int3-g32", dtype=torch.float32).dense_weight()
+    rest = one.beside(base.double(), 8)
+    alone = exact(one, base.double() + rest.factors[0] @ rest.factors[1])
+    layer = ResidualLinear.stored(one, 8, "int3-g32+int8", dtype=torch.float32)
+    assert exact(one, layer.dense_weight()) < 0.8 * alone
+
+
+def test_the_leading_factors_are_the_best_in_both_moments_and_follow_rescaled_channels():
+    one = source()
+    up, down = one.leading(5)
+    left, right = torch.linalg.cholesky(one.G), torch.linalg.cholesky(one.C)
+    s = torch.linalg.svdvals(left.mT @ one.W @ right)
+    assert one.loss(up @ down) == pytest.approx(0.5 * float(s[5:].square().sum()), rel=1e-9)
+    torch.testing.assert_close(up.mT @ one.G @ up, torch.eye(5).double())
+    inputs = torch.logspace(-1, 1, 64, dtype=torch.float64)
+    outputs = torch.logspace(1, -1, 40, dtype=torch.float64)
+    moved = Source(
+        "t",
+        outputs[:, None] * one.W / inputs,
+        C=inputs[:, None] * one.C * inputs,
+        G=one.G / outputs / outputs[:, None],
+    )
+    again = torch.mm(*moved.leading(5))
+    torch.testing.assert_close(again, outputs[:, None] * (up @ down) / inputs)
+
+
+@pytest.mark.parametrize("moments", [False, True])
+def test_a_matrix_that_its_base_holds_has_an_empty_correction(moments):
+    one = source()
+    C, G = (one.C, one.G) if moments else (None, None)
+    held = rounded(one.W, "int4-g32", torch.float32)
+    for W in (torch.zeros_like(held), held):
+        layer = ResidualLinear.stored(Source("t", W, C=C, G=G), 2, "int4-g32+int8", dtype=DTYPE)
+        torch.testing.assert_close(layer.dense_weight().double(), W, rtol=0, atol=1e-6)
+
+
+def test_a_residual_multiplies_as_the_matrix_it_stands_for_and_keeps_its_bias():
+    one = replace(source(), bias=draw(40, seed=9))
+    layer = ResidualLinear.stored(one, 4, "int3-g32+int8", dtype=DTYPE)
+    x = draw(3, 5, 64, seed=10).float()
+    expected = torch.nn.functional.linear(x, layer.dense_weight(), one.bias.float())
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-3)
+    assert torch.equal(layer.bias, one.bias.float())

@@ -6,16 +6,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from spectrim.formats import FORMATS, JOINT, format_of
+from spectrim.formats import FORMATS, JOINT, NumberFormat, format_of
 from spectrim.layers.layout import LAYERS, layout_of
 
 AUTO = "auto"
 """In place of a number format: the plan chooses one for every target."""
 
+RESIDUAL = "residual"
+"""The storage of a rounded matrix and a low-rank correction."""
+
 EVERY = ("*",)
 """Patterns of formats that leave none out."""
 
 _FACTOR_BITS = (4, 3)
+
+_BASES = ("int4-g64", "int4-g128", "int3-g128", "int2-g128")
+"""Of residuals with factors of 8 bits: every other base costs a survey as much, and was hardly
+ever taken on the bundled model."""
 
 _NEVER = ("int4", "int8-g32", "int8-g64")
 """Formats that no plan takes: zero points, and small groups of eight bits, cost more than they
@@ -49,6 +56,26 @@ class Form:
         return layout_of(self.storage, self.weights).low_rank
 
     @property
+    def whole(self) -> bool:
+        """Whether nothing is cut, so that rounding is all that it loses."""
+        return layout_of(self.storage, self.weights).whole
+
+    def ranks(self, most: int) -> tuple[int, ...]:
+        """The few ranks that it is offered with, up to `most`; empty where it may have any."""
+        return tuple(k for k in layout_of(self.storage).ranks if k <= most)
+
+    @property
+    def base(self) -> str:
+        """The format of its first part."""
+        return self.weights.split(JOINT)[0]
+
+    @property
+    def factor_formats(self) -> tuple[NumberFormat, NumberFormat]:
+        """Of `up` and `down`; their stand-ins where it has other parts."""
+        *_, up, down = layout_of(self.storage, self.weights).formats.values()
+        return up, down
+
+    @property
     def coded(self) -> bool:
         """Whether anything in it is rounded to codes."""
         return layout_of(self.storage, self.weights).coded
@@ -67,7 +94,7 @@ def low_rank_forms(storage: str, weights: str, formats: Sequence[str] = EVERY) -
     """
     kinds = [name for name, row in LAYERS.items() if row.automatic]
     kinds = kinds if storage == AUTO else [storage]
-    if not all(LAYERS[kind].low_rank for kind in kinds):
+    if any(LAYERS[kind].whole for kind in kinds):
         return ()
     if weights != AUTO:
         return tuple(Form(kind, weights) for kind in kinds)
@@ -81,8 +108,23 @@ def low_rank_forms(storage: str, weights: str, formats: Sequence[str] = EVERY) -
     return (*native, *(form for form in every if _allowed(form, formats)))
 
 
+def whole_forms(storage: str, weights: str, formats: Sequence[str] = EVERY) -> tuple[Form, ...]:
+    """The forms of targets that are not cut that a recipe's storage choice allows.
+
+    Residuals are among them where the plan chooses among all storages, or is asked for them; beside
+    one with a base of its own, the base alone.
+    """
+    if storage not in (AUTO, RESIDUAL) or (storage == AUTO and weights != AUTO):
+        return dense_forms(weights, formats)
+    if weights != AUTO:
+        residual = Form(RESIDUAL, weights)
+        return (*dense_forms(residual.base), residual)
+    residuals = (Form(RESIDUAL, f"{base}{JOINT}int8") for base in _BASES)
+    return (*dense_forms(AUTO, formats), *(form for form in residuals if _allowed(form, formats)))
+
+
 def dense_forms(weights: str, formats: Sequence[str] = EVERY) -> tuple[Form, ...]:
-    """The forms of targets that are not cut: their own numbers, and codes where asked for."""
+    """The forms of whole matrices: their own numbers, and codes where asked for."""
     native = Form("dense")
     if weights == AUTO:
         every = [name for name, row in FORMATS.items() if row.coded and name not in _NEVER]

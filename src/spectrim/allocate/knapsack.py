@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from spectrim.allocate.budget import budget_bytes
+from spectrim.allocate.budget import budget_bytes, bytes_by_rank
 from spectrim.allocate.choice import choose
 from spectrim.allocate.curve import Curve, Score, as_numpy, loss_by_rank
 from spectrim.allocate.forms import Form
@@ -66,7 +66,7 @@ def knapsack(
         forms = (*limits.forms, *limits.whole)
     if not forms:
         raise InputError("forms is empty: expected at least one form to choose from")
-    cut = {i: ladders_for(curves, limits.of(f)) for i, f in enumerate(forms) if f.low_rank}
+    cut = {i: ladders_for(curves, limits.of(f)) for i, f in enumerate(forms) if not f.whole}
     parts = [
         _parts(
             curve,
@@ -74,7 +74,7 @@ def knapsack(
             {i: ladders[place] for i, ladders in cut.items()},
             loss_by_rank(curve, score),
             scale or {},
-            limits.dtype_bytes,
+            limits,
         )
         for place, curve in enumerate(curves)
     ]
@@ -100,19 +100,26 @@ def _parts(
     ladders: Mapping[int, Ladder],
     losses: np.ndarray,
     scale: Mapping[str, float],
-    dtype_bytes: int,
+    limits: Limits,
 ) -> list[Ways]:
     """The ways of one target in each form."""
     parts = []
     whole = float(losses[0])
     for i, form in enumerate(forms):
         added = scale.get(ROUNDING, 1.0) * _rounding(curve, form, whole)
-        if form.low_rank:
+        if not form.whole:
             ranks = ladders[i].ranks
             loss = scale.get(CUTTING, 1.0) * losses[ranks] + added[ranks % added.size]
             parts.append(Ways.of_one(i, ranks, ladders[i].bytes[:-1], loss))
+        elif form.low_rank:
+            offered = form.ranks(curve.rank)
+            ranks = np.array([k for k in offered if k % limits.multiple == 0], dtype=np.int64)
+            options = {"storage": form.storage, "weights": form.weights}
+            by_rank = bytes_by_rank(curve.shape, **options, dtype_bytes=limits.dtype_bytes)
+            stored = curve.copies * by_rank[ranks]
+            parts.append(Ways.of_one(i, ranks, stored, added[ranks % added.size]))
         else:
-            stored = np.array([whole_bytes(curve, form, dtype_bytes)])
+            stored = np.array([whole_bytes(curve, form, limits.dtype_bytes)])
             parts.append(Ways.of_one(i, np.array([0]), stored, added))
     return parts
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from spectrim.allocate.budget import Shape, budget_bytes, bytes_by_rank, layer_bytes
 from spectrim.allocate.curve import Curve
-from spectrim.allocate.forms import EVERY, Form, dense_forms, low_rank_forms
+from spectrim.allocate.forms import EVERY, Form, low_rank_forms, whole_forms
 from spectrim.allocate.plan import Plan, PlanEntry, Storage, Weights
 from spectrim.errors import BudgetError, InputError
 
@@ -27,7 +27,7 @@ class Limits:
     Attributes:
         dtype_bytes: of the model's dtype.
         storage: low-rank storage that is allowed; `auto` takes the smaller one at each rank, with
-            `dense` nothing is cut.
+            `dense` and `residual` nothing is cut.
         weights: number formats of the low-rank matrices, or `auto` for all that pay; dense layers
             stay native, but for the knapsack.
         floor: least rank as a share of the break-even rank of factored native storage.
@@ -58,7 +58,7 @@ class Limits:
     @property
     def whole(self) -> tuple[Form, ...]:
         """The forms of a target that is not cut."""
-        return dense_forms(self.weights, self.formats)
+        return whole_forms(self.storage, self.weights, self.formats)
 
     def of(self, form: Form) -> Limits:
         """The same limits with one form to choose."""
@@ -132,7 +132,11 @@ def smallest_keep(curves: Sequence[Curve], limits: Limits) -> float:
     lowest = sum(int(x.bytes[0]) for x in ladders)
     if not limits.forms:
         lowest = sum(
-            min(whole_bytes(x.curve, form, limits.dtype_bytes) for form in limits.whole)
+            min(
+                whole_bytes(x.curve, form, limits.dtype_bytes)
+                for form in limits.whole
+                if not form.low_rank
+            )
             for x in ladders
         )
     return lowest / sum(x.dense_bytes for x in ladders)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeAlias
+
+from spectrim.layers.layout import layout_of
 
 Storage: TypeAlias = str
 """A storage kind of `layers.layout`."""
@@ -18,7 +20,8 @@ class PlanEntry:
 
     Attributes:
         name: the target's module path.
-        rank: number of components kept, None where the original weight stays dense.
+        rank: number of components kept, None where the original weight stays dense; of a residual,
+            those of its correction.
         storage: how the kept matrix is stored.
         weights: number formats of its parts; `native` is the model's dtype.
         bytes: stored bytes of the layer, bias included.
@@ -38,6 +41,16 @@ class PlanEntry:
     def kept(self) -> float:
         """Stored bytes of this target over its dense bytes."""
         return self.bytes / self.dense_bytes
+
+    @property
+    def cut(self) -> bool:
+        """Whether components of the original matrix are dropped."""
+        return self.rank is not None and not layout_of(self.storage).whole
+
+    @property
+    def corrected(self) -> bool:
+        """Whether it is stored whole, with a correction of a small rank beside it."""
+        return self.rank is not None and not self.cut
 
     @property
     def converts(self) -> bool:
@@ -73,6 +86,12 @@ class Plan:
         """Sum of the entries' predicted losses, None where the rule predicts nothing."""
         losses = [e.loss for e in self.entries]
         return None if any(v is None for v in losses) else sum(v for v in losses if v is not None)
+
+    @property
+    def cuts(self) -> Plan:
+        """The plan as far as it cuts: what is stored whole has no rank."""
+        entries = (e if e.cut else replace(e, rank=None) for e in self.entries)
+        return replace(self, entries=tuple(entries))
 
     def __getitem__(self, name: str) -> PlanEntry:
         for entry in self.entries:

@@ -8,7 +8,7 @@ from typing import Any
 
 from spectrim.allocate.budget import layer_bytes
 from spectrim.allocate.curve import Curve, as_numpy
-from spectrim.allocate.forms import AUTO, Form
+from spectrim.allocate.forms import AUTO, RESIDUAL, Form
 from spectrim.allocate.ladder import Limits
 from spectrim.allocate.plan import Plan
 from spectrim.formats import FORMATS
@@ -88,6 +88,6 @@ def judged_forms(
         curves: the targets' shapes.
         keep: where it is the only one, None for plans of any size.
     """
-    if limits.weights == AUTO:
+    if limits.weights == AUTO or limits.storage == RESIDUAL:
         return (*limits.forms, *limits.whole)
     return YARDSTICKS if keep is None else yardsticks_for(curves, keep, limits.dtype_bytes)

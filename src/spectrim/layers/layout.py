@@ -43,7 +43,9 @@ class Layout:
         sides: shapes of native parts by path below the layer -> (out, in, rank); None where they
             do not tell.
         orders: (out, in) -> path -> length, of the tensors that hold a permutation.
-        low_rank: whether the kind has a rank; one without keeps every component.
+        low_rank: whether the kind has a rank.
+        whole: whether every component is kept, so that nothing is lost but by rounding.
+        ranks: that are offered; any where empty.
         automatic: whether the storage `auto` chooses among it and others.
         weights: number formats, see `formats_of`.
     """
@@ -55,6 +57,8 @@ class Layout:
     sides: Callable[[Mapping[str, Shape]], tuple[int, int, int]] | None = None
     orders: Callable[[int, int], dict[str, int]] = lambda out_features, in_features: {}
     low_rank: bool = True
+    whole: bool = False
+    ranks: tuple[int, ...] = ()
     automatic: bool = True
     weights: str = "native"
 
@@ -173,6 +177,7 @@ LAYERS: Mapping[str, Layout] = MappingProxyType(
                 lambda m, n, k: {"inner": (m, n)},
                 "inner.bias",
                 low_rank=False,
+                whole=True,
                 automatic=False,
             ),
             Layout(
@@ -189,6 +194,15 @@ LAYERS: Mapping[str, Layout] = MappingProxyType(
                 "bias",
                 sides=_packed_sides,
                 orders=lambda m, n: {"order": min(m, n)},
+            ),
+            Layout(
+                "residual",
+                "spectrim.layers.residual:ResidualLinear",
+                lambda m, n, k: {"base": (m, n), "up": (m, k), "down": (k, n)},
+                "base.bias",
+                whole=True,
+                ranks=(2, 4, 8, 16, 32),
+                automatic=False,
             ),
         )
     }
@@ -214,16 +228,16 @@ def layout_of(kind: str, weights: str = "native") -> Layout:
 
 
 def known_kind(kind: str) -> str:
-    """The kind itself, if low-rank matrices can be stored so; `auto` is the smallest of some.
+    """The kind itself, if cut matrices can be stored so; `auto` is the smallest of some.
 
     Raises:
         ValueError: they cannot; quotes what is known.
     """
-    return _known(kind, [*(name for name, layout in LAYERS.items() if layout.low_rank), "auto"])
+    return _known(kind, [*(name for name, layout in LAYERS.items() if not layout.whole), "auto"])
 
 
 def known_storage(kind: str) -> str:
-    """The kind itself, if a recipe may ask for it: also `dense`, with which nothing is cut.
+    """The kind itself, if a recipe may ask for it: also `dense` and `residual`, which cut nothing.
 
     Raises:
         ValueError: it may not; quotes what is known.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -12,6 +12,7 @@ from spectrim.linalg.least_squares import least_squares_map
 from spectrim.linalg.psd import cholesky_damped
 from spectrim.linalg.rounding import Metric
 from spectrim.linalg.scaling import row_and_column_sizes
+from spectrim.linalg.truncated import leading_factors
 from spectrim.tolerances import LEAST_SQUARES_RIDGE
 
 
@@ -44,6 +45,24 @@ class Source:
         _, columns = row_and_column_sizes(self.W)
         return Metric.of(self.C.to(self.W), name=self.name, sizes=columns)
 
+    @cached_property
+    def root(self) -> Tensor | None:
+        """`L` with `L Lᵀ = G`; None where all directions count alike."""
+        return None if self.G is None else cholesky_damped(self.G, name=self.name)[0]
+
+    def leading(self, rank: int) -> tuple[Tensor, Tensor]:
+        """The best `up` (out, k) and `down` (k, in) for W in both moments, `upᵀ G up = I`."""
+        return leading_factors(self.W, self.C, self.root, rank, name=self.name)
+
+    def beside(self, part: Tensor, rank: int) -> Source:
+        """What is left to stand for beside `part` (out, in), with its best factors of a rank."""
+        W = self.W - part
+        factors = leading_factors(W, self.C, self.root, rank, name=self.name)
+        rest = replace(self, W=W, bias=None, factors=factors)
+        # The same moments: neither is factored a second time.
+        rest.__dict__.update(metric=self.metric, root=self.root)
+        return rest
+
     def metric_behind(self, first: Tensor) -> Metric | None:
         """Of what a first factor (k, in) passes on: `first C firstᵀ`."""
         seen = first @ first.mT if self.C is None else first @ self.C.to(first) @ first.mT
@@ -67,10 +86,10 @@ class Source:
 
     def orthonormal(self, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
         """The same product with `upᵀ G up = I`: errors of `down` then cost alike in all rows."""
-        if self.G is None:
+        L = self.root
+        if L is None:
             Q, R = torch.linalg.qr(up)
             return Q, R @ down
-        L, _ = cholesky_damped(self.G, name=self.name)
         Q, R = torch.linalg.qr(L.mT @ up)
         return torch.linalg.solve_triangular(L.mT, Q, upper=True), R @ down
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spectrim.linalg.psd import symmetric_eigh
+
 
 @dataclass(frozen=True)
 class ColumnSpace:
@@ -41,3 +43,30 @@ def column_space(W: Tensor) -> ColumnSpace:
 def core_of(W: Tensor) -> Tensor:
     """The core of `column_space` alone, (min(out, in), in): all that a spectrum depends on."""
     return W if W.shape[0] <= W.shape[1] else torch.linalg.qr(W, mode="r").R
+
+
+def leading_factors(
+    W: Tensor, C: Tensor | None, root: Tensor | None, rank: int, *, name: str
+) -> tuple[Tensor, Tensor]:
+    """`min ½ tr(G E C Eᵀ)` over `E = W - B A`: `B = L⁻ᵀ U_k`, `A = U_kᵀ Lᵀ W`, with `BᵀGB = I`.
+
+    Args:
+        W: fp64, (out, in).
+        C: second moment of the inputs, (in, in); None for the identity.
+        root: lower `L` with `G = L Lᵀ`, (out, out); None for the identity.
+        rank: k, at most min(out, in).
+        name: whose matrix this is, for messages.
+
+    Returns:
+        `B` (out, k) and `A` (k, in). `C` enters by its products only and may be singular.
+
+    Raises:
+        NumericalError: the eigenproblem did not converge.
+    """
+    whitened = W if root is None else root.mT @ W
+    space = column_space(whitened)
+    S = space.core @ (space.core if C is None else space.core @ C.to(W)).mT
+    _, directions = symmetric_eigh((S + S.mT) / 2, name=name)
+    U = space.lift(directions[:, :rank])
+    up = U if root is None else torch.linalg.solve_triangular(root.mT, U, upper=True)
+    return up, U.mT @ whitened

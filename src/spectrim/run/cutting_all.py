@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 
 from spectrim.allocate.checking import check_plan
 from spectrim.allocate.curve import Curve, shape_curves
-from spectrim.allocate.forms import AUTO
+from spectrim.allocate.forms import AUTO, RESIDUAL
 from spectrim.allocate.plan import Plan
 from spectrim.allocate.rules import NATS, RULES
 from spectrim.allocate.yardstick import sentence, yardstick, yardsticks_for
+from spectrim.errors import RecipeError
 from spectrim.linalg.exact_rank import exact_rank
 from spectrim.model.weights import get_module, read_weight
 from spectrim.recipe import ProjectedGradientRefinement, Recipe
@@ -59,6 +60,7 @@ def choose(job: Job, *, plan: Plan | None = None, survey: Survey | None = None) 
         # A sequential flow makes factors anew: all that it takes from a survey are the ranks.
         # Factors as well where families of forms are compared.
         wanted = recipe.flow != "sequential" or recipe.storage.weights == AUTO
+        wanted |= recipe.storage.kind == RESIDUAL
         survey = make_survey(job, vectors=wanted)
         job.log.notes.extend(survey.notes)
     made = plan or make_plan(
@@ -120,15 +122,23 @@ def cut_targets(job: Job, choice: Choice) -> Plan:
     recipe, plan = job.recipe, choice.plan
     same = _same_objective(recipe, choice.survey)
     step = next((s for s in recipe.refine if isinstance(s, ProjectedGradientRefinement)), None)
+    corrected = [e.name for e in plan.entries if e.corrected]
+    if corrected and recipe.flow == "one-shot":
+        output_moments(job)  # of the original network, for what is stored at the end
     if step is not None and step.stages > 1:
+        if corrected:
+            raise RecipeError(
+                f"the plan stores {corrected[0]} as a residual, and the recipe {recipe.name!r} "
+                "cuts in stages, which hold ranks alone; use a recipe without stages"
+            )
         first = choice.give_survey if same else lambda: None
         return cut_in_stages(job, step, plan=plan if choice.given else None, first=first)
     survey = choice.survey
     finished = job.keeper.all_finished(CUT, job.anatomy.blocks)
     if recipe.flow == "sequential":
         cut_sequentially(job, plan, {} if finished else output_moments(job))
-    elif survey is not None and same and holds(survey, plan):
-        cut_from_survey(job, plan, survey)
+    elif survey is not None and same and holds(survey, plan.cuts):
+        cut_from_survey(job, plan.cuts, survey)
     else:
         cut_one_shot(job, plan, {} if finished else output_moments(job))
     return plan

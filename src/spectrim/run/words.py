@@ -97,7 +97,12 @@ class RecipeWords(CalibrationWords, total=False):
     ]
     storage: Annotated[
         str | None,
-        Word("factored, packed, auto, or dense (nothing is cut).", None, MAKE, "storage.kind"),
+        Word(
+            "factored, packed, auto; dense or residual (nothing is cut).",
+            None,
+            MAKE,
+            "storage.kind",
+        ),
     ]
     weights: Annotated[
         str | None,

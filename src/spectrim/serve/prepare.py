@@ -202,7 +202,8 @@ def _native_bytes(layer: Any) -> int:
     """What a layer takes with the numbers of the model around it."""
     part = next(m for m in layer.modules() if isinstance(m, QuantizedLinear))
     size = part.dtype.itemsize
-    layout = layout_of(layer.storage)
+    # A matrix that was not cut comes back as it was, its correction added.
+    layout = layout_of("dense" if layout_of(layer.storage).whole else layer.storage)
     biases = layer.out_features * size if layer.bias is not None else 0
     return layout.bytes(layer.out_features, layer.in_features, layer.rank or 0, size) + biases
 
@@ -210,7 +211,7 @@ def _native_bytes(layer: Any) -> int:
 def _restore(model: nn.Module, name: str) -> None:
     """Integer parts become ordinary ones; a layer that was not cut becomes what it was."""
     layer: Any = model.get_submodule(name)
-    if layer.rank is None:
+    if layout_of(layer.storage).whole:
         restore_dense(model, name, dtype=layer.weight.dtype)
         return
     for part in layout_of(layer.storage).formats:

@@ -20,6 +20,9 @@ FUSED: Mapping[str, Sequence[str]] = {
 }
 """Used where the model class of vLLM does not say itself what it fuses."""
 
+_HELD = ("dense", "factored", "packed")
+"""Storages whose tensors become one matrix, or two in a row."""
+
 _BASES = ("model.language_model.", "language_model.model.", "model.", "transformer.", "")
 
 
@@ -78,6 +81,11 @@ def pieces_of(
 
 
 def _piece(name: str, entry: LayerEntry, outputs: tuple[int, ...]) -> Piece:
+    if entry.storage not in _HELD:
+        raise ModelError(
+            f"{name} is stored {entry.storage} and this plug-in multiplies {', '.join(_HELD)}; "
+            "compress with another --storage, or serve `spectrim export --dense`"
+        )
     return Piece(name, entry.rank, entry.storage, outputs, entry.weights, entry.shape)
 
 

@@ -119,7 +119,7 @@ def replace_target(
     """
     if at_once:
         return _stored_target(target, original, entry, choice, moments, output)
-    if entry.rank is None:
+    if not entry.cut or entry.rank is None:
         return original, {"predicted_error": 0.0, "measured_error": 0.0, "seconds": 0.0}
     started = time.perf_counter()
     W = read_weight(original).detach().to(torch.float64)
@@ -159,15 +159,16 @@ def rounds_at_cut(recipe: Recipe, entry: PlanEntry) -> bool:
 
     Sequential flows do so. What is trained afterwards is rounded at the end if that costs next to
     nothing; of few bits the codes stay, and scales are trained. What is solved for again is rounded
-    at the end.
+    at the end. A base and its residual are made for each other, and once.
     """
-    formats = layout_of(entry.storage, entry.weights).formats.values()
-    if recipe.flow != "sequential" or not any(row.coded for row in formats):
+    layout = layout_of(entry.storage, entry.weights)
+    if recipe.flow != "sequential" or not layout.coded:
         return False
-    if not recipe.refine:
+    if not recipe.refine or entry.corrected:
         return True
     frozen = all(isinstance(s, BlockRefinement | DistillRefinement) for s in recipe.refine)
-    return frozen and all(isinstance(r, Coded) and r.bits <= FEW_BITS for r in formats)
+    few = (isinstance(r, Coded) and r.bits <= FEW_BITS for r in layout.formats.values())
+    return frozen and all(few)
 
 
 def _stored_target(
@@ -182,7 +183,7 @@ def _stored_target(
     started = time.perf_counter()
     weight = read_weight(original).detach()
     found = factors = None
-    if entry.rank is not None:
+    if entry.cut and entry.rank is not None:
         found = decompose_target(target, weight.double(), choice, moments, output, rank=entry.rank)
         factors = found.cut(entry.rank)
     source = source_of(target, original, choice, moments, output, factors)
@@ -210,11 +211,20 @@ def source_of(
     C = G = None
     if moments is not None:
         C = moments.C if moments.shifted is None else moments.shifted
-        if C is not None and output is not None and output.G is not None:
-            rows, _ = row_and_column_sizes(W)
-            root = output_root(output, rows, choice.shrink_out, name=name)
-            G = None if root is None else root[0] @ root[0].mT
+        if C is not None:
+            G = output_metric(target, W, choice, output)
         if moments.shifted is not None and moments.cross is not None:
             options = {"blend": choice.blend, "ridge": choice.ridge}
             W = anchored_map(W, moments, name=name, **options).V
     return Source(target.name, W, read_bias(original), factors, C, G)
+
+
+def output_metric(
+    target: Target, W: Tensor, choice: Decompose, output: OutputMoments | None
+) -> Tensor | None:
+    """What errors of a target's outputs cost, (out, out) fp64; None where that is not known."""
+    if output is None or output.G is None:
+        return None
+    rows, _ = row_and_column_sizes(W)
+    root = output_root(output, rows, choice.shrink_out, name=target.name)
+    return None if root is None else root[0] @ root[0].mT

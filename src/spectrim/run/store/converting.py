@@ -60,12 +60,14 @@ class Converter:
         dtype: of the checkpoint, in which native numbers and biases are stored.
         moments: of the target's inputs in the finished network, None without data.
         truncation: relative error of the cut as a ratio of norms, None where it is not known.
+        G: what errors of its outputs cost, (out, out), where a residual is found in it.
     """
 
     entry: PlanEntry
     dtype: torch.dtype
     moments: Moments | None = None
     truncation: float | None = None
+    G: Tensor | None = None
 
     @property
     def C(self) -> Tensor | None:
@@ -84,8 +86,9 @@ class Converter:
 
     def _source(self, layer: Any) -> Source:
         name, C = self.entry.name, self.C
-        if self.entry.rank is None:
-            return Source(name, read_weight(layer).detach().double(), read_bias(layer), C=C)
+        if not self.entry.cut:
+            W = read_weight(layer).detach().double()
+            return Source(name, W, read_bias(layer), C=C, G=self.G)
         up, down = wide_weight(layer.up).double(), wide_weight(layer.down).double()
         return Source(name, up @ down, layer.bias, (up, down), C)
 

@@ -18,19 +18,19 @@ from typing import Any
 import torch
 
 from spectrim.allocate.budget import Shape, layer_bytes
-from spectrim.allocate.forms import AUTO
+from spectrim.allocate.forms import AUTO, RESIDUAL
 from spectrim.allocate.plan import Plan, PlanEntry
 from spectrim.allocate.rules import RULES
 from spectrim.errors import RecipeError
-from spectrim.formats import JOINT
+from spectrim.formats import JOINT, format_of
 from spectrim.layers.swap import swap_in
 from spectrim.model.anatomy import Block, Target
 from spectrim.model.replay import Replay
-from spectrim.model.weights import get_module
+from spectrim.model.weights import get_module, read_weight
 from spectrim.moments.moments import Moments
 from spectrim.recipe import Recipe
 from spectrim.run.job import Job
-from spectrim.run.parts.cutting import rounds_at_cut
+from spectrim.run.parts.cutting import output_metric, rounds_at_cut
 from spectrim.run.parts.passing import advance, block_moments
 from spectrim.run.parts.sharing import owners_of
 from spectrim.run.recorded import recorded
@@ -52,10 +52,16 @@ def check_storage(recipe: Recipe) -> None:
             "storage dense cuts nothing and weights native round nothing: with dense, give "
             "--weights auto or a number format such as int4-g32"
         )
+    if choice.kind == RESIDUAL and choice.weights != AUTO and not _coded_base(choice.weights):
+        raise RecipeError(
+            f"storage residual rounds a whole matrix, and weights {choice.weights!r} begin with "
+            "native numbers: give --weights auto, or formats of the base and of its correction "
+            "such as int3-g128+int8"
+        )
     weighing = [name for name, rule in RULES.items() if rule.weighs_forms]
     asked = {
         "weights auto": choice.weights == AUTO,
-        "storage dense": choice.kind == "dense",
+        f"storage {choice.kind}": choice.kind in ("dense", RESIDUAL),
         "storage alike": choice.alike,
     }
     what = next((words for words, wanted in asked.items() if wanted), None)
@@ -71,6 +77,10 @@ def check_storage(recipe: Recipe) -> None:
             f"{recipe.name!r}: recipes with flow 'learned' store factored native numbers; "
             "what works with other storages are the flows one-shot and sequential"
         )
+
+
+def _coded_base(weights: str) -> bool:
+    return format_of(weights.split(JOINT)[0]).coded
 
 
 @torch.no_grad()
@@ -142,8 +152,9 @@ def _convert_block(
     for target in targets:
         if owned[target.name] == job.team.rank:
             entry, of = waiting[target.name], moments.get(target.group)
-            converter = Converter(entry, dtype, of, _truncation(job, target))
-            converted[target.name] = converter.convert(get_module(job.model, target.name))
+            layer, known = get_module(job.model, target.name), _truncation(job, target)
+            G = _output_metric(job, target, layer) if entry.corrected else None
+            converted[target.name] = Converter(entry, dtype, of, known, G).convert(layer)
     found = shared_conversions(job, targets, owned, converted)
     for target in targets:
         result = found[target.name]
@@ -155,6 +166,14 @@ def _convert_block(
         # The model has the layer; where blocks are released, nothing else may hold it.
         found[target.name] = replace(result, layer=None)
     return found
+
+
+def _output_metric(job: Job, target: Target, layer: Any) -> torch.Tensor | None:
+    """As the original network's gradients say, None for recipes without them."""
+    if job.outputs is None:
+        return None
+    W, output = read_weight(layer).detach(), job.outputs[target.name]
+    return output_metric(target, W.double(), job.recipe.decompose, output)
 
 
 def _taken_over(

@@ -124,7 +124,7 @@ def _layer(job: Job, survey: Survey, plan: Plan, target: Any, moments: Moments) 
         return None
     original = get_module(job.model, target.name)
     factors = None
-    if entry.rank is not None:
+    if entry.cut and entry.rank is not None:
         up, down = load_factors(survey, target.name).cut(entry.rank)
         factors = (up.double(), down.double())
     output = None if job.outputs is None else job.outputs[target.name]

@@ -4,7 +4,9 @@ With the moments `C` of the inputs and `G` of the output gradients an error E co
 `½ tr(G E C Eᵀ)` nats per token. For dense forms the matrix is rounded as it would be stored and the
 error measured. For factored ones the survey's components have `BᵀGB = I` and `A C Aᵀ = diag(s²)`:
 the rows of A can be rounded and judged one by one, and an error of column i of B costs `½ s_i²`
-times its square in G. One rounding per format therefore gives the loss at every rank.
+times its square in G. One rounding per format therefore gives the loss at every rank. A residual is
+predicted as its layer begins: the base rounds what the leading components leave, and the factors
+are solved for again behind it, which one step of subspace iteration does to three digits.
 """
 
 from __future__ import annotations
@@ -69,7 +71,9 @@ def rounding_losses(
         form.key: 0.5 * ((G32 @ E) * (E @ C32)).sum(dtype=torch.float64)[None]
         for form, E in ((f, e.float()) for f, e in zip(whole_forms, errors, strict=True))
     }
-    pairs = {form.key: formats_of(form.weights, 2) for form in forms if form.low_rank}
+    ranked = [form for form in forms if form.low_rank]
+    left = _left_by_residuals(W, whole, C, L, metric, [form for form in ranked if form.whole])
+    pairs = {form.key: form.factor_formats for form in ranked}
     formats = list({down.name: down for _, down in pairs.values()}.values())
     downs = {
         row.name: 0.5 * ((E @ C) * E).sum(dim=1)
@@ -78,7 +82,35 @@ def rounding_losses(
     ups = {up.name: _columns_lost(whole, G, up) for up, _ in pairs.values()}
     for key, (up, down) in pairs.items():
         added = downs[down.name] + ups[up.name]
-        losses[key] = torch.cat([added.new_zeros(1), added.cumsum(0)])
+        losses[key] = torch.cat([added.new_zeros(1), added.cumsum(0)]) + left.get(key, 0.0)
+    return losses
+
+
+def _left_by_residuals(
+    W: Tensor, whole: Decomposition, C: Tensor, L: Tensor, metric: Metric, forms: Sequence[Form]
+) -> dict[str, Tensor]:
+    """`Form.key` -> loss by rank, (r + 1,), with exact factors; as of the next offered rank below.
+
+    Args:
+        W: fp64, (out, in).
+        whole: all components of W for the objective kfac.
+        C: of the inputs, per token.
+        L: lower, `G = L Lᵀ`.
+        metric: of the inputs, for rounding.
+        forms: residuals.
+    """
+    losses = {form.key: W.new_zeros(whole.energy.numel() + 1) for form in forms}
+    rows = [_row(form.base) for form in forms]
+    C32, L32 = C.float(), L.float()
+    for rank in dict.fromkeys(k for form in forms for k in form.ranks(whole.rank)):
+        up, down = whole.cut(rank)
+        taken = up @ down
+        for form, E in zip(forms, _errors(W - taken, rows, metric), strict=True):
+            P = L32.mT @ (taken - E).float()
+            seen = P @ C32
+            U, _ = torch.linalg.qr(seen @ (P.mT @ (L32.mT @ up.float())))
+            caught = ((U.mT @ P) * (U.mT @ seen)).sum(dtype=torch.float64)
+            losses[form.key][rank:] = 0.5 * ((P * seen).sum(dtype=torch.float64) - caught)
     return losses
 
 
