@@ -2,7 +2,15 @@
 
 import pytest
 
-from spectrim.allocate.forms import AUTO, EVERY, Form, dense_forms, low_rank_forms
+from spectrim.allocate.forms import (
+    AUTO,
+    EVERY,
+    RESIDUAL,
+    Form,
+    dense_forms,
+    low_rank_forms,
+    whole_forms,
+)
 
 
 @pytest.mark.parametrize(
@@ -21,3 +29,27 @@ def test_a_pattern_leaves_out_what_does_not_fit():
     }
     assert "native" in found
     assert all(name == "native" or name.startswith("int4-") for name in found)
+
+
+def test_residuals_are_offered_among_all_storages_and_where_they_are_asked_for():
+    assert not any(form.storage == RESIDUAL for form in whole_forms("packed", AUTO))
+    assert not any(form.storage == RESIDUAL for form in whole_forms("dense", AUTO))
+    assert not any(form.storage == RESIDUAL for form in whole_forms(AUTO, "int8"))
+    for storage in (AUTO, RESIDUAL):
+        found = {form for form in whole_forms(storage, AUTO) if form.storage == RESIDUAL}
+        assert {form.base for form in found} == {"int4-g64", "int4-g128", "int3-g128", "int2-g128"}
+        assert set(dense_forms(AUTO)) == {*whole_forms(storage, AUTO)} - found
+    assert low_rank_forms(RESIDUAL, AUTO) == ()
+    some = whole_forms(RESIDUAL, AUTO, ("int4-*", "int8"))
+    assert {form.base for form in some if form.storage == RESIDUAL} == {"int4-g64", "int4-g128"}
+    assert not any(form.storage == RESIDUAL for form in whole_forms(RESIDUAL, AUTO, ("int4-*",)))
+
+
+def test_a_named_residual_competes_with_its_base_and_native_numbers():
+    found = whole_forms(RESIDUAL, "int3-g64+int8")
+    assert found == (Form("dense"), Form("dense", "int3-g64"), Form(RESIDUAL, "int3-g64+int8"))
+    residual = found[-1]
+    assert residual.whole
+    assert residual.low_rank
+    assert [one.name for one in residual.factor_formats] == ["int8", "int8"]
+    assert residual.ranks(20) == (2, 4, 8, 16)

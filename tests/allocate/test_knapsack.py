@@ -226,3 +226,26 @@ def test_other_rules_are_not_better_by_the_signed_scores():
         for c, k in zip(scored, ranks, strict=True)
     )
     assert mine.predicted_loss <= theirs + 1e-9
+
+
+def test_residuals_are_chosen_by_losses_of_their_own_in_exact_bytes():
+    energy = np.linspace(2.0, 0.1, 24)
+    base, residual = Form("dense", "int3-g64"), Form("residual", "int3-g64+int8")
+    # By rank; what cutting to a rank would lose has no part in it.
+    losses = 0.4 * np.exp(-np.arange(25) / 6)
+    rounding = {base.key: losses[:1], residual.key: losses}
+    curve = Curve("t", 0, "q", Shape(24, 64), energy, float(energy.sum()), rounding=rounding)
+    options = {"score": "second_order", "forms": (Form("dense"), base, residual)}
+    sizes = {0: 24 * (24 + 2)} | {k: 24 * 26 + 24 * (k + 4) + k * 68 for k in (2, 4, 8, 16)}
+    for limits, allowed in ((Limits(), (2, 4, 8, 16)), (Limits(multiple=8), (8, 16))):
+        for budget in (24 * 26, *sizes.values()):
+            keep = budget / (24 * 64 * 2) + 1e-9
+            best = max(k for k in (0, *allowed) if sizes[k] <= budget)
+            entry = knapsack([curve], keep=keep, limits=limits, **options).entries[0]
+            assert (entry.rank or 0, entry.bytes) == (best, sizes[best])
+            assert entry.loss == pytest.approx(losses[best])
+            assert not entry.cut
+            assert entry.corrected == (best > 0)
+    noisy = knapsack([curve], keep=0.6, scale={"cutting": 9.0, "rounding": 2.0}, **options)
+    assert noisy.predicted_loss == pytest.approx(2 * losses[noisy.entries[0].rank])
+    assert noisy.cuts.entries[0].rank is None

@@ -47,14 +47,18 @@ def test_gradients_are_those_of_the_decoded_matrix(weights):
     assert torch.allclose(found, expected, rtol=2e-2, atol=1e-2 * float(expected.abs().max()))
 
 
-def test_blocks_are_trained_behind_frozen_codes(tmp_path):
+@pytest.mark.parametrize(
+    ("storage", "weights", "parts"),
+    [("dense", "int4-g32", ["inner"]), ("residual", "int3-g32+int8", ["base", "up", "down"])],
+)
+def test_blocks_are_trained_behind_frozen_codes(tmp_path, storage, weights, parts):
     """The first block has the codes of the untrained run, other scales, and a smaller error."""
     model, _ = tiny("llama")
     options = {
         "keep": 0.35,
         "text": windows(32, length=16),
-        "storage": "dense",
-        "weights": "int4-g32",
+        "storage": storage,
+        "weights": weights,
         "measure": False,
     }
     source = tmp_path / "source"
@@ -73,11 +77,13 @@ def test_blocks_are_trained_behind_frozen_codes(tmp_path):
         compressed_layers(trained.model).values(),
         strict=True,
     )
-    for (name, one), other in pairs:
-        if name.startswith("model.layers.0."):
-            assert torch.equal(one.inner.codes, other.inner.codes)
-            assert not torch.equal(one.inner.scale, other.inner.scale)
-            assert other.inner.scale.dtype == torch.bfloat16
+    first = [(a, b) for (name, a), b in pairs if name.startswith("model.layers.0.")]
+    first = [(a, b) for a, b in first if a.storage == storage]
+    assert first
+    for a, b in ((a.get_submodule(p), b.get_submodule(p)) for a, b in first for p in parts):
+        assert torch.equal(a.codes, b.codes)
+        assert not torch.equal(a.scale, b.scale)
+        assert b.scale.dtype == a.scale.dtype
     from transformers import AutoModelForCausalLM
 
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
