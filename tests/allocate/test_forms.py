@@ -51,5 +51,4 @@ def test_a_named_residual_competes_with_its_base_and_native_numbers():
     residual = found[-1]
     assert residual.whole
     assert residual.low_rank
-    assert [one.name for one in residual.factor_formats] == ["int8", "int8"]
     assert residual.ranks(20) == (2, 4, 8, 16)

@@ -191,6 +191,12 @@ def test_an_unknown_fusion_is_refused():
         pieces_of(made, "model.layers.0.self_attn.qkv_proj", [8, 4], {})
 
 
+def test_a_residual_is_refused_by_name():
+    said = {"storage": "residual", "weights": "int3-g32+int8", "shape": [8, N], "rank": 4}
+    with pytest.raises(ModelError, match="x is stored residual"):
+        pieces_of(table(x=said), "x", [8], {})
+
+
 @pytest.mark.parametrize("weights", ["int8", "int4", "int4-g32+int8", "int8+native"])
 @pytest.mark.parametrize("storage", ["factored", "packed", "dense"])
 def test_integers_are_restored_to_what_the_layer_computes(storage, weights):

@@ -18,6 +18,7 @@ from spectrim.layers.quantized import wide_weight
 from spectrim.layers.swap import compressed_layers
 from spectrim.recipes import get_recipe
 from spectrim.run.planning import plan_from_survey
+from spectrim.run.survey.by_cost import predicted_nats
 from spectrim.serve.prepare import prepare
 from spectrim.storage.inspect import inspect_folder
 
@@ -126,6 +127,14 @@ def test_one_plan_over_all_storages_judges_residuals(source):
         ),
     )
     assert plan.predicted_loss <= plan_from_survey(without, keep=0.4).predicted_loss
+
+
+def test_a_loss_that_may_be_lost_counts_what_residuals_lose(source):
+    recipe = get_recipe("spectrim").with_changes(storage={"kind": "residual", "weights": WEIGHTS})
+    survey = api.survey(source, recipe=recipe, text=windows(16))
+    plan = plan_from_survey(survey, keep=0.35)
+    assert any(entry.corrected for entry in plan.entries)
+    assert predicted_nats(plan, survey) == pytest.approx(plan.predicted_loss)
 
 
 @pytest.mark.parametrize("planned", [False, True])

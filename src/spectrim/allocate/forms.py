@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from spectrim.formats import FORMATS, JOINT, NumberFormat, format_of
+from spectrim.allocate.curve import Curve, as_numpy
+from spectrim.allocate.plan import PlanEntry
+from spectrim.formats import FORMATS, JOINT, format_of
 from spectrim.layers.layout import LAYERS, layout_of
 
 AUTO = "auto"
@@ -68,12 +70,6 @@ class Form:
     def base(self) -> str:
         """The format of its first part."""
         return self.weights.split(JOINT)[0]
-
-    @property
-    def factor_formats(self) -> tuple[NumberFormat, NumberFormat]:
-        """Of `up` and `down`; their stand-ins where it has other parts."""
-        *_, up, down = layout_of(self.storage, self.weights).formats.values()
-        return up, down
 
     @property
     def coded(self) -> bool:
@@ -140,3 +136,12 @@ def _allowed(form: Form, formats: Sequence[str]) -> bool:
         for name in form.weights.split(JOINT)
     }
     return all(found - {*EVERY} if name in _NAMED else found for name, found in fits.items())
+
+
+def rounded_loss(curve: Curve, entry: PlanEntry) -> float:
+    """What rounding adds to a target as planned, nats; 0 where no survey judged the form."""
+    known = (curve.rounding or {}).get(Form(entry.storage, entry.weights).key)
+    if known is None:
+        return 0.0
+    values = as_numpy(known)
+    return float(values[(entry.rank or 0) % values.size])

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from spectrim.layers.layout import LAYERS
 from spectrim.report.content import PageContent, block_and_projection
 from spectrim.report.drawing import PAGE_WIDTH, new_figure, svg_text
 from spectrim.report.figures import (
@@ -130,13 +131,19 @@ def _depth_pictures(content: PageContent) -> list[Picture]:
     ]
 
 
+def _is_cut(target: Mapping[str, Any]) -> bool:
+    """Whether its rank says how many components were kept."""
+    layout = LAYERS.get(target.get("storage", ""))
+    return layout is None or not layout.whole
+
+
 def _spectra_pictures(content: PageContent) -> list[Picture]:
     if not content.spectra:
         return []
     names = list(content.spectra)
     step = max(1, math.ceil(len(names) / _SHOWN_SPECTRA))
     shown = {name: content.spectra[name] for name in names[::step]}
-    cuts = {t["name"]: t.get("rank") for t in content.report["targets"]}
+    cuts = {t["name"]: t.get("rank") for t in content.report["targets"] if _is_cut(t)}
     return [
         _picture(
             "spectra",

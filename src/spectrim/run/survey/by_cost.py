@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from spectrim.allocate.curve import Score, loss_by_rank, tail_energy
+from spectrim.allocate.forms import rounded_loss
 from spectrim.allocate.ladder import ladders_for, plan_from_levels, smallest_keep
 from spectrim.allocate.pinning import own_storages
 from spectrim.allocate.plan import Plan
@@ -46,6 +47,8 @@ def energy_plan(recipe: Recipe, survey: Survey, energy: float) -> Plan:
 def predicted_nats(plan: Plan, survey: Survey) -> float:
     """Loss of a plan by the best score that the survey holds, whatever rule made it, nats.
 
+    What rounding adds is counted where the survey judged the form.
+
     Raises:
         InputError: the survey predicts no loss.
     """
@@ -55,12 +58,13 @@ def predicted_nats(plan: Plan, survey: Survey) -> float:
             f"a survey with the scores {', '.join(survey.scores)} predicts no loss of the model; "
             f"one of {', '.join(_IN_NATS)} does"
         )
-    ranks = {entry.name: entry.rank for entry in plan.entries}
-    return sum(
-        float(loss_by_rank(curve, score)[rank])
-        for curve in survey.curves_for(score)
-        if (rank := ranks[curve.name]) is not None
-    )
+    total = 0.0
+    for curve in survey.curves_for(score):
+        entry = plan[curve.name]
+        total += rounded_loss(curve, entry)
+        if entry.cut and entry.rank is not None:
+            total += float(loss_by_rank(curve, score)[entry.rank])
+    return total
 
 
 def loss_plan(recipe: Recipe, survey: Survey, loss: float) -> Plan:

@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spectrim.allocate.curve import as_numpy
-from spectrim.allocate.forms import Form
+from spectrim.allocate.forms import Form, rounded_loss
 from spectrim.allocate.knapsack import CUTTING, ROUNDING, knapsack
 from spectrim.allocate.plan import Plan
 from spectrim.errors import BudgetError
@@ -91,14 +90,7 @@ def _plan(job: Job, survey: Survey, forms: Sequence[Form]) -> Plan | None:
 
 def _rounded_share(survey: Survey, plan: Plan) -> float:
     """How much of a plan's predicted loss comes from rounding."""
-    curves = {curve.name: curve for curve in survey.curves}
-    total = 0.0
-    for entry in plan.entries:
-        known = (curves[entry.name].rounding or {}).get(Form(entry.storage, entry.weights).key)
-        if known is not None:
-            values = as_numpy(known)
-            total += float(values[(entry.rank or 0) % values.size])
-    return total
+    return sum(rounded_loss(curve, plan[curve.name]) for curve in survey.curves)
 
 
 def _layers(job: Job, survey: Survey, plans: Mapping[str, Plan]) -> dict[str, dict[str, nn.Module]]:

@@ -6,7 +6,8 @@ error measured. For factored ones the survey's components have `BᵀGB = I` and 
 the rows of A can be rounded and judged one by one, and an error of column i of B costs `½ s_i²`
 times its square in G. One rounding per format therefore gives the loss at every rank. A residual is
 predicted as its layer begins: the base rounds what the leading components leave, and the factors
-are solved for again behind it, which one step of subspace iteration does to three digits.
+are solved for again behind it, which one step of subspace iteration does to three digits. What 8
+bits take from them, and what further turns give, are of one size and left out.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def rounding_losses(
     C, G = shrunk(C, choice.shrink_in, columns), L @ L.mT
     metric = Metric.of(moments.C, name=name, sizes=columns)
     forms = [form for form in forms if form.coded]
-    whole_forms = [form for form in forms if not form.low_rank]
+    whole_forms = [form for form in forms if form.whole and not form.low_rank]
     errors = _errors(W, [_row(form.weights) for form in whole_forms], metric)
     # In fp32: these are predictions, and sums of products without cancellation.
     G32, C32 = G.float(), C.float()
@@ -71,9 +72,9 @@ def rounding_losses(
         form.key: 0.5 * ((G32 @ E) * (E @ C32)).sum(dtype=torch.float64)[None]
         for form, E in ((f, e.float()) for f, e in zip(whole_forms, errors, strict=True))
     }
-    ranked = [form for form in forms if form.low_rank]
-    left = _left_by_residuals(W, whole, C, L, metric, [form for form in ranked if form.whole])
-    pairs = {form.key: form.factor_formats for form in ranked}
+    residuals = [form for form in forms if form.low_rank and form.whole]
+    losses |= _left_by_residuals(W, whole, C, L, metric, residuals)
+    pairs = {form.key: formats_of(form.weights, 2) for form in forms if not form.whole}
     formats = list({down.name: down for _, down in pairs.values()}.values())
     downs = {
         row.name: 0.5 * ((E @ C) * E).sum(dim=1)
@@ -82,14 +83,14 @@ def rounding_losses(
     ups = {up.name: _columns_lost(whole, G, up) for up, _ in pairs.values()}
     for key, (up, down) in pairs.items():
         added = downs[down.name] + ups[up.name]
-        losses[key] = torch.cat([added.new_zeros(1), added.cumsum(0)]) + left.get(key, 0.0)
+        losses[key] = torch.cat([added.new_zeros(1), added.cumsum(0)])
     return losses
 
 
 def _left_by_residuals(
     W: Tensor, whole: Decomposition, C: Tensor, L: Tensor, metric: Metric, forms: Sequence[Form]
 ) -> dict[str, Tensor]:
-    """`Form.key` -> loss by rank, (r + 1,), with exact factors; as of the next offered rank below.
+    """`Form.key` -> loss by rank, (r + 1,): at ranks between those offered, that of the one below.
 
     Args:
         W: fp64, (out, in).
