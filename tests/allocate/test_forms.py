@@ -31,11 +31,10 @@ def test_a_pattern_leaves_out_what_does_not_fit():
     assert all(name == "native" or name.startswith("int4-") for name in found)
 
 
-def test_residuals_are_offered_among_all_storages_and_where_they_are_asked_for():
-    assert not any(form.storage == RESIDUAL for form in whole_forms("packed", AUTO))
+def test_residuals_are_offered_where_the_plan_chooses_formats_but_with_dense():
     assert not any(form.storage == RESIDUAL for form in whole_forms("dense", AUTO))
     assert not any(form.storage == RESIDUAL for form in whole_forms(AUTO, "int8"))
-    for storage in (AUTO, RESIDUAL):
+    for storage in ("packed", "factored", AUTO, RESIDUAL):
         found = {form for form in whole_forms(storage, AUTO) if form.storage == RESIDUAL}
         assert {form.base for form in found} == {"int4-g64", "int4-g128", "int3-g128", "int2-g128"}
         assert set(dense_forms(AUTO)) == {*whole_forms(storage, AUTO)} - found

@@ -107,10 +107,10 @@ def test_a_prepared_model_with_room_has_the_sums_in_its_place(made):
     torch.testing.assert_close(logits(model, windows(2)), before, rtol=1e-3, atol=1e-3)
 
 
-def test_one_plan_over_all_storages_judges_residuals(source):
+def test_one_plan_over_all_forms_judges_residuals(source):
     survey = api.survey(
         source,
-        recipe=get_recipe("spectrim").with_changes(storage={"kind": "auto", "weights": "auto"}),
+        recipe=get_recipe("spectrim").with_changes(storage={"weights": "auto"}),
         text=windows(16),
     )
     for curve in survey.curves:

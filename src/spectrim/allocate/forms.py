@@ -107,15 +107,14 @@ def low_rank_forms(storage: str, weights: str, formats: Sequence[str] = EVERY) -
 def whole_forms(storage: str, weights: str, formats: Sequence[str] = EVERY) -> tuple[Form, ...]:
     """The forms of targets that are not cut that a recipe's storage choice allows.
 
-    Residuals are among them where the plan chooses among all storages, or is asked for them; beside
-    one with a base of its own, the base alone.
+    Residuals are among them where the plan chooses the formats, but with `dense`, and where they
+    are asked for: with a base of its own, beside the base alone.
     """
-    if storage not in (AUTO, RESIDUAL) or (storage == AUTO and weights != AUTO):
-        return dense_forms(weights, formats)
     if weights != AUTO:
-        residual = Form(RESIDUAL, weights)
-        return (*dense_forms(residual.base), residual)
-    residuals = (Form(RESIDUAL, f"{base}{JOINT}int8") for base in _BASES)
+        residual = [Form(RESIDUAL, weights)] if storage == RESIDUAL else []
+        return (*dense_forms(residual[0].base if residual else weights), *residual)
+    bases = () if storage == "dense" else _BASES
+    residuals = (Form(RESIDUAL, f"{base}{JOINT}int8") for base in bases)
     return (*dense_forms(AUTO, formats), *(form for form in residuals if _allowed(form, formats)))
 
 
