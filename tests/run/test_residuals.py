@@ -21,6 +21,9 @@ from spectrim.run.planning import plan_from_survey
 from spectrim.run.survey.by_cost import predicted_nats
 from spectrim.serve.prepare import prepare
 from spectrim.storage.inspect import inspect_folder
+from spectrim.storage.json_file import as_json
+from spectrim.storage.plan_file import load_plan
+from spectrim.storage.table import parse_table
 
 WEIGHTS = "int2-g32+int8"
 
@@ -186,12 +189,19 @@ def test_what_cannot_be_is_refused(source, recipe, words, match):
         compressed(source, recipe, **{"weights": WEIGHTS, **words})
 
 
-def test_a_table_with_a_rank_that_is_no_rank_is_refused(made, tmp_path):
-    from spectrim.storage.table import parse_table
-
-    _, output = made
+def test_files_with_a_base_in_native_numbers_or_without_a_rank_are_refused(made, tmp_path):
+    result, output = made
     table = inspect_folder(output).table.to_json()
-    name = next(n for n, e in table["layers"].items() if e["storage"] == "residual")
-    table["layers"][name]["rank"] = None
-    with pytest.raises(ArtifactError, match="does not go with its storage"):
-        parse_table(table, source="config.json")
+    entry = next(e for e in table["layers"].values() if e["storage"] == "residual")
+    for changes, match in (({"rank": None}, "does not go with"), ({"weights": "native"}, "whole")):
+        kept = dict(entry)
+        entry |= changes
+        with pytest.raises(ArtifactError, match=match):
+            parse_table(table, source="config.json")
+        entry |= kept
+    path = tmp_path / "plan.json"
+    path.write_text(as_json(result.plan.to_json()))
+    assert load_plan(path)[0].entries == result.plan.entries
+    path.write_text(path.read_text().replace(WEIGHTS, "native+int8"))
+    with pytest.raises(ArtifactError, match="is not rounded"):
+        load_plan(path)

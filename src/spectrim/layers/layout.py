@@ -79,6 +79,11 @@ class Layout:
         return any(one.coded for one in self.formats.values())
 
     @property
+    def told_apart(self) -> bool:
+        """Whether no loader can take its weight key for the dense weight, whatever the rank."""
+        return not self.whole or next(iter(self.formats.values())).coded
+
+    @property
     def states_shape(self) -> bool:
         """Whether a table says (out, in), since the shapes of the tensors do not."""
         return self.sides is None or self.coded

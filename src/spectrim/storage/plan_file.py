@@ -108,4 +108,9 @@ def _load(path: str | Path) -> _Record:
                 f"{path}: {entry.name} has rank {entry.rank}, which does not go with its storage "
                 f"{entry.storage!r}"
             )
+        if layout.low_rank and not layout.told_apart:
+            raise ArtifactError(
+                f"{path}: {entry.name} is stored {entry.storage} with weights {entry.weights!r}, "
+                "whose matrix is not rounded; name formats such as int3-g128+int8"
+            )
     return record

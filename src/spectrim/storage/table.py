@@ -137,10 +137,10 @@ def parse_table(data: Mapping[str, Any], *, source: str) -> Table:
             layout = layout_of(entry.storage, entry.weights)
         except ArtifactError as error:
             raise ArtifactError(f"{source}: {name}: {error}") from error
-        if not layout.low_rank and not layout.coded:
+        if not layout.told_apart:
             raise ArtifactError(
-                f"{source}: {name}: unknown storage {entry.storage!r} with native weights; an "
-                "ordinary layer has no entry"
+                f"{source}: {name}: unknown storage {entry.storage!r} with {entry.weights} "
+                "weights; a whole matrix in native numbers has no entry"
             )
         if (entry.rank is not None) != layout.low_rank:
             raise ArtifactError(
