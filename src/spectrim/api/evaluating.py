@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import nn
 
-from spectrim.arguments import check_whole, refuse_unused
+from spectrim.arguments import check_path, check_whole, refuse_unused
 from spectrim.data.text import read_text
 from spectrim.data.windows import (
     EvaluationBos,
@@ -33,6 +33,7 @@ from spectrim.run.loading import LoadedModel, load_model
 from spectrim.run.options import RunOptions
 from spectrim.run.reading_words import EvaluateWords
 from spectrim.run.texts import SHORTEST, UserText, own_text
+from spectrim.run.wearing import check_adapter, wearing
 from spectrim.run.word import takes
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def evaluate_models(
     and agreement, and paired differences of losses and accuracies.
 
     Args:
-        models: hub names, folders, or model objects.
+        models: hub names, folders, or model objects; an adapter is put on the objects.
         **words: those below; a text can also be documents or token windows (N, T).
 
     Returns:
@@ -142,16 +143,22 @@ def evaluate_models(
     """
     asked: dict[str, Any] = dict(words)
     options, against, batch = RunOptions.among(asked), asked["against"], asked["batch"]
-    protocol = _protocol(asked)
+    protocol, adapter = _protocol(asked), asked["adapter"]
+    check_path(adapter=adapter)
+    if adapter is not None:
+        check_adapter(adapter)
     records, dense = [], None
     if against is not None:
         dense = _measure(load_model(against, replace(options, tokenizer=None)), protocol)
         records.append(dense.record)
     for model in models:
         named = isinstance(model, str | Path) and str(model) == str(against)
-        if named and len(models) > 1:
+        if named and len(models) > 1 and adapter is None:
             continue  # it has its row already
-        found = _measure(load_model(model, options), protocol)
+        loaded = load_model(model, options)
+        found = _measure(loaded if adapter is None else wearing(loaded, adapter), protocol)
+        if adapter is not None:
+            _name_adapter(found.record, adapter)
         if dense is not None:
             _hold_against(dense, found, batch)
         records.append(found.record)
@@ -231,6 +238,13 @@ def _measure(loaded: LoadedModel, protocol: _Protocol) -> _Measured:
                 + "; ".join(found.record["skipped"].values())
             )
     return found
+
+
+def _name_adapter(record: dict[str, Any], adapter: str | Path) -> None:
+    """Say what was measured, and count the adapter's bytes as stored ones."""
+    record["model"] += f" + {adapter}"
+    if record["stored_bytes"] is not None:
+        record["stored_bytes"] += _folder_bytes(str(adapter)) or 0
 
 
 def _hold_against(dense: _Measured, found: _Measured, batch: int) -> None:

@@ -15,7 +15,7 @@ from spectrim.run.reading_words import EvaluateWords
 
 
 @takes(
-    *("text", "against", "window_length", "max_tokens", "batch", "bos"),
+    *("text", "against", "adapter", "window_length", "max_tokens", "batch", "bos"),
     *("tasks", "limit", "task_folders", "device", "dtype", "trust_remote_code"),
     of=EvaluateWords,
 )

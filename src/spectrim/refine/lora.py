@@ -68,8 +68,8 @@ class LoraTraining:
         )
 
 
-def require_peft() -> Any:
-    """The package `peft`.
+def require_peft(purpose: str = "the refinement step 'lora'") -> Any:
+    """The package `peft`, without which there is no `purpose`.
 
     Raises:
         MissingExtraError: it is not installed.
@@ -77,7 +77,7 @@ def require_peft() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise MissingExtraError("peft", "lora", "the refinement step 'lora'") from error
+        raise MissingExtraError("peft", "lora", purpose) from error
     return peft
 
 

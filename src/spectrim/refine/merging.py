@@ -29,7 +29,7 @@ def merge_adapter(model: Any, *, grow: bool = False) -> tuple[Any, dict[str, flo
         MissingExtraError: PEFT is not installed.
         ModelError: a layer with coded weights has an adapter; nothing is merged.
     """
-    require_peft()
+    require_peft("merging adapters")
     from spectrim.refine.peft_layers import LoraCompressed
 
     inner = model.get_base_model()

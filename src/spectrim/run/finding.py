@@ -69,7 +69,8 @@ def _check_folder(folder: Path) -> None:
     if (folder / "adapter_config.json").exists():
         raise ModelError(
             f"{folder} holds a PEFT adapter (adapter_config.json), which names another model to "
-            "load; merge it first (merge_and_unload) and save the result"
+            "load; merge it first (merge_and_unload) and save the result, or measure both with "
+            "spectrim evaluate BASE --adapter DIR"
         )
     if (folder / "config.json").is_file():
         return

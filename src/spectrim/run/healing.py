@@ -135,7 +135,7 @@ def heal_model(
     """
     layers, lora = _trainable(loaded), healing.parts == "lora"
     if lora:
-        require_peft()
+        require_peft("healing by adapters")
     report = read_json(Path(loaded.name) / REPORT_FILE)
     windows = gather_windows(loaded, calibration, text, seed=healing.seed, exactly=options.exactly)
     train, held = hold_out(len(windows), healing.held_out)

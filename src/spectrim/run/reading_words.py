@@ -115,6 +115,9 @@ class EvaluateWords(LoadWords, total=False):
     against: Annotated[
         "str | Path | nn.Module | None", Word("The dense model to compare with.", "MODEL", MEASURE)
     ]
+    adapter: Annotated[
+        str | Path | None, Word("A LoRA folder that every MODEL wears.", "DIR", MEASURE)
+    ]
     window_length: Annotated[
         str | int | None,
         Word(

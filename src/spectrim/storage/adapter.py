@@ -17,6 +17,7 @@ from spectrim.storage.paths import last_part
 from spectrim.storage.tensor_file import Slot, write_tensors
 
 RECORD_FILE = "spectrim_adapter.json"
+WEIGHT_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 
@@ -64,7 +65,7 @@ def save_adapter(
         for key, tensor in (("lora_A", down), ("lora_B", up))
     ]
     with new_folder(output, overwrite=overwrite) as folder:
-        write_tensors(folder / "adapter_model.safetensors", slots, {"format": "pt"})
+        write_tensors(folder / WEIGHT_FILE, slots, {"format": "pt"})
         for name, content in (("adapter_config.json", config), (RECORD_FILE, record)):
             (folder / name).write_text(as_json(content), encoding="utf-8")
         (folder / "README.md").write_text(_card(base, rank, record), encoding="utf-8")
