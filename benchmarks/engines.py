@@ -1,8 +1,9 @@
 """Factors in engines that do not know spectrim: ONNX Runtime and OpenVINO on one CPU thread.
 
-The bundled model dense and compressed (`svd-llm` at keep 0.6) is exported with `--format onnx`;
-each engine runs both in fp32 and in its own int8. Measured in one run: bytes, CPU seconds of a
-prompt and of single tokens, perplexity, and how far logits are from torch's.
+The bundled model dense and compressed (`svd-llm` at keep 0.6, factored and packed) is exported with
+`--format onnx`; each engine runs all of them in fp32 and in its own int8 and int4. Measured in one
+run: bytes, CPU seconds of a prompt and of single tokens in turn, perplexity, and how far logits are
+from torch's.
 
     pip install 'spectrim[onnx]' onnxruntime openvino nncf
     python benchmarks/engines.py --output benchmarks/results/engines_cpu.json
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import time
 from collections.abc import Callable
@@ -33,42 +35,62 @@ Run = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 
 
 def runtime(file: Path, bits: str) -> tuple[Run, int]:
-    """ONNX Runtime: fp32, or its dynamic int8 with a scale per row."""
+    """ONNX Runtime: fp32, its dynamic int8 with a scale per row, or int4 in blocks of 32."""
+    import onnx
     import onnxruntime as ort
     from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
+    target = file if bits == "fp32" else file.with_name(f"{bits}.onnx")
     if bits == "int8":
-        target = file.with_name("int8.onnx")
-        if not target.exists():
-            quantize_dynamic(file, target, per_channel=True, weight_type=QuantType.QInt8)
-        file = target
+        quantize_dynamic(file, target, per_channel=True, weight_type=QuantType.QInt8)
+    elif bits == "int4":
+        # Level 4: products of integers, which is what int4 is fast with on a CPU.
+        rounding = MatMulNBitsQuantizer(onnx.load(file), block_size=32, accuracy_level=4)
+        rounding.process()
+        rounding.model.save_model_to_file(str(target))
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
-    session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(str(target), options, providers=["CPUExecutionProvider"])
     names = [one.name for one in session.get_outputs()]
-    return lambda x: dict(zip(names, session.run(names, x), strict=True)), file.stat().st_size
+    return lambda x: dict(zip(names, session.run(names, x), strict=True)), _size(target)
 
 
 def openvino(file: Path, bits: str) -> tuple[Run, int]:
-    """OpenVINO: fp32, or weights in int8 as NNCF compresses them."""
+    """OpenVINO: fp32, or weights in int8 or int4 (groups of 64) as NNCF compresses them."""
     import openvino as ov
 
     core = ov.Core()
     model = core.read_model(str(file))
-    if bits == "int8":
+    if bits != "fp32":
         import nncf
 
-        model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
+        words: dict[str, Any] = {"mode": nncf.CompressWeightsMode.INT8_ASYM}
+        if bits == "int4":
+            # A rank is seldom a multiple of 64: such a matrix gets smaller groups, or stays int8.
+            adjust = nncf.AdvancedCompressionParameters(
+                group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST,
+                min_adjusted_group_size=8,
+            )
+            mode = nncf.CompressWeightsMode.INT4_ASYM
+            words = {"mode": mode, "group_size": 64, "advanced_parameters": adjust}
+        model = nncf.compress_weights(model, **words)
     target = file.with_name(f"openvino-{bits}.xml")
     ov.save_model(model, str(target), compress_to_fp16=False)
     settings = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
     compiled = core.compile_model(str(target), "CPU", settings)
     names = [one.get_any_name() for one in compiled.outputs]
-    size = target.with_suffix(".bin").stat().st_size
+    size = _size(target.with_suffix(".bin"))
     return lambda x: dict(zip(names, compiled(x).values(), strict=True)), size
 
 
+def _size(file: Path) -> int:
+    beside = file.with_name(file.name + ".data")
+    return sum(one.stat().st_size for one in (file, beside) if one.exists())
+
+
 ENGINES = {"onnxruntime": runtime, "openvino": openvino}
+FORMATS = ("fp32", "int8", "int4")
 
 
 def empty(config: Any, windows: int) -> dict[str, np.ndarray]:
@@ -88,18 +110,21 @@ def carried(out: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     }
 
 
-def timed(run: Run, config: Any, ids: np.ndarray) -> dict[str, float]:
-    """CPU seconds of a prompt and of one further token, the least of several."""
-    prompts, tokens = [], []
+def time_in_turn(runs: list[tuple[dict[str, Any], Run, Any]], ids: np.ndarray) -> None:
+    """Add CPU seconds of a prompt and of one further token to every row, the least of several.
+
+    Rounds over all runs, so that whatever else the machine does meets all of them.
+    """
     for _ in range(REPEATS):
-        started = time.process_time()
-        out = run({"input_ids": ids, **empty(config, 1)})
-        prompts.append(time.process_time() - started)
-        started = time.process_time()
-        for _ in range(TOKENS):
-            out = run({"input_ids": ids[:, :1], **carried(out)})
-        tokens.append((time.process_time() - started) / TOKENS)
-    return {"prompt_seconds": min(prompts), "token_seconds": min(tokens)}
+        for row, run, config in runs:
+            started = time.process_time()
+            out = run({"input_ids": ids, **empty(config, 1)})
+            prompt = time.process_time()
+            for _ in range(TOKENS):
+                out = run({"input_ids": ids[:, :1], **carried(out)})
+            token = (time.process_time() - prompt) / TOKENS
+            for name, seconds in (("prompt_seconds", prompt - started), ("token_seconds", token)):
+                row[name] = min(row.get(name, seconds), seconds)
 
 
 def nll(logits: np.ndarray, ids: np.ndarray) -> float:
@@ -108,17 +133,18 @@ def nll(logits: np.ndarray, ids: np.ndarray) -> float:
     return -float(scores.gather(-1, torch.from_numpy(ids)[:, 1:, None]).mean())
 
 
-def rows_of(name: str, graph: Path, folder: Path, ids: np.ndarray) -> list[dict[str, Any]]:
-    """One model in every engine."""
+def rows_of(
+    name: str, graph: Path, folder: Path, ids: np.ndarray
+) -> list[tuple[dict[str, Any], Run, Any]]:
+    """One model in every engine: what is measured once, how it runs, and its configuration."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         own = model(torch.from_numpy(ids)).logits.numpy()
-    prompt = np.tile(ids.reshape(1, -1), (1, 1))[:, :PROMPT]
     found = []
     for engine, load in ENGINES.items():
-        for bits in ("fp32", "int8"):
+        for bits in FORMATS:
             run, size = load(graph / "model.onnx", bits)
             logits = run({"input_ids": ids, **empty(model.config, len(ids))})["logits"]
             row = {
@@ -126,13 +152,12 @@ def rows_of(name: str, graph: Path, folder: Path, ids: np.ndarray) -> list[dict[
                 "engine": engine,
                 "weights": bits,
                 "bytes": size,
-                "nll": nll(logits, ids),
-                "nll_in_torch": nll(own, ids),
+                "perplexity": math.exp(nll(logits, ids)),
+                "perplexity_in_torch": math.exp(nll(own, ids)),
                 "largest_logit_difference": float(np.abs(logits - own).max()),
-                **timed(run, model.config, prompt),
             }
             print(json.dumps(row), flush=True)
-            found.append(row)
+            found.append((row, run, model.config))
     return found
 
 
@@ -142,7 +167,6 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--compressed", type=Path, help="a folder made before, factored, keep 0.6")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     from transformers import AutoTokenizer
@@ -150,16 +174,19 @@ def main() -> None:
     text = HELD_OUT.read_text(encoding="utf-8")[:200_000]
     tokens = AutoTokenizer.from_pretrained(MODEL)(text).input_ids[: WINDOWS * LENGTH]
     ids = np.array(tokens, dtype=np.int64).reshape(WINDOWS, LENGTH)
-    rows: list[dict[str, Any]] = []
+    runs: list[tuple[dict[str, Any], Run, Any]] = []
     with TemporaryDirectory() as temporary:
         place = Path(temporary)
-        small = asked.compressed
-        if small is None:
-            small = place / "small"
-            api.compress(MODEL, recipe="svd-llm", keep=0.6, text=CALIBRATION, output=small)
-        for name, folder in (("dense", Path(MODEL)), ("svd-llm 0.6, factored", small)):
-            api.export(folder, output=place / name, to="onnx")
-            rows += rows_of(name, place / name, folder, ids)
+        folders = {"dense": Path(MODEL)}
+        for storage in ("factored", "packed"):
+            words = {"recipe": "svd-llm", "keep": 0.6, "text": CALIBRATION, "storage": storage}
+            api.compress(MODEL, output=place / f"{storage}-folder", **words)
+            folders[f"svd-llm 0.6, {storage}"] = place / f"{storage}-folder"
+        for number, (name, folder) in enumerate(folders.items()):
+            api.export(folder, output=place / str(number), to="onnx")
+            runs += rows_of(name, place / str(number), folder, ids)
+        time_in_turn(runs, ids.reshape(1, -1)[:, :PROMPT])
+    rows = [row for row, _, _ in runs]
     packages = ("onnxruntime", "openvino", "nncf", "onnx", "onnxscript", "torch", "transformers")
     record = {
         "what": "the bundled model in engines without spectrim, one CPU thread, fp32 arithmetic",

@@ -44,6 +44,7 @@ class Case:
     weights: str
     batch: int = 4
     compiled: bool = False
+    ranks: int = 1
     chunk: int | None = None
 
 
@@ -56,6 +57,9 @@ CASES = (
     Case("int4-g32, whole matrices", "dense", "int4-g32"),
     Case("packed, one prompt", "packed", "native", batch=1),
     Case("packed, sixteen prompts in chunks of 64", "packed", "native", batch=16, chunk=64),
+    Case("factored, two ranks", "factored", "native", ranks=2),
+    Case("packed, two ranks", "packed", "native", ranks=2),
+    Case("int8, two ranks", "packed", "int8", ranks=2),
     Case("packed, compiled", "packed", "native", compiled=True),
 )
 
@@ -116,7 +120,8 @@ def served(
         dtype="float32",
         enforce_eager=not case.compiled,
         max_model_len=256,
-        distributed_executor_backend="uni",
+        tensor_parallel_size=case.ranks,
+        distributed_executor_backend="uni" if case.ranks == 1 else "mp",
         enable_prefix_caching=True,
         enable_chunked_prefill=True,
         max_num_seqs=16,

@@ -2,6 +2,8 @@
 
 import builtins
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -56,6 +58,19 @@ def test_an_engine_continues_from_its_own_cache_as_the_model_does(engine, export
     second = run({"input_ids": ids[:, 6:].numpy(), **kept})
     found = np.concatenate([first["logits"], second["logits"]], axis=1)
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_an_export_says_nothing_of_what_is_not_ours(tmp_path):
+    """Neither of packages that are absent nor of torch's own deprecations."""
+    pytest.importorskip("onnxscript")
+    tiny("llama")[0].save_pretrained(tmp_path / "dense")
+    words = f"from spectrim import api; api.export({str(tmp_path / 'dense')!r}, "
+    words += f"output={str(tmp_path / 'graph')!r}, to='onnx')"
+    done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True)
+    said = [
+        line for line in done.stderr.splitlines() if line.strip() and "Loading weights" not in line
+    ]
+    assert not said and (tmp_path / "graph" / "model.onnx").is_file()
 
 
 def test_factors_stay_two_products(exported):

@@ -16,7 +16,6 @@ from spectrim.storage.adapter import PREFIX, RECORD_FILE, WEIGHT_FILE
 from spectrim.storage.headers import read_header
 from spectrim.storage.json_file import read_json
 
-
 PURPOSE = "putting an adapter on a model"
 
 

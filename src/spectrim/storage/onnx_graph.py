@@ -7,6 +7,10 @@ a CPU; an engine's own weight compression (int8, int4) applies to factors as to 
 
 from __future__ import annotations
 
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +89,20 @@ def _require() -> None:
         raise MissingExtraError("onnxscript", "onnx", "the export to ONNX") from error
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch's exporter says of packages that no decoder needs, and of itself."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        log.setLevel(level)
+
+
 @torch.no_grad()
 def _graph(source: Path, model: Any) -> Any:
     """The program that torch exports.
@@ -94,7 +112,7 @@ def _graph(source: Path, model: Any) -> Any:
     """
     windows, tokens, before = EXAMPLE
     ids = torch.zeros(windows, tokens, dtype=torch.int64)
-    with evaluating(model):
+    with evaluating(model), _quiet():
         caches = model(input_ids=ids, use_cache=True).past_key_values
         layers = getattr(caches, "layers", None)
         if not layers or not all(isinstance(getattr(one, "keys", None), Tensor) for one in layers):

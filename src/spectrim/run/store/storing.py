@@ -69,7 +69,8 @@ def check_storage(recipe: Recipe) -> None:
         raise RecipeError(
             f"{what} needs a rule that weighs forms against each other, which only "
             f"{', '.join(weighing)} does; the recipe {recipe.name!r} has {recipe.allocate.rule}. "
-            "Name a format, for example int8, or use the default recipe"
+            + ("Name a format, for example int8, or use" if what == "weights auto" else "Use")
+            + " the default recipe"
         )
     if recipe.flow == "learned" and (choice.kind, choice.weights) != ("factored", "native"):
         raise RecipeError(
