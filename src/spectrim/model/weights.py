@@ -110,7 +110,10 @@ def check_finite(name: str, weight: Tensor) -> None:
     Raises:
         NonFiniteError: naming the weight and how many of its values are bad.
     """
-    if weight.is_floating_point() and not torch.isfinite(weight.detach()).all():
+    if not weight.is_floating_point() or not weight.numel():
+        return
+    # The ends of its range: a NaN is both of them, and no copies as large as the weight are made.
+    if not torch.stack(weight.detach().aminmax()).isfinite().all():
         bad = weight.numel() - int(torch.isfinite(weight.detach()).sum())
         raise NonFiniteError(
             f"weight {name!r} holds {bad} NaN or infinite values of {weight.numel()}; "
