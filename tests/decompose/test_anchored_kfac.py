@@ -90,3 +90,34 @@ def test_a_target_without_gradient_costs_nothing():
     output = OutputMoments(TOKENS, 1, G=torch.zeros(OUT, OUT, dtype=torch.float64))
     found = run(W, moments, output)
     assert found.total == 0.0 and found.rank == IN
+
+
+def test_a_deficit_of_shifted_inputs_alone_is_the_anchored_answer():
+    W, x, shifted, moments, output = data(7)
+    missing = (x - shifted) @ W.mT
+    sums = {"deficit": missing.mT @ shifted, "deficit_square": missing.mT @ missing}
+    ours = run(W, Moments(TOKENS, None, moments.shifted, **sums), output, shrink_out=0.2)
+    theirs = run(W, moments, output, shrink_out=0.2)
+    assert ours.ridge == theirs.ridge
+    for k in (1, 4, IN):
+        torch.testing.assert_close(torch.mm(*ours.cut(k)), torch.mm(*theirs.cut(k)))
+        assert ours.error(k) == pytest.approx(theirs.error(k), rel=1e-6)
+
+
+def test_what_the_stream_lacks_is_made_up_for():
+    W, x, shifted, moments, output = data(8)
+    lost = shifted @ torch.randn(IN, OUT, dtype=torch.float64) / 10
+    missing = (x - shifted) @ W.mT + lost
+    sums = {"deficit": missing.mT @ shifted, "deficit_square": missing.mT @ missing}
+    G = mixed(output.G, 0.2, alike(W)[0])
+
+    def left(found, k):
+        error = missing + shifted @ (W - torch.mm(*found.cut(k))).mT
+        return 0.5 * float((error @ G / TOKENS * error).sum()) / TOKENS
+
+    options = {"shrink_out": 0.2, "ridge": 0.0}
+    ours = run(W, Moments(TOKENS, None, moments.shifted, **sums), output, **options)
+    theirs = run(W, moments, output, **options)
+    for k in (2, 5, IN):
+        assert ours.error(k) == pytest.approx(left(ours, k), rel=1e-5)
+        assert left(ours, k) < left(theirs, k)

@@ -112,6 +112,53 @@ def test_equals_restarting_every_forward(name, way):
     )
 
 
+def carried(job, plan):
+    """Both networks restart for every group; what joins the stream makes up for its losses."""
+    original, compressed, ids = copy.deepcopy(job.model), copy.deepcopy(job.model), job.ids
+
+    def stream(model, block, place):
+        seen = []
+        module = get_module(model, block.name).get_submodule(place)
+        handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+        logits(model, ids)
+        handle.remove()
+        return seen[0].flatten(0, -2).T
+
+    for block in job.anatomy.blocks:
+        for group in block.groups:
+            X = group_input(original, block, group, ids)
+            Y = group_input(compressed, block, group, ids)
+            lost = {
+                t.name: stream(original, block, t.joins) - stream(compressed, block, t.joins)
+                for t in group.targets
+                if t.joins is not None
+            }
+            for target in group.targets:
+                W = read_weight(get_module(original, target.name)).clone()
+                norms = W.norm(dim=0)[:, None]
+                wanted = W @ X + lost.get(target.name, 0.0)
+                V = nearest_map(wanted, norms * Y, W / norms.T, ridge_of(norms * Y)) * norms.T
+                U = leading((V @ Y) @ (V @ Y).T, plan[target.name].rank)
+                write_weight(get_module(compressed, target.name), U @ U.T @ V)
+    return compressed
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("disk", [False, True])
+def test_what_joins_the_stream_makes_up_for_what_that_has_lost(name, disk, tmp_path):
+    objective = {"objective": "anchored", "ridge": LEAST_SQUARES_RIDGE, "carry": True}
+    options = {"offload_streams": tmp_path} if disk else {}
+    job = make_job(name, decompose=objective, **options)
+    assert sum(t.joins is not None for t in job.anatomy.targets) == 2 * BLOCKS
+    plan = uniform_plan(job)
+    expected = carried(job, plan)
+    cut_sequentially(job, plan)
+    for target in job.anatomy.targets:
+        W = read_weight(get_module(expected, target.name))
+        found = get_module(job.model, target.name).dense_weight()
+        assert torch.dist(found, W) < 1e-5 * W.norm(), target.name
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_whitened_without_refinement_equals_one_shot(name):
     one, other = (make_job(name, flow=flow) for flow in ("one-shot", "sequential"))

@@ -30,8 +30,8 @@ from spectrim.decompose.directions import checked_rank, projected
 from spectrim.decompose.statistics import statistic, tokens_of, weight
 from spectrim.errors import InputError
 from spectrim.linalg.least_squares import evident_ridge, least_squares_map
-from spectrim.linalg.psd import shrunk
-from spectrim.linalg.truncated import column_space
+from spectrim.linalg.psd import finite, shrunk
+from spectrim.linalg.truncated import ColumnSpace, column_space
 from spectrim.moments.moments import Moments, OutputMoments
 
 
@@ -46,6 +46,7 @@ def anchored(
     ridge: float | None = None,
     shrink_in: float = 0.0,
     sizes: Tensor | None = None,
+    root: Tensor | None = None,
 ) -> Decomposition:
     """Ordered components against the original outputs, energies summed over calibration tokens.
 
@@ -53,7 +54,8 @@ def anchored(
 
     Args:
         W: weight, (out, in).
-        moments: must hold `C`, `shifted` and `cross`, of the same tokens in the same order.
+        moments: must hold `shifted` and, of the same tokens in the same order, `C` and `cross` or
+            a `deficit`.
         output: unused.
         name: the target, for messages.
         rank: components to hold, all by default.
@@ -61,6 +63,7 @@ def anchored(
         ridge: of the least-squares map, relative; None lets the data choose.
         shrink_in: share of the prior in `C'` where the map is cut.
         sizes: squared sizes of the weight's columns, (in,); of `W` by default.
+        root: what the target's weight was multiplied by to give `W`, (rows, out); None if it is it.
 
     Raises:
         InputError: a moment was not collected, or `blend` is outside 0..1.
@@ -72,8 +75,11 @@ def anchored(
     W = weight(W, name=name)
     held = checked_rank(W, rank, name=name)
     sizes = W.square().sum(0) if sizes is None else sizes
-    space = column_space(W)  # the map has the same column space
-    found = anchored_map(space.core, moments, name=name, blend=blend, ridge=ridge, sizes=sizes)
+    # A map of the inputs alone has the column space of W.
+    carries = moments is not None and moments.deficit is not None
+    space = ColumnSpace(W, None) if carries else column_space(W)
+    options = {"name": name, "blend": blend, "ridge": ridge, "sizes": sizes, "root": root}
+    found = anchored_map(space.core, moments, **options)
     C_shifted = statistic(moments, "shifted", W.shape[1], name=name)
     cut = projected(found.V, shrunk(C_shifted, shrink_in, sizes), name=name, rank=held, sizes=sizes)
     return replace(
@@ -103,30 +109,27 @@ def anchored_map(
     blend: float = 1.0,
     ridge: float | None = None,
     sizes: Tensor | None = None,
+    root: Tensor | None = None,
 ) -> _Map:
     """The least-squares map from shifted inputs to the original outputs of `W`, of any rank.
 
     Args:
         W: weight, or a root of it with the same products of columns, (rows, in) fp64.
-        moments: must hold `C`, `shifted` and `cross`.
+        moments: as for `anchored`.
         name: the target, for messages.
         blend: share of the original input in the target, 0..1.
         ridge: relative; None lets the data choose.
         sizes: squared sizes of the weight's columns, (in,); of `W` by default.
+        root: as for `anchored`; only a deficit asks for it.
 
     Raises:
         InputError, NonFiniteError, NotPositiveDefiniteError: as `anchored`.
     """
-    C, C_shifted, D = (
-        statistic(moments, field, W.shape[1], name=name) for field in ("C", "shifted", "cross")
-    )
+    C_shifted = statistic(moments, "shifted", W.shape[1], name=name)
     sizes = W.square().sum(0) if sizes is None else sizes
-    # What W leaves of the target on the shifted inputs is b W (x − x'). By products with W: sums of
-    # these moments are the largest matrices of a run.
-    read, mixed, seen = W @ C, W @ D, W @ C_shifted
-    step = blend * (mixed - seen)
-    left = blend**2 * float(((read - 2 * mixed + seen) * W).sum())
-    del read, mixed
+    seen = W @ C_shifted
+    step, left = _left(W, moments, root, seen, name=name)
+    step, left = blend * step, blend**2 * left
     if ridge is None:
         ridge = evident_ridge(step, left, C_shifted, tokens_of(moments), sizes=sizes, name=name)
     V, damping = least_squares_map(
@@ -135,3 +138,25 @@ def anchored_map(
     moved = V - W
     left += float(((moved @ C_shifted - 2 * step) * moved).sum())
     return _Map(V, max(0.0, left), damping, ridge)
+
+
+def _left(
+    W: Tensor, moments: Moments | None, root: Tensor | None, seen: Tensor, *, name: str
+) -> tuple[Tensor, float]:
+    """`Σ r x'ᵀ` (rows, in) and `Σ ‖r‖²` of what W leaves on the shifted inputs, r.
+
+    That is `W (x − x')`, and where the output joins the residual stream also what that has lost.
+    """
+    if moments is not None and moments.deficit is not None:
+        assert moments.deficit_square is not None  # they are summed together
+        deficit, square = (
+            finite(sums, name=name, what="what the residual stream lacks")
+            for sums in (moments.deficit, moments.deficit_square)
+        )
+        if root is None:
+            return deficit, float(square.trace())
+        return root @ deficit, float(((root @ square) * root).sum())
+    C, D = (statistic(moments, field, W.shape[1], name=name) for field in ("C", "cross"))
+    # By products with W: sums of these moments are the largest matrices of a run.
+    read, mixed = W @ C, W @ D
+    return mixed - seen, float(((read - 2 * mixed + seen) * W).sum())

@@ -62,7 +62,7 @@ def anchored_kfac(
         # No gradient reaches this target: the inputs alone decide, and nothing is at stake.
         return _scaled(anchored(W, moments, **options), 0.0)
     L, damping = root
-    inner = anchored(L.mT @ W, moments, **options)
+    inner = anchored(L.mT @ W, moments, root=L.mT, **options)
     up = torch.linalg.solve_triangular(L.mT, inner.up, upper=True)
     per_token = _scaled(inner, 0.5 / tokens_of(moments))
     return replace(per_token, up=up, damping=max(damping, inner.damping))

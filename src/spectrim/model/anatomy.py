@@ -38,6 +38,8 @@ class Target:
         bias: whether the layer has a bias.
         transposed: True where the module stores (in, out), as transformers' `Conv1D` does.
         expert: of a mixture, None for a layer that every token passes.
+        joins: path, inside the block, of the module whose input the output is added to, empty for
+            the block's own input; None where no such sum was seen (`model/joins.py`).
     """
 
     name: str
@@ -49,6 +51,7 @@ class Target:
     bias: bool
     transposed: bool = False
     expert: Expert | None = None
+    joins: str | None = None
 
     @property
     def matrix(self) -> str:

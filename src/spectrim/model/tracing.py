@@ -16,6 +16,7 @@ from spectrim.errors import ModelError
 from spectrim.model.anatomy import Anatomy, Block, Expert, Group, Target
 from spectrim.model.call_log import CallLog, grouped, odd_class, watching
 from spectrim.model.forward import evaluating, run_window
+from spectrim.model.joins import Joins
 from spectrim.model.mixtures import Mixture, mixtures
 from spectrim.model.weights import get_module, is_linear, is_transposed, read_weight
 
@@ -98,7 +99,13 @@ def _unfit(module: nn.Module, log: CallLog, tied: list[str], routes: bool) -> st
 
 
 def _read_block(
-    index: int, name: str, block: nn.Module, log: CallLog, owners: dict[int, list[str]], tokens: int
+    index: int,
+    name: str,
+    block: nn.Module,
+    log: CallLog,
+    owners: dict[int, list[str]],
+    tokens: int,
+    joins: Joins,
 ) -> tuple[Block, dict[str, str]]:
     """Targets and groups of one block, and what was left alone in it."""
     paths = {module: path for path, module in block.named_modules() if is_linear(module)}
@@ -134,6 +141,7 @@ def _read_block(
                 bias=getattr(module, "bias", None) is not None,
                 transposed=is_transposed(module),
                 expert=expert,
+                joins=None if expert is not None else joins.found.get(module),
             )
             for module in modules
         )
@@ -189,7 +197,8 @@ def trace(model: nn.Module, input_ids: Tensor) -> Anatomy:
     log = CallLog(
         {m: f"{name}.{i}" for name, blocks in lists.items() for i, m in enumerate(blocks)}
     )
-    with evaluating(model), watching(log, [m for m in model.modules() if is_linear(m)]):
+    joins, linears = Joins(), [m for m in model.modules() if is_linear(m)]
+    with evaluating(model), watching(log, linears), joins.watching(log.members):
         run_window(model, input_ids)
     chosen = _choose_list(model, lists, log)
     owners = _owners(model)
@@ -198,7 +207,7 @@ def trace(model: nn.Module, input_ids: Tensor) -> Anatomy:
     for index in range(len(lists[chosen])):
         name = f"{chosen}.{index}"
         block, left = _read_block(
-            index, name, get_module(model, name), log, owners, input_ids.shape[1]
+            index, name, get_module(model, name), log, owners, input_ids.shape[1], joins
         )
         blocks.append(block)
         left_alone |= left

@@ -24,7 +24,8 @@ class MomentAccumulator:
 
     Args:
         name: the group's name in error messages.
-        needs: which of `C`, `shifted`, `cross`, `absolute` to accumulate.
+        needs: which of `C`, `shifted`, `cross`, `absolute`, `deficit` to accumulate; the square
+            goes with a deficit.
         dtype: of the sums; fp64 inputs are always summed in fp64.
         routed: no tokens (0, in) of an expert's group, as it would see them, or None for what all
             tokens pass. Rows of zeros, which some models send to experts that were not chosen,
@@ -48,8 +49,12 @@ class MomentAccumulator:
         self.squares: dict[str, SymmetricSum] = {}
         self._waiting: tuple[list[Tensor], list[Tensor]] = [], []
 
-    def add(self, x: Tensor | None, shifted: Tensor | None = None) -> None:
+    def add(
+        self, x: Tensor | None, shifted: Tensor | None = None, deficit: Tensor | None = None
+    ) -> None:
         """Add one batch of inputs, (tokens, in) or (..., in); both streams hold the same tokens.
+
+        `deficit` (..., out) is what the residual stream lacks at these tokens.
 
         Raises:
             NonFiniteError: an input holds NaN or infinity; the message names the group.
@@ -62,6 +67,10 @@ class MomentAccumulator:
         if self.routed is None:
             self.tokens += reference.shape[0]
             self._sum(x, shifted)
+            if deficit is not None and shifted is not None:
+                deficit = self._rows(deficit, "residual")
+                self._square("deficit", deficit)
+                self._products("deficit", deficit, shifted)
             return
         seen = reference.any(1)
         self.tokens += int(seen.sum())
@@ -161,6 +170,8 @@ class MomentAccumulator:
             shifted=squares.get("shifted"),
             cross=sums.get("cross"),
             absolute=sums.get("absolute"),
+            deficit=sums.get("deficit"),
+            deficit_square=squares.get("deficit"),
         )
 
 

@@ -35,6 +35,9 @@ class Moments:
         shifted: `Σ x' x'ᵀ`, shape (in, in), or None when no shifted stream was run.
         cross: `D = Σ x x'ᵀ`, shape (in, in), rows original, columns shifted.
         absolute: `Σ |x|`, shape (in,).
+        deficit: `Σ r x'ᵀ`, shape (out, in), of a group of one target W that adds its output to the
+            residual stream h: `r = W (x − x') + h − h'` is what the stream behind the sum lacks.
+        deficit_square: `Σ r rᵀ`, shape (out, out).
         pooled: share of an expert's moments that comes from all experts, 1 where it saw no token;
             None for what every token passes.
     """
@@ -44,6 +47,8 @@ class Moments:
     shifted: Tensor | None = None
     cross: Tensor | None = None
     absolute: Tensor | None = None
+    deficit: Tensor | None = None
+    deficit_square: Tensor | None = None
     pooled: float | None = None
 
     @property

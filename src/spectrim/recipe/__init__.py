@@ -94,6 +94,10 @@ class Decompose(Section):
     blend: float = Field(
         default=1.0, ge=0, le=1, description="anchored: 1 is anchored (AA-SVD), 0 is shift-aware"
     )
+    carry: bool = Field(
+        default=False,
+        description="anchored: what adds to the residual stream makes up for what that has lost",
+    )
     ridge: float | None = Field(
         default=None, ge=0, description="anchored: pull toward W, relative; None: by the data"
     )

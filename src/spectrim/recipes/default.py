@@ -46,7 +46,7 @@ def _ours(name: str, title: str, refine: tuple[Refinement, ...]) -> Recipe:
         ),
         flow="sequential",
         calibration=Calibration(text="self"),
-        decompose=Decompose(objective="anchored_kfac", shrink_in=0.1, shrink_out=0.1),
+        decompose=Decompose(objective="anchored_kfac", carry=True, shrink_in=0.1, shrink_out=0.1),
         allocate=Allocation(rule="knapsack", score="kfac", floor=0.1, held_out=0.125),
         storage=StorageChoice(kind="packed"),
         refine=refine,

@@ -8,13 +8,14 @@ held, at about two and a half times the work of the block's forwards.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from spectrim.devices import free_memory
 from spectrim.model.anatomy import Block
+from spectrim.model.capture import first_tensor
 from spectrim.model.staged import Staged
 from spectrim.model.stream import Stream
 from spectrim.run.job import Job
@@ -31,6 +32,7 @@ class Flow:
         call: rows of the stream -> the block's output on them.
         batches: all rows.
         restarts: begin anew for every group instead of pausing.
+        noting: modules whose inputs are to be known to `noted`, by a name.
     """
 
     def __init__(
@@ -40,10 +42,17 @@ class Flow:
         batches: Sequence[slice],
         *,
         restarts: bool,
+        noting: Mapping[str, nn.Module] | None = None,
     ):
         self._staged = staged
         self._call = call
         self._restarts = restarts
+        self._latest: dict[str, Tensor] = {}
+        self._noted: dict[tuple[str, int], Tensor] = {}
+        self._handles = [
+            module.register_forward_pre_hook(partial(self._note, name), with_kwargs=True)
+            for name, module in (noting or {}).items()
+        ]
         if not restarts:
             for rows in batches:
                 staged.start(rows.start, partial(call, rows))
@@ -52,13 +61,31 @@ class Flow:
         """What the block's group at this position reads from some rows; positions come in order."""
         key = rows.start
         if not self._restarts:
-            return self._staged.advance(key)
-        self._staged.start(key, partial(self._call, rows))
-        for _ in range(position):
-            self._staged.advance(key)
-        x = self._staged.advance(key)
-        self._staged.drop(key)
+            x = self._staged.advance(key)
+        else:
+            self._staged.start(key, partial(self._call, rows))
+            for _ in range(position):
+                self._staged.advance(key)
+            x = self._staged.advance(key)
+            self._staged.drop(key)
+        if self._restarts:
+            self._noted.clear()  # the next group's forwards pass there again
+        self._noted |= {(name, key): tensor for name, tensor in self._latest.items()}
+        self._latest.clear()
         return x
+
+    def noted(self, name: str, rows: slice) -> Tensor:
+        """What has entered a module on some rows, after they have passed it; asked for once."""
+        return self._noted.pop((name, rows.start))
+
+    def close(self) -> None:
+        """Note nothing any more."""
+        for handle in self._handles:
+            handle.remove()
+        self._noted.clear()
+
+    def _note(self, name: str, _module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._latest[name] = first_tensor(args, kwargs).detach()
 
     def output(self, rows: slice) -> Tensor:
         """The block's output on some rows."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from spectrim.decompose import OBJECTIVES
-from spectrim.model.anatomy import Block, Group
+from spectrim.model.anatomy import Block, Group, Target
 from spectrim.model.capture import capture_inputs
 from spectrim.model.onload import give_back
 from spectrim.model.pinning import Pins
@@ -23,6 +23,7 @@ from spectrim.moments.experts import BlockMoments
 from spectrim.moments.folded import Folded
 from spectrim.moments.gradients import folded_dtype
 from spectrim.moments.moments import Moments, OutputMoments
+from spectrim.moments.symmetric import reduction_dtype
 from spectrim.recipe import BlockRefinement, ClosedFormRefinement
 from spectrim.run.cut.flow import Flow, must_restart
 from spectrim.run.job import Job
@@ -71,10 +72,17 @@ class Streams:
         """Whether moments need the shifted stream to pause at every group."""
         return "shifted" in self.needs
 
+    def carried(self, group: Group) -> str | None:
+        """Where the stream is read that a group makes up for, as `Target.joins`; None if none."""
+        carries = self.job.recipe.decompose.carry and "cross" in self.needs
+        return group.targets[0].joins if carries and len(group.targets) == 1 else None
+
     def sums_of(self, group: Group) -> MomentAccumulator:
         """For the inputs of a group."""
-        like = folded_dtype(self.job.model)
-        return accumulator_of(group, self.needs, like=like, device=self.job.device)
+        like, needs = folded_dtype(self.job.model), self.needs
+        if self.carried(group) is not None:
+            needs = needs - {"C", "cross"} | {"deficit"}
+        return accumulator_of(group, needs, like=like, device=self.job.device)
 
     def with_known(self, group: Group, found: Moments) -> Moments:
         """Moments with those of the original inputs that the gradient pass has summed."""
@@ -103,19 +111,42 @@ class Streams:
     def flow(self, staged: Staged, block: Block, module: nn.Module, stream: Stream) -> Flow:
         """The forwards of a module on a stream."""
         call = partial(self.forward, block, module, stream)
-        return Flow(staged, call, self.batches(), restarts=self.restarts)
+        places = {place for group in block.groups if (place := self.carried(group))}
+        noting = {place: module.get_submodule(place) for place in places}
+        return Flow(staged, call, self.batches(), restarts=self.restarts, noting=noting)
+
+    def lost(self, place: str, rows: slice, original: Flow, compressed: Flow) -> Tensor:
+        """What the residual stream has lost on some rows where a group's output joins it."""
+        if place:
+            before, now = original.noted(place, rows), compressed.noted(place, rows)
+        else:
+            before, now = (s.read(rows, self.job.device) for s in (self.original, self.shifted))
+        wide = reduction_dtype(before)
+        return before.to(wide) - now.to(wide)
 
 
 def gather_group(
-    state: Streams, position: int, group: Group, original: Flow, compressed: Flow | None
+    state: Streams,
+    position: int,
+    group: Group,
+    original: Flow,
+    compressed: Flow | None,
+    weight_of: Callable[[Target], Tensor],
 ) -> BlockMoments:
     """Advance both streams to the group and sum its moments, over all processes."""
-    sums = state.sums_of(group)
+    sums, place = state.sums_of(group), state.carried(group)
     batches = state.batches()
     for done, rows in enumerate(batches, 1):
         x = original.input_of(position, rows)
-        x_shifted = None if compressed is None else compressed.input_of(position, rows)
-        sums.add(x, x_shifted)
+        if compressed is None:
+            sums.add(x)
+        elif place is None:
+            sums.add(x, compressed.input_of(position, rows))
+        else:
+            shifted = compressed.input_of(position, rows)
+            lost = state.lost(place, rows, original, compressed)
+            moved = (x.to(lost.dtype) - shifted) @ weight_of(group.targets[0]).to(lost.dtype).mT
+            sums.add(x, shifted, moved.reshape(lost.shape) + lost)
         if done % -(-len(batches) // RETURNS) == 0:
             give_back()
     sums.reduce(state.job.team)

@@ -79,7 +79,8 @@ def stand_in(original: nn.Module, up: Tensor, down: Tensor) -> LowRankLinear:
 def measured_error(W: Tensor, layer: Any, moments: Moments | None) -> float:
     """Relative squared error of the stored layer: on the moments' inputs, or of the weight itself.
 
-    With shifted moments and a cross moment it is `‖W X − W' X'‖² / ‖W X‖²`; 0 where the layer's
+    With shifted moments and a cross moment it is `‖W X − W' X'‖² / ‖W X‖²`, and where the output
+    joins the residual stream what that lacks behind the sum, over the same; 0 where the layer's
     output is zero on all of its inputs.
     """
     W = W.to(torch.float64)
@@ -88,7 +89,13 @@ def measured_error(W: Tensor, layer: Any, moments: Moments | None) -> float:
     C, shifted, cross = (
         (None, None, None) if moments is None else (moments.C, moments.shifted, moments.cross)
     )
-    if C is not None and shifted is not None and cross is not None:
+    if moments is not None and moments.deficit is not None and shifted is not None:
+        assert moments.deficit_square is not None  # they are summed together
+        seen = shifted if C is None else C
+        energy = ((W @ seen) * W).sum()
+        error = moments.deficit_square.trace().double() + 2 * (difference * moments.deficit).sum()
+        error += ((difference @ shifted) * difference).sum()
+    elif C is not None and shifted is not None and cross is not None:
         energy = ((W @ C) * W).sum()
         mixed = ((W @ cross) * approximation).sum()
         error = energy - 2 * mixed + ((approximation @ shifted) * approximation).sum()
@@ -213,7 +220,7 @@ def source_of(
         C = moments.C if moments.shifted is None else moments.shifted
         if C is not None:
             G = output_metric(target, W, choice, output)
-        if moments.shifted is not None and moments.cross is not None:
+        if moments.cross is not None or moments.deficit is not None:
             options = {"blend": choice.blend, "ridge": choice.ridge}
             W = anchored_map(W, moments, name=name, **options).V
     return Source(target.name, W, read_bias(original), factors, C, G)
