@@ -37,10 +37,12 @@ def _ours(name: str, title: str, refine: tuple[Refinement, ...]) -> Recipe:
         title=title,
         paper="docs/recipe_study.md; parts from arXiv 2604.02119, 2403.07378, 2501.19090 and "
         "KFAC-SVD (ICML 2026)",
-        equation="min ½ tr(Eᵀ G E),  E = W X − W' X';  ranks: min Σ loss_t(k_t) within the bytes",
+        equation="min ½ tr(Eᵀ G E),  E = W X − W' X' (+ H − H' where it joins the residual "
+        "stream);  ranks: min Σ loss_t(k_t) within the bytes",
         differences=(
             "The anchored target and output-side curvature are solved in one closed form, which "
-            "no paper that we know does; ranks come from losses in nats, seen token by token on "
+            "no paper that we know does; what joins the residual stream also makes up for what "
+            "that has lost; ranks come from losses in nats, seen token by token on "
             "windows held out, by a Lagrangian with exact repair; packed storage buys rank at "
             "equal bytes."
         ),
