@@ -23,8 +23,8 @@ EVERY = ("*",)
 _FACTOR_BITS = (4, 3)
 
 _BASES = ("int4-g64", "int4-g128", "int3-g128", "int2-g128")
-"""Of residuals with factors of 8 bits. Each costs a survey as much; `int3-g64` and `int2-g64` change
-the least loss by less than a hundredth on the bundled model."""
+"""Of residuals with factors of 8 bits. Each costs a survey as much; `int3-g64` and `int2-g64`
+change the least loss by less than a hundredth on the bundled model."""
 
 _NEVER = ("int4", "int8-g32", "int8-g64")
 """Formats that no plan takes: zero points, and small groups of eight bits, cost more than they
