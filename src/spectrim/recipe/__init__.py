@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -57,6 +57,8 @@ __all__ = [
     "StorageChoice",
     "Targets",
 ]
+
+Step = TypeVar("Step", bound=Section)
 
 
 class Calibration(Section):
@@ -225,6 +227,10 @@ class Recipe(Section):
         content = self.model_dump(mode="json", exclude=passed)
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def first(self, kind: type[Step]) -> Step | None:
+        """The first refinement of a kind, None where there is none."""
+        return next((step for step in self.refine if isinstance(step, kind)), None)
 
     def to_yaml(self) -> str:
         """YAML that `Recipe.from_yaml` reads back to an equal recipe."""

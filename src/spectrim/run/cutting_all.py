@@ -121,7 +121,7 @@ def cut_targets(job: Job, choice: Choice) -> Plan:
     """
     recipe, plan = job.recipe, choice.plan
     same = _same_objective(recipe, choice.survey)
-    step = next((s for s in recipe.refine if isinstance(s, ProjectedGradientRefinement)), None)
+    step = recipe.first(ProjectedGradientRefinement)
     corrected = [e.name for e in plan.entries if e.corrected]
     if corrected and recipe.flow == "one-shot":
         output_moments(job)  # of the original network, for what is stored at the end

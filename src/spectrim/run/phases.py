@@ -125,7 +125,7 @@ def _originals(recipe: Recipe, setting: Setting, sizes: Sizes) -> dict[str, int]
 
 
 def _correction(recipe: Recipe) -> ProjectedGradientRefinement | None:
-    step = next((s for s in recipe.refine if isinstance(s, ProjectedGradientRefinement)), None)
+    step = recipe.first(ProjectedGradientRefinement)
     return None if step is None or step.stages == 1 else step
 
 
@@ -146,7 +146,7 @@ def _streams(recipe: Recipe) -> int:
     """Streams that exist at the same time."""
     if recipe.flow == "sequential":
         # Original and shifted; what a block is trained towards is a third one.
-        return 2 + any(isinstance(s, BlockRefinement) for s in recipe.refine)
+        return 2 + (recipe.first(BlockRefinement) is not None)
     return int(bool(OBJECTIVES[recipe.decompose.objective].original))
 
 
@@ -170,9 +170,7 @@ def cut_phase(recipe: Recipe, setting: Setting, sizes: Sizes, room: Room) -> Pha
     matrices = folded + 8 * widest**2 if "C" in gathers.inputs else 0
     if recipe.flow == "sequential":
         kinds = (
-            3
-            if "cross" in gathers.inputs
-            else 1 + any(isinstance(s, ClosedFormRefinement) for s in recipe.refine)
+            3 if "cross" in gathers.inputs else 1 + (recipe.first(ClosedFormRefinement) is not None)
         )
         matrices = 8 * kinds * widest**2 + 4 * _step(sizes, crossed="cross" in gathers.inputs)
         parts["copy of the block"] = sizes.block * working

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
 
-from pydantic import BaseModel
 from torch import Tensor, nn
 
 from spectrim.decompose import OBJECTIVES
@@ -33,12 +31,6 @@ RETURNS = 4
 """Times that freed memory is returned while forwards go from one group to the next. What paused
 forwards keep lies between what was freed; taking pages anew costs a few elementwise products."""
 
-Step = TypeVar("Step", bound=BaseModel)
-
-
-def _first(job: Job, kind: type[Step]) -> Step | None:
-    return next((step for step in job.recipe.refine if isinstance(step, kind)), None)
-
 
 class Streams:
     """The two streams and what has to be known of them."""
@@ -46,8 +38,8 @@ class Streams:
     def __init__(self, job: Job, outputs: Mapping[str, OutputMoments] | None):
         self.job = job
         self.outputs = outputs or {}
-        self.block_step: BlockRefinement | None = _first(job, BlockRefinement)
-        self.closed_step: ClosedFormRefinement | None = _first(job, ClosedFormRefinement)
+        self.block_step = job.recipe.first(BlockRefinement)
+        self.closed_step = job.recipe.first(ClosedFormRefinement)
         # Closed forms do not care how a product is split, gradient steps do.
         self.trains = any(not isinstance(s, ClosedFormRefinement) for s in job.recipe.refine)
         needs: set[str] = set(OBJECTIVES[job.recipe.decompose.objective].inputs)
