@@ -9,7 +9,10 @@ from spectrim.layers.layout import layout_of
 from spectrim.layers.lowrank import LowRankLinear
 from spectrim.layers.packed import PackedLinear
 from spectrim.layers.quantized import quantize_layer
+from spectrim.layers.residual import ResidualLinear
 from spectrim.storage.table import parse_table
+from spectrim_vllm import assembly as assembling
+from spectrim_vllm import naming
 from spectrim_vllm.assembly import Assembly, packed_factors, stored_tensors
 from spectrim_vllm.naming import below, is_compressed, member_names, pieces_of
 from spectrim_vllm.stacking import Piece, Place, Stack
@@ -191,9 +194,35 @@ def test_an_unknown_fusion_is_refused():
         pieces_of(made, "model.layers.0.self_attn.qkv_proj", [8, 4], {})
 
 
-def test_a_residual_is_refused_by_name():
-    said = {"storage": "residual", "weights": "int3-g32+int8", "shape": [8, N], "rank": 4}
-    with pytest.raises(ModelError, match="x is stored residual"):
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("splits", ["out", "in"])
+def test_a_rounded_matrix_and_its_correction_are_served_as_their_sum(splits, rank):
+    """Sharded as a dense matrix is, whatever rank the correction has."""
+    m, weights = 40, "int3-g32+int8"
+    made = ResidualLinear(N, m, 4, bias=False)
+    quantize_layer(made, weights, dtype=torch.float32)
+    said = {"storage": "residual", "weights": weights, "shape": [m, N], "rank": 4}
+    place = Place(rank, 2, splits)
+    own = m // 2 if splits == "out" else m
+    stack = Stack(pieces_of(table(x=said), "x", [own], {}), N // 2 if splits == "in" else N, place)
+    assembly, factors = Assembly(stack.pieces[0]), None
+    for key, tensor in made.state_dict().items():
+        factors = assembly.add(layout_of("residual", weights).disk_key(key), tensor)
+    assert factors is not None and factors[1] is None and stack.up_numbers == 0
+    first = torch.empty(stack.rows, stack.in_features)
+    stack.write(0, first, torch.empty(0), *factors)
+    W = made.dense_weight()
+    half = slice(rank * W.shape[splits == "in"] // 2, (rank + 1) * W.shape[splits == "in"] // 2)
+    torch.testing.assert_close(first, W[half] if splits == "out" else W[:, half])
+
+
+def test_what_a_newer_spectrim_stores_is_refused_by_name(monkeypatch):
+    said = {"storage": "factored", "weights": "int8", "shape": [8, N], "rank": 4}
+    monkeypatch.delitem(assembling._DTYPES, "int8")
+    with pytest.raises(ModelError, match=r"x has weights int8, whose int8 numbers.*--upgrade"):
+        pieces_of(table(x=said), "x", [8], {})
+    monkeypatch.setattr(naming, "_HELD", ("dense",))
+    with pytest.raises(ModelError, match=r"x is stored factored.*--upgrade"):
         pieces_of(table(x=said), "x", [8], {})
 
 

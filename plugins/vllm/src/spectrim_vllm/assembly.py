@@ -4,7 +4,8 @@ A factored layer is stored as `weight` (its up matrix) and `down.weight`; a pack
 (its basis), `coefficients.weight` and `order`. A packed layer becomes factors without any
 arithmetic: the entries of the coefficients are copied beside an identity, so that the served layer
 is as exact as the stored one. It takes k² more numbers in memory than on disk. Integers are
-restored when they come: memory is that of native numbers, the file that of integers.
+restored when they come: memory is that of native numbers, the file that of integers. A rounded
+matrix with a correction becomes their sum, one dense matrix.
 
 Plain torch; nothing here knows vLLM.
 """
@@ -18,7 +19,7 @@ from spectrim.errors import ArtifactError
 from spectrim.layers.layout import layout_of
 from spectrim_vllm.stacking import Piece
 
-__all__ = ["Assembly", "packed_factors", "stored_tensors"]
+__all__ = ["Assembly", "packed_factors", "stored_tensors", "unknown_numbers"]
 
 _DTYPES = {
     "native": None,
@@ -45,6 +46,13 @@ def stored_tensors(piece: Piece) -> dict[str, torch.dtype | None]:
         for name, (_, number) in one.tensors(2, 2).items():
             found[layout.disk_key(f"{part}.{name}")] = _DTYPES[number]
     return found
+
+
+def unknown_numbers(piece: Piece) -> list[str]:
+    """Kinds of numbers in a piece's tensors that no dtype is known for here."""
+    formats = layout_of(piece.storage, piece.weights).formats.values()
+    kinds = {number for one in formats for _, number in one.tensors(2, 2).values()}
+    return sorted(kinds - set(_DTYPES))
 
 
 def packed_factors(basis: Tensor, coefficients: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,7 +101,7 @@ class Assembly:
         return [f"{self.piece.name}.{name}" for name in names if name not in self._held]
 
     def add(self, name: str, tensor: Tensor) -> tuple[Tensor, Tensor | None] | None:
-        """Take one tensor; with the last one, `(down, up)`, where up is None for a dense piece.
+        """Take one tensor; with the last one, `(down, up)`, where up is None for a whole piece.
 
         Raises:
             ArtifactError: a tensor that the storage does not have, or shapes that do not fit.
@@ -119,6 +127,8 @@ class Assembly:
             held = self._restored(held)
         if self.piece.storage == "dense":
             return held["weight"], None
+        if self.piece.storage == "residual":
+            return held["weight"] + held["up.weight"] @ held["down.weight"], None
         if self.piece.storage == "factored":
             return held["down.weight"], held["weight"]
         self._check_packed(held)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from spectrim.errors import ModelError
 from spectrim.storage.table import LayerEntry, Table
+from spectrim_vllm.assembly import unknown_numbers
 from spectrim_vllm.stacking import Piece
 
 __all__ = ["FUSED", "below", "is_compressed", "member_names", "pieces_of"]
@@ -20,7 +21,7 @@ FUSED: Mapping[str, Sequence[str]] = {
 }
 """Used where the model class of vLLM does not say itself what it fuses."""
 
-_HELD = ("dense", "factored", "packed")
+_HELD = ("dense", "factored", "packed", "residual")
 """Storages whose tensors become one matrix, or two in a row."""
 
 _BASES = ("model.language_model.", "language_model.model.", "model.", "transformer.", "")
@@ -81,12 +82,25 @@ def pieces_of(
 
 
 def _piece(name: str, entry: LayerEntry, outputs: tuple[int, ...]) -> Piece:
+    """A piece, of what this plug-in knows.
+
+    Raises:
+        ModelError: the folder is from a newer spectrim; names what is new in it.
+    """
     if entry.storage not in _HELD:
         raise ModelError(
-            f"{name} is stored {entry.storage} and this plug-in multiplies {', '.join(_HELD)}; "
-            "compress with another --storage, or serve `spectrim export --dense`"
+            f"{name} is stored {entry.storage}, and this spectrim-vllm knows {', '.join(_HELD)}; "
+            "pip install --upgrade spectrim-vllm, or serve what spectrim export --dense writes"
         )
-    return Piece(name, entry.rank, entry.storage, outputs, entry.weights, entry.shape)
+    found = Piece(name, entry.rank, entry.storage, outputs, entry.weights, entry.shape)
+    strange = unknown_numbers(found)
+    if strange:
+        raise ModelError(
+            f"{name} has weights {entry.weights}, whose {', '.join(strange)} numbers this "
+            "spectrim-vllm cannot read; pip install --upgrade spectrim-vllm, or serve what "
+            "spectrim export --dense writes"
+        )
+    return found
 
 
 def below(table: Table, prefix: str) -> Iterable[str]:

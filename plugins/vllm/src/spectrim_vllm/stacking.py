@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from spectrim.errors import ModelError
+from spectrim.layers.layout import layout_of
 
 __all__ = ["Piece", "Place", "Stack"]
 
@@ -62,7 +63,7 @@ class Piece:
     Attributes:
         name: in the checkpoint, relative to the base model.
         rank: components; None for a dense piece.
-        storage: `factored`, `packed` or `dense`.
+        storage: `factored`, `packed`, `dense` or `residual`.
         outputs: rows that one rank computes, by the parts that vLLM shards separately. A piece
             that is fused in the checkpoint already (a stored `qkv_proj`) has several.
         weights: number formats of its parts.
@@ -82,9 +83,14 @@ class Piece:
         return sum(self.outputs)
 
     @property
+    def up_rank(self) -> int | None:
+        """Columns of the up matrix; None where one matrix of all outputs serves the piece."""
+        return None if layout_of(self.storage).whole else self.rank
+
+    @property
     def rows(self) -> int:
         """Rows of the stacked matrix."""
-        return self.out_features if self.rank is None else self.rank
+        return self.out_features if self.up_rank is None else self.up_rank
 
     def own_rows(self, full: int, place: Place) -> list[tuple[int, int]]:
         """(start, length) of the rows of a stored (full, ...) matrix that this rank computes.
@@ -145,7 +151,7 @@ class Stack:
 
     @staticmethod
     def _up_size(piece: Piece) -> int:
-        return 0 if piece.rank is None else piece.out_features * piece.rank
+        return 0 if piece.up_rank is None else piece.out_features * piece.up_rank
 
     def first_rows(self, index: int) -> slice:
         """The rows of piece `index` in the stacked matrix."""
@@ -155,15 +161,16 @@ class Stack:
     def up_of(self, ups: Tensor, index: int) -> Tensor:
         """The up matrix (outputs, rank) of piece `index`, a view of the vector of all."""
         piece = self.pieces[index]
-        if piece.rank is None:
-            raise ValueError(f"{piece.name} is dense and has no up matrix")
+        if piece.up_rank is None:
+            raise ValueError(f"{piece.name} is one matrix and has no up matrix")
         start = sum(self._up_size(p) for p in self.pieces[:index])
         flat = ups[start : start + self._up_size(piece)]
-        return flat.view(piece.out_features, piece.rank)
+        return flat.view(piece.out_features, piece.up_rank)
 
     def ups_of(self, ups: Tensor) -> list[Tensor | None]:
-        """The up matrix of every piece, None for a dense one."""
-        return [None if p.rank is None else self.up_of(ups, i) for i, p in enumerate(self.pieces)]
+        """The up matrix of every piece, None for one without."""
+        whole = [piece.up_rank is None for piece in self.pieces]
+        return [None if one else self.up_of(ups, i) for i, one in enumerate(whole)]
 
     def own_inputs(self, full: Tensor) -> Tensor:
         """The columns of a stored (rows, n) matrix that this rank reads.
