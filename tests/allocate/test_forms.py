@@ -2,6 +2,8 @@
 
 import pytest
 
+from spectrim.allocate.budget import Shape
+from spectrim.allocate.curve import Curve
 from spectrim.allocate.forms import (
     AUTO,
     EVERY,
@@ -11,6 +13,8 @@ from spectrim.allocate.forms import (
     low_rank_forms,
     whole_forms,
 )
+from spectrim.allocate.ladder import Limits
+from spectrim.allocate.yardstick import judged_forms
 
 
 @pytest.mark.parametrize(
@@ -51,3 +55,15 @@ def test_a_named_residual_competes_with_its_base_and_native_numbers():
     assert residual.whole
     assert residual.low_rank
     assert residual.ranks(20) == (2, 4, 8, 16)
+
+
+@pytest.mark.parametrize("storage", ["dense", "packed"])
+def test_what_a_plan_may_choose_is_judged_and_so_is_the_honest_line(storage):
+    curves = [Curve("t", 0, "t", Shape(256, 256, False))]
+    limits = Limits(dtype_bytes=2, storage=storage, weights="int4-g64")
+    judged = judged_forms(limits, curves, keep=0.3)
+    assert Form("dense", "int4-g64") in judged
+    assert Form("dense", "int4-g128") in judged
+    assert (Form("packed", "int4-g64") in judged) == (storage == "packed")
+    native = judged_forms(Limits(dtype_bytes=2, storage=storage), curves, keep=0.3)
+    assert native == (Form("dense", "int4-g128"),)

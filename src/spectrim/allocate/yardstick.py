@@ -90,4 +90,6 @@ def judged_forms(
     """
     if limits.weights == AUTO or limits.storage == RESIDUAL:
         return (*limits.forms, *limits.whole)
-    return YARDSTICKS if keep is None else yardsticks_for(curves, keep, limits.dtype_bytes)
+    own = [form for form in (*limits.forms, *limits.whole) if form.coded]
+    line = YARDSTICKS if keep is None else yardsticks_for(curves, keep, limits.dtype_bytes)
+    return tuple(dict.fromkeys((*own, *line)))
