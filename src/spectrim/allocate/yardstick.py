@@ -90,6 +90,7 @@ def judged_forms(
     """
     if limits.weights == AUTO or limits.storage == RESIDUAL:
         return (*limits.forms, *limits.whole)
-    own = [form for form in (*limits.forms, *limits.whole) if form.coded]
+    # Of cut matrices a survey for one size has no components to round.
+    own = [form for form in limits.whole if form.coded and not form.low_rank]
     line = YARDSTICKS if keep is None else yardsticks_for(curves, keep, limits.dtype_bytes)
     return tuple(dict.fromkeys((*own, *line)))
