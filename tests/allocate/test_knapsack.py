@@ -244,7 +244,7 @@ def test_residuals_are_chosen_by_losses_of_their_own_in_exact_bytes():
             entry = knapsack([curve], keep=keep, limits=limits, **options).entries[0]
             assert (entry.rank or 0, entry.bytes) == (best, sizes[best])
             assert entry.loss == pytest.approx(losses[best])
-            assert not entry.cut
+            assert entry.components is None
             assert entry.corrected == (best > 0)
     noisy = knapsack([curve], keep=0.6, scale={"cutting": 9.0, "rounding": 2.0}, **options)
     assert noisy.predicted_loss == pytest.approx(2 * losses[noisy.entries[0].rank])

@@ -65,7 +65,7 @@ def _settled(entry: PlanEntry, shape: Shape, dtype_bytes: int, held: int | None)
             f"the plan gives {name} rank {rank}; its matrix is {sizes} and has ranks from 1 to "
             f"{components(shape)}"
         )
-    if entry.cut and held is not None and (rank or 0) > held:
+    if held is not None and (entry.components or 0) > held:
         raise BudgetError(
             f"the plan gives {name} rank {rank}; the survey holds {held} components of it"
         )

@@ -43,14 +43,14 @@ class PlanEntry:
         return self.bytes / self.dense_bytes
 
     @property
-    def cut(self) -> bool:
-        """Whether components of the original matrix are dropped."""
-        return self.rank is not None and not layout_of(self.storage).whole
+    def components(self) -> int | None:
+        """How many components of the original matrix are kept, None where it is not cut."""
+        return None if layout_of(self.storage).whole else self.rank
 
     @property
     def corrected(self) -> bool:
         """Whether it is stored whole, with a correction of a small rank beside it."""
-        return self.rank is not None and not self.cut
+        return self.rank is not None and self.components is None
 
     @property
     def converts(self) -> bool:
@@ -90,8 +90,7 @@ class Plan:
     @property
     def cuts(self) -> Plan:
         """The plan as far as it cuts: what is stored whole has no rank."""
-        entries = (e if e.cut else replace(e, rank=None) for e in self.entries)
-        return replace(self, entries=tuple(entries))
+        return replace(self, entries=tuple(replace(e, rank=e.components) for e in self.entries))
 
     def __getitem__(self, name: str) -> PlanEntry:
         for entry in self.entries:

@@ -14,10 +14,11 @@ from functools import partial
 from torch import Tensor, nn
 
 from spectrim.devices import free_memory
-from spectrim.model.anatomy import Block
+from spectrim.model.anatomy import Block, Target
 from spectrim.model.capture import first_tensor
 from spectrim.model.staged import Staged
 from spectrim.model.stream import Stream
+from spectrim.model.weights import read_weight
 from spectrim.run.job import Job
 
 SHARE_FOR_PAUSED = 0.5
@@ -25,7 +26,7 @@ SHARE_FOR_PAUSED = 0.5
 
 
 class Flow:
-    """The forwards of one module on all batches of one stream.
+    """The forwards of one module on all batches of one stream; a context manager.
 
     Args:
         staged: gates around the module's groups.
@@ -60,16 +61,14 @@ class Flow:
     def input_of(self, position: int, rows: slice) -> Tensor:
         """What the block's group at this position reads from some rows; positions come in order."""
         key = rows.start
-        if not self._restarts:
-            x = self._staged.advance(key)
-        else:
+        if self._restarts:
+            self._noted.clear()  # the next group's forwards pass there again
             self._staged.start(key, partial(self._call, rows))
             for _ in range(position):
                 self._staged.advance(key)
-            x = self._staged.advance(key)
-            self._staged.drop(key)
+        x = self._staged.advance(key)
         if self._restarts:
-            self._noted.clear()  # the next group's forwards pass there again
+            self._staged.drop(key)
         self._noted |= {(name, key): tensor for name, tensor in self._latest.items()}
         self._latest.clear()
         return x
@@ -78,7 +77,14 @@ class Flow:
         """What has entered a module on some rows, after they have passed it; asked for once."""
         return self._noted.pop((name, rows.start))
 
-    def close(self) -> None:
+    def weight_of(self, target: Target) -> Tensor:
+        """The weight (out, in) of what stands at a target now."""
+        return read_weight(self._staged.module(target))
+
+    def __enter__(self) -> Flow:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Note nothing any more."""
         for handle in self._handles:
             handle.remove()

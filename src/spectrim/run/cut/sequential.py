@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from spectrim.allocate.plan import Plan
 from spectrim.decompose.balance import balanced
@@ -120,22 +120,15 @@ def _cut_block(state: Streams, plan: Plan, block: Block) -> tuple[nn.Module, Str
     with ExitStack() as stack:
         first = stack.enter_context(Staged(module, paused))
         second = stack.enter_context(Staged(compressed, paused))
-        original_flow = state.flow(first, block, module, state.original)
-        shifted_flow = (
-            state.flow(second, block, compressed, state.shifted) if state.stages_shifted else None
-        )
-        for flow in (original_flow, shifted_flow):
-            if flow is not None:
-                stack.callback(flow.close)
-
-        def weight_of(target: Target) -> Tensor:
-            return read_weight(first.module(target))
-
+        original_flow = stack.enter_context(state.flow(first, block, module, state.original))
+        shifted_flow = None
+        if state.stages_shifted:
+            flow = state.flow(second, block, compressed, state.shifted)
+            shifted_flow = stack.enter_context(flow)
         for groups in block.stages:
             if groups[0].expert is None:
                 position = paused.index(groups[0])
-                flows = (original_flow, shifted_flow)
-                found = gather_group(state, position, groups[0], *flows, weight_of)
+                found = gather_group(state, position, groups[0], original_flow, shifted_flow)
             else:
                 found = gather_experts(state, block, groups, module, compressed)
             targets = [target for group in groups for target in group.targets]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
 from torch import Tensor, nn
 
 from spectrim.decompose import OBJECTIVES
-from spectrim.model.anatomy import Block, Group, Target
+from spectrim.model.anatomy import Block, Group
 from spectrim.model.capture import capture_inputs
 from spectrim.model.onload import give_back
 from spectrim.model.pinning import Pins
@@ -118,27 +118,21 @@ class Streams:
 
 
 def gather_group(
-    state: Streams,
-    position: int,
-    group: Group,
-    original: Flow,
-    compressed: Flow | None,
-    weight_of: Callable[[Target], Tensor],
+    state: Streams, position: int, group: Group, original: Flow, compressed: Flow | None
 ) -> BlockMoments:
     """Advance both streams to the group and sum its moments, over all processes."""
     sums, place = state.sums_of(group), state.carried(group)
+    W = original.weight_of(group.targets[0])
     batches = state.batches()
     for done, rows in enumerate(batches, 1):
         x = original.input_of(position, rows)
-        if compressed is None:
-            sums.add(x)
-        elif place is None:
-            sums.add(x, compressed.input_of(position, rows))
-        else:
-            shifted = compressed.input_of(position, rows)
+        x_shifted = None if compressed is None else compressed.input_of(position, rows)
+        deficit = None
+        if place is not None and compressed is not None and x_shifted is not None:
             lost = state.lost(place, rows, original, compressed)
-            moved = (x.to(lost.dtype) - shifted) @ weight_of(group.targets[0]).to(lost.dtype).mT
-            sums.add(x, shifted, moved.reshape(lost.shape) + lost)
+            moved = (x.to(lost.dtype) - x_shifted) @ W.to(lost.dtype).mT
+            deficit = moved.reshape(lost.shape) + lost
+        sums.add(x, x_shifted, deficit)
         if done % -(-len(batches) // RETURNS) == 0:
             give_back()
     sums.reduce(state.job.team)

@@ -126,16 +126,17 @@ def replace_target(
     """
     if at_once:
         return _stored_target(target, original, entry, choice, moments, output)
-    if not entry.cut or entry.rank is None:
+    rank = entry.components
+    if rank is None:
         return original, {"predicted_error": 0.0, "measured_error": 0.0, "seconds": 0.0}
     started = time.perf_counter()
     W = read_weight(original).detach().to(torch.float64)
     exact = exact_rank(W, name=target.name)
-    if exact is not None and exact <= entry.rank:
+    if exact is not None and exact <= rank:
         # Nothing has to be lost, so nothing is weighed: like a dense target it stays as it is.
         choice = Decompose(objective="plain")
-    decomposition = decompose_target(target, W, choice, moments, output, rank=entry.rank)
-    layer = cut_layer(original, decomposition, entry.rank, balance=balance)
+    decomposition = decompose_target(target, W, choice, moments, output, rank=rank)
+    layer = cut_layer(original, decomposition, rank, balance=balance)
     return layer, _facts(started, W, layer, moments, decomposition)
 
 
@@ -190,9 +191,9 @@ def _stored_target(
     started = time.perf_counter()
     weight = read_weight(original).detach()
     found = factors = None
-    if entry.cut and entry.rank is not None:
-        found = decompose_target(target, weight.double(), choice, moments, output, rank=entry.rank)
-        factors = found.cut(entry.rank)
+    if (rank := entry.components) is not None:
+        found = decompose_target(target, weight.double(), choice, moments, output, rank=rank)
+        factors = found.cut(rank)
     source = source_of(target, original, choice, moments, output, factors)
     kind = layout_of(entry.storage).layer_class()
     layer = kind.stored(source, entry.rank, entry.weights, dtype=weight.dtype)

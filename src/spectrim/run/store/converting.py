@@ -86,7 +86,7 @@ class Converter:
 
     def _source(self, layer: Any) -> Source:
         name, C = self.entry.name, self.C
-        if not self.entry.cut:
+        if self.entry.components is None:
             W = read_weight(layer).detach().double()
             return Source(name, W, read_bias(layer), C=C, G=self.G)
         up, down = wide_weight(layer.up).double(), wide_weight(layer.down).double()

@@ -22,7 +22,8 @@ from spectrim.allocate.forms import AUTO, RESIDUAL
 from spectrim.allocate.plan import Plan, PlanEntry
 from spectrim.allocate.rules import RULES
 from spectrim.errors import RecipeError
-from spectrim.formats import JOINT, format_of
+from spectrim.formats import JOINT
+from spectrim.layers.layout import layout_of
 from spectrim.layers.swap import swap_in
 from spectrim.model.anatomy import Block, Target
 from spectrim.model.replay import Replay
@@ -52,7 +53,7 @@ def check_storage(recipe: Recipe) -> None:
             "storage dense cuts nothing and weights native round nothing: with dense, give "
             "--weights auto or a number format such as int4-g32"
         )
-    if choice.kind == RESIDUAL and choice.weights != AUTO and not _coded_base(choice.weights):
+    if choice.kind == RESIDUAL and not _base_is_coded(choice.weights):
         raise RecipeError(
             f"storage residual rounds a whole matrix, and weights {choice.weights!r} begin with "
             "native numbers: give --weights auto, or formats of the base and of its correction "
@@ -80,8 +81,8 @@ def check_storage(recipe: Recipe) -> None:
         )
 
 
-def _coded_base(weights: str) -> bool:
-    return format_of(weights.split(JOINT)[0]).coded
+def _base_is_coded(weights: str) -> bool:
+    return weights == AUTO or layout_of(RESIDUAL, weights).told_apart
 
 
 @torch.no_grad()

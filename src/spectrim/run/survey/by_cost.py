@@ -62,8 +62,8 @@ def predicted_nats(plan: Plan, survey: Survey) -> float:
     for curve in survey.curves_for(score):
         entry = plan[curve.name]
         total += rounded_loss(curve, entry)
-        if entry.cut and entry.rank is not None:
-            total += float(loss_by_rank(curve, score)[entry.rank])
+        if entry.components is not None:
+            total += float(loss_by_rank(curve, score)[entry.components])
     return total
 
 

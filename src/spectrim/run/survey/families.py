@@ -116,8 +116,8 @@ def _layer(job: Job, survey: Survey, plan: Plan, target: Any, moments: Moments) 
         return None
     original = get_module(job.model, target.name)
     factors = None
-    if entry.cut and entry.rank is not None:
-        up, down = load_factors(survey, target.name).cut(entry.rank)
+    if entry.components is not None:
+        up, down = load_factors(survey, target.name).cut(entry.components)
         factors = (up.double(), down.double())
     output = None if job.outputs is None else job.outputs[target.name]
     source = source_of(target, original, job.recipe.decompose, moments, output, factors)
